@@ -1,0 +1,262 @@
+# event_store
+#
+#   make                 build for the PostgreSQL of PG_CONFIG (default: pg_config in PATH)
+#   make install         into that PostgreSQL
+#   make installcheck    regression and isolation tests against a running server that preloads event_store
+#   make unit, fuzz      src/core/ as ordinary programs, under sanitizers
+#   make tools           programs that print our files: bin/
+#
+# What follows needs no PostgreSQL to be there; it installs what is missing and works in private servers:
+#
+#   make check           all tests that CI runs         make check-long      and those that take hours
+#   make check-cassert   with assertions in the server  make check-matrix    with PostgreSQL 16, 17 and 18
+#   make demo            what it is, in a minute        make bench           measured against heap tables
+#   make format, format-check, layers                   make torture ROUNDS=n   random load, random kills
+
+EXTENSION  = event_store
+MODULE_big = event_store
+DATA       = sql/event_store--1.0.sql
+PGFILEDESC = "event_store - event store with shards outside the heap"
+
+# Objects, one list per layer (src/README.md); a layer uses only what stands above it here, but for
+# shard and maint, which nobody uses.
+TOP_OBJS = \
+	src/event_store.o \
+	src/guc.o
+
+CORE_OBJS = \
+	src/core/arith.o \
+	src/core/batch.o \
+	src/core/filter.o \
+	src/core/format.o \
+	src/core/intvec.o \
+	src/core/manifest.o \
+	src/core/message.o \
+	src/core/page.o \
+	src/core/page_encode.o \
+	src/core/route.o \
+	src/core/segment_block.o \
+	src/core/segment_cache.o \
+	src/core/segment_context.o \
+	src/core/segment_reader.o \
+	src/core/segment_verify.o \
+	src/core/segment_writer.o \
+	src/core/segment_zone.o \
+	src/core/wal.o
+
+IPC_OBJS = \
+	src/ipc/answer.o \
+	src/ipc/channel.o \
+	src/ipc/fault.o \
+	src/ipc/horizon.o \
+	src/ipc/jobs.o \
+	src/ipc/logmsg.o \
+	src/ipc/piece.o \
+	src/ipc/position.o \
+	src/ipc/server.o \
+	src/ipc/server_send.o \
+	src/ipc/shmem.o
+
+SHARD_OBJS = \
+	src/shard/apply.o \
+	src/shard/arena.o \
+	src/shard/collect.o \
+	src/shard/finish.o \
+	src/shard/memindex.o \
+	src/shard/memtable.o \
+	src/shard/recovery.o \
+	src/shard/txn.o \
+	src/shard/verdict.o \
+	src/shard/versions.o \
+	src/shard/wait.o \
+	src/shard/worker.o
+
+MAINT_OBJS =
+
+TAM_OBJS = \
+	src/tam/commit.o \
+	src/tam/estimate.o \
+	src/tam/handler.o \
+	src/tam/hooks.o \
+	src/tam/kept.o \
+	src/tam/locks.o \
+	src/tam/reader.o \
+	src/tam/scan.o \
+	src/tam/send.o \
+	src/tam/table.o \
+	src/tam/vacuum.o \
+	src/tam/xact.o
+
+PLAN_OBJS =
+
+SQLFN_OBJS = \
+	src/sqlfn/append.o \
+	src/sqlfn/args.o \
+	src/sqlfn/control.o \
+	src/sqlfn/follow.o \
+	src/sqlfn/read.o \
+	src/sqlfn/stat.o
+
+OBJS = $(TOP_OBJS) $(CORE_OBJS) $(IPC_OBJS) $(SHARD_OBJS) $(MAINT_OBJS) $(TAM_OBJS) $(PLAN_OBJS) $(SQLFN_OBJS)
+
+# Regression tests, in order: sql/NAME.sql, expected/NAME.out.
+REGRESS =
+
+# Isolation tests: test/isolation/specs/NAME.spec, test/isolation/expected/NAME.out.
+ISOLATION =
+
+# FAULTS=1 compiles the fault points in. For tests only, and their default.
+FAULTS ?= 0
+
+# ---------------------------------------------------------------------------------------------------------
+# Tests, demo and bench: scripts that find, or install, PostgreSQL by themselves.
+
+SCRIPTED = check check-long check-cassert check-matrix demo bench torture format format-check layers
+
+ifneq ($(filter $(SCRIPTED),$(MAKECMDGOALS)),)
+ifneq ($(filter-out $(SCRIPTED),$(MAKECMDGOALS)),)
+$(error run the targets $(filter $(SCRIPTED),$(MAKECMDGOALS)) in a call of their own)
+endif
+
+C_FILES = $(sort $(wildcard src/*.[ch] src/*/*.[ch] test/unit/*.[ch] test/fuzz/*.[ch] test/modules/*/*.[ch] \
+	test/bench/limits/*.[ch]))
+
+.PHONY: $(SCRIPTED)
+
+check:
+	@test/run-check
+
+check-long:
+	@test/run-check --long
+
+check-cassert:
+	@test/cassert/run
+
+check-matrix:
+	@test/matrix/run
+
+demo:
+	@EVENTS='$(EVENTS)' test/demo/run
+
+bench:
+	@DURATION='$(SECONDS)' test/bench/run
+
+torture:
+	@ES_ROUNDS='$(or $(ROUNDS),100)' test/run-check --only torture
+
+format:
+	@test/lib/format $(C_FILES)
+
+format-check:
+	@test/lib/format --check $(C_FILES)
+
+layers:
+	@test/lib/check_layers
+
+else
+# ---------------------------------------------------------------------------------------------------------
+# The extension
+
+PG_CONFIG ?= pg_config
+WERROR ?= -Werror
+
+# PostgreSQL's own headers do not survive -Wextra without the -Wno-s.
+PG_CPPFLAGS = -I$(srcdir)/src
+PG_CFLAGS = -Wall -Wextra $(WERROR) -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers \
+	-Wno-declaration-after-statement -MMD -MP
+SHLIB_LINK += -luring -llz4 -lzstd
+ifeq ($(FAULTS),1)
+PG_CPPFLAGS += -DES_FAULT_POINTS
+endif
+
+REGRESS_OPTS = --inputdir=$(srcdir) --encoding=UTF8 --no-locale
+ISOLATION_OPTS = --inputdir=$(srcdir)/test/isolation --encoding=UTF8 --no-locale
+EXTRA_CLEAN = $(OBJS:.o=.d) .build-flags build bin
+
+PGXS := $(shell $(PG_CONFIG) --pgxs)
+ifeq ($(wildcard $(PGXS)),)
+$(error $(PG_CONFIG) names no PGXS; install the server's development package or set PG_CONFIG=/path/to/pg_config)
+endif
+# Bitcode would only serve to inline our functions into JIT-compiled expressions.
+override with_llvm = no
+include $(PGXS)
+
+-include $(OBJS:.o=.d)
+
+# Objects depend on the flags they were made with, so that those with and without fault points, or for
+# different servers, never mix.
+BUILD_FLAGS := $(VERSION) $(CC) $(CFLAGS) $(CPPFLAGS)
+.PHONY: FORCE
+ifneq ($(file <.build-flags),$(BUILD_FLAGS))
+.build-flags: FORCE
+endif
+.build-flags:
+	@:$(file >$@,$(BUILD_FLAGS))
+
+$(OBJS): .build-flags
+
+# ---------------------------------------------------------------------------------------------------------
+# src/core/ without a server: unit tests, fuzzers, tools. CRC-32C is PostgreSQL's, from its static libraries.
+
+CORE_C = $(CORE_OBJS:.o=.c)
+# A failed build of one program must not hide the others, so each is on its own.
+UNIT = $(patsubst test/unit/%.c,build/unit/%,$(wildcard test/unit/test_*.c))
+FUZZ = $(patsubst test/fuzz/%.c,build/fuzz/%,$(wildcard test/fuzz/fuzz_*.c))
+TOOLS = $(patsubst src/tools/%.c,bin/%,$(wildcard src/tools/*.c))
+FUZZ_SECONDS ?= 20
+
+PLAIN_CPPFLAGS = -Isrc -isystem $(shell $(PG_CONFIG) --includedir-server) -DFRONTEND -D_GNU_SOURCE
+ifeq ($(FAULTS),1)
+PLAIN_CPPFLAGS += -DES_FAULT_POINTS
+endif
+PLAIN_CFLAGS = -std=gnu11 -g -Wall -Wextra $(WERROR) -Wno-unused-parameter -Wno-sign-compare \
+	-Wno-missing-field-initializers -fno-strict-aliasing -MMD -MP
+PLAIN_LIBS = -L$(shell $(PG_CONFIG) --pkglibdir) -L$(shell $(PG_CONFIG) --libdir) -lpgcommon -lpgport \
+	-llz4 -lzstd -lm
+SANITIZE = -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+
+UNIT_CORE = $(CORE_OBJS:src/%.o=build/unit/%.o)
+FUZZ_CORE = $(CORE_OBJS:src/%.o=build/fuzz/%.o)
+TOOL_CORE = $(CORE_OBJS:src/%.o=build/tools/%.o)
+
+.PHONY: unit unit-build fuzz fuzz-build tools
+.SECONDARY: $(UNIT_CORE) $(FUZZ_CORE) $(TOOL_CORE)
+
+unit: unit-build
+	@test/lib/run_units $(UNIT)
+unit-build: $(UNIT)
+
+build/unit/core/%.o: src/core/%.c .build-flags
+	@mkdir -p $(@D)
+	$(CC) $(PLAIN_CFLAGS) $(SANITIZE) $(PLAIN_CPPFLAGS) -c -o $@ $<
+build/unit/test_%: test/unit/test_%.c $(UNIT_CORE) .build-flags
+	@mkdir -p $(@D) && rm -f $@
+	$(CC) $(PLAIN_CFLAGS) $(SANITIZE) $(PLAIN_CPPFLAGS) -o $@ $< $(UNIT_CORE) $(PLAIN_LIBS)
+
+# Fuzzers grow their corpus in build/; the seeds are test/fuzz/corpus/NAME/.
+fuzz: fuzz-build
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) test/lib/run_fuzzers $(FUZZ)
+fuzz-build: $(FUZZ)
+
+build/fuzz/core/%.o: src/core/%.c .build-flags
+	@mkdir -p $(@D)
+	clang $(PLAIN_CFLAGS) $(SANITIZE) -fsanitize=fuzzer-no-link $(PLAIN_CPPFLAGS) -c -o $@ $<
+build/fuzz/fuzz_%: test/fuzz/fuzz_%.c $(FUZZ_CORE) .build-flags
+	@mkdir -p $(@D) && rm -f $@
+	clang $(PLAIN_CFLAGS) $(SANITIZE) -fsanitize=fuzzer $(PLAIN_CPPFLAGS) -o $@ $< $(FUZZ_CORE) $(PLAIN_LIBS)
+
+tools: $(TOOLS)
+
+build/tools/core/%.o: src/core/%.c .build-flags
+	@mkdir -p $(@D)
+	$(CC) $(PLAIN_CFLAGS) -O2 $(PLAIN_CPPFLAGS) -c -o $@ $<
+bin/%: src/tools/%.c $(TOOL_CORE) .build-flags
+	@mkdir -p $(@D) && rm -f $@
+	$(CC) $(PLAIN_CFLAGS) -O2 $(PLAIN_CPPFLAGS) -o $@ $< $(TOOL_CORE) $(PLAIN_LIBS)
+
+-include $(wildcard build/*/*.d build/*/core/*.d bin/*.d)
+
+# What run-check asks.
+print-%:
+	@echo '$($*)'
+endif

@@ -1,0 +1,258 @@
+/* sql/event_store--1.0.sql */
+
+\echo Use "CREATE EXTENSION event_store" to load this file. \quit
+
+-- ---------------------------------------------------------------------------
+-- The access method
+-- ---------------------------------------------------------------------------
+
+COMMENT ON SCHEMA event_store IS 'event store: the table of events, functions to append, replay and follow them, and statistics';
+
+CREATE FUNCTION event_store.event_store_handler(internal)
+RETURNS table_am_handler
+AS 'MODULE_PATHNAME'
+LANGUAGE C STRICT;
+COMMENT ON FUNCTION event_store.event_store_handler(internal) IS 'handler of the table access method event_store';
+
+CREATE ACCESS METHOD event_store TYPE TABLE HANDLER event_store.event_store_handler;
+COMMENT ON ACCESS METHOD event_store IS 'immutable events, routed by context to shards that keep them in columnar segments';
+
+-- ---------------------------------------------------------------------------
+-- The table of events
+-- ---------------------------------------------------------------------------
+
+CREATE TABLE event_store.events (
+    position    bigint,
+    context_id  text COLLATE "C" NOT NULL,
+    version     bigint,
+    event_id    uuid,
+    event_type  text,
+    recorded_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    payload     jsonb,
+    metadata    jsonb
+) USING event_store;
+
+COMMENT ON TABLE event_store.events IS 'events of all contexts; append() and INSERT write it, replay(), read_all() and SELECT read it';
+COMMENT ON COLUMN event_store.events.position IS 'place in the one order of all events of the cluster; filled at commit';
+COMMENT ON COLUMN event_store.events.context_id IS 'stream, aggregate or case that the event belongs to; routes it to its shard';
+COMMENT ON COLUMN event_store.events.version IS '1, 2, 3 ... within the context; filled at commit; a given value is the expected version';
+COMMENT ON COLUMN event_store.events.event_id IS 'idempotency key: stored once within the context';
+COMMENT ON COLUMN event_store.events.event_type IS 'what happened';
+COMMENT ON COLUMN event_store.events.recorded_at IS 'when it was written, by the writer''s clock';
+COMMENT ON COLUMN event_store.events.payload IS 'the event''s data';
+COMMENT ON COLUMN event_store.events.metadata IS 'about the event: who, why, correlation';
+
+SELECT pg_catalog.pg_extension_config_dump('event_store.events', '');
+
+-- ---------------------------------------------------------------------------
+-- Writing
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION event_store.append(
+    context_id       text,
+    event_type       text,
+    payload          jsonb,
+    expected_version bigint DEFAULT NULL,
+    event_id         uuid DEFAULT NULL,
+    metadata         jsonb DEFAULT NULL,
+    store            regclass DEFAULT 'event_store.events',
+    OUT version      bigint,
+    OUT outcome      text)
+RETURNS record
+AS 'MODULE_PATHNAME', 'es_append'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION event_store.append(text, text, jsonb, bigint, uuid, jsonb, regclass) IS
+'appends one event; expected_version is the context''s version before it (0 = no event yet, -1 = some event, NULL = any), else 23505; returns the new version and "appended", or the version of the event with the same event_id and "already_there"';
+
+-- ---------------------------------------------------------------------------
+-- Reading
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION event_store.replay(
+    context_id   text,
+    event_type   text DEFAULT NULL,
+    from_version bigint DEFAULT NULL,
+    to_version   bigint DEFAULT NULL,
+    since        timestamptz DEFAULT NULL,
+    backward     boolean DEFAULT false,
+    max_count    bigint DEFAULT NULL,
+    store        regclass DEFAULT 'event_store.events')
+RETURNS SETOF event_store.events
+AS 'MODULE_PATHNAME', 'es_replay'
+LANGUAGE C STABLE PARALLEL RESTRICTED ROWS 50;
+COMMENT ON FUNCTION event_store.replay(text, text, bigint, bigint, timestamptz, boolean, bigint, regclass) IS
+'events of one context in order, from its shard; columns of a table of another shape come as jsonb payload';
+
+CREATE FUNCTION event_store.read_all(
+    after       bigint DEFAULT 0,
+    max_count   bigint DEFAULT NULL,
+    event_types text[] DEFAULT NULL,
+    store       regclass DEFAULT 'event_store.events')
+RETURNS SETOF event_store.events
+AS 'MODULE_PATHNAME', 'es_read_all'
+LANGUAGE C VOLATILE PARALLEL UNSAFE ROWS 1000;
+COMMENT ON FUNCTION event_store.read_all(bigint, bigint, text[], regclass) IS
+'events with position > after in order of position, up to the horizon: what is returned is never followed by an event before it';
+
+CREATE FUNCTION event_store.horizon(store regclass DEFAULT 'event_store.events')
+RETURNS bigint
+AS 'MODULE_PATHNAME', 'es_horizon_fn'
+LANGUAGE C VOLATILE PARALLEL RESTRICTED;
+COMMENT ON FUNCTION event_store.horizon(regclass) IS
+'every event of the table with a smaller position is visible to the caller''s snapshot or will never be';
+
+CREATE PROCEDURE event_store.wait_for_events(
+    after       bigint DEFAULT NULL,
+    context_id  text DEFAULT NULL,
+    timeout     interval DEFAULT NULL,
+    store       regclass DEFAULT 'event_store.events',
+    INOUT found boolean DEFAULT NULL)
+AS 'MODULE_PATHNAME', 'es_wait_for_events'
+LANGUAGE C;
+COMMENT ON PROCEDURE event_store.wait_for_events(bigint, text, interval, regclass, boolean) IS
+'waits until an event with position > after (default: the newest there is) can be read, of one context or of the whole table; ends its transaction; found is false after timeout (default: none)';
+
+CREATE FUNCTION event_store.shard_of(
+    context_id text,
+    store      regclass DEFAULT 'event_store.events')
+RETURNS integer
+AS 'MODULE_PATHNAME', 'es_shard_of'
+LANGUAGE C STABLE STRICT PARALLEL RESTRICTED;
+COMMENT ON FUNCTION event_store.shard_of(text, regclass) IS 'number of the shard that holds a context';
+
+-- ---------------------------------------------------------------------------
+-- Operating
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION event_store.flush(store regclass DEFAULT NULL)
+RETURNS void
+AS 'MODULE_PATHNAME', 'es_flush'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION event_store.flush(regclass) IS
+'returns when everything that was committed before lies in segments; of one table, or of all';
+
+CREATE FUNCTION event_store.sync()
+RETURNS void
+AS 'MODULE_PATHNAME', 'es_sync'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION event_store.sync() IS
+'returns when everything that was acknowledged is durable in PostgreSQL''s WAL and in the shards'' own files';
+
+CREATE FUNCTION event_store.relation_size(store regclass)
+RETURNS bigint
+AS 'MODULE_PATHNAME', 'es_relation_size_fn'
+LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED;
+COMMENT ON FUNCTION event_store.relation_size(regclass) IS
+'bytes of the table in the shards'' segment files and MemTables, and its metapage';
+
+CREATE FUNCTION event_store.pause_shard(shard integer)
+RETURNS void
+AS 'MODULE_PATHNAME', 'es_pause_shard'
+LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED;
+COMMENT ON FUNCTION event_store.pause_shard(integer) IS 'the shard takes nothing from its queues until resume_shard; superuser';
+
+CREATE FUNCTION event_store.resume_shard(shard integer)
+RETURNS void
+AS 'MODULE_PATHNAME', 'es_resume_shard'
+LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED;
+COMMENT ON FUNCTION event_store.resume_shard(integer) IS 'ends pause_shard; superuser';
+
+CREATE FUNCTION event_store.release_wal(shard integer)
+RETURNS void
+AS 'MODULE_PATHNAME', 'es_release_wal'
+LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED;
+COMMENT ON FUNCTION event_store.release_wal(integer) IS
+'gives up the part of PostgreSQL''s WAL that a shard which cannot open still needs: events in it are lost; superuser';
+
+CREATE FUNCTION event_store.verify(
+    OUT shard integer, OUT file text, OUT "offset" bigint, OUT problem text,
+    OUT expected_checksum text, OUT found_checksum text)
+RETURNS SETOF record
+AS 'MODULE_PATHNAME', 'es_verify'
+LANGUAGE C VOLATILE PARALLEL UNSAFE ROWS 10;
+COMMENT ON FUNCTION event_store.verify() IS 'reads every page of every segment and lists all damage; no row = no damage';
+
+REVOKE ALL ON FUNCTION event_store.pause_shard(integer), event_store.resume_shard(integer),
+    event_store.release_wal(integer), event_store.verify() FROM PUBLIC;
+
+-- ---------------------------------------------------------------------------
+-- Statistics
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION event_store.stat_shards_fn(
+    OUT shard integer, OUT pid integer, OUT state text, OUT reason text, OUT paused boolean,
+    OUT generation bigint, OUT io_method text,
+    OUT messages bigint, OUT batches bigint, OUT rows bigint, OUT commits bigint, OUT aborts bigint, OUT duplicates bigint,
+    OUT queue_depth bigint, OUT queue_high_water bigint, OUT queue_full_waits bigint, OUT queue_full_wait_us bigint, OUT queue_timeouts bigint,
+    OUT staged_transactions bigint, OUT staged_rows bigint, OUT staged_bytes bigint,
+    OUT memtable_rows bigint, OUT memtable_bytes bigint,
+    OUT segments bigint, OUT segment_rows bigint, OUT segment_bytes bigint, OUT pending_segments bigint, OUT flushes bigint,
+    OUT wal_direct_writes bigint, OUT wal_staged_writes bigint, OUT wal_groups bigint, OUT wal_frames bigint, OUT wal_bytes bigint, OUT wal_files bigint,
+    OUT fsyncs bigint, OUT fsync_us bigint, OUT fsync_histogram bigint[], OUT control_writes bigint, OUT manifest_records bigint,
+    OUT last_position bigint, OUT durable_position bigint, OUT flush_distance bigint,
+    OUT restart_lsn pg_lsn, OUT held_wal_bytes bigint,
+    OUT scans bigint, OUT replays bigint, OUT rows_sent bigint, OUT waiters bigint, OUT io_errors bigint, OUT corruptions bigint)
+RETURNS SETOF record
+AS 'MODULE_PATHNAME', 'es_stat_shards'
+LANGUAGE C VOLATILE PARALLEL RESTRICTED ROWS 4;
+COMMENT ON FUNCTION event_store.stat_shards_fn() IS 'what stat_shards shows';
+
+CREATE VIEW event_store.stat_shards AS SELECT * FROM event_store.stat_shards_fn();
+COMMENT ON VIEW event_store.stat_shards IS 'one row per shard: state, queues, memory, files, own WAL; counters since the server''s start';
+
+CREATE FUNCTION event_store.stat_tables_fn(
+    OUT store regclass, OUT storage_id bigint, OUT shard integer, OUT segments bigint, OUT segment_rows bigint, OUT segment_bytes bigint,
+    OUT raw_bytes bigint, OUT memtable_rows bigint, OUT memtable_bytes bigint, OUT staged_rows bigint, OUT pending_rows bigint,
+    OUT min_position bigint, OUT max_position bigint)
+RETURNS SETOF record
+AS 'MODULE_PATHNAME', 'es_stat_tables'
+LANGUAGE C VOLATILE PARALLEL RESTRICTED ROWS 10;
+COMMENT ON FUNCTION event_store.stat_tables_fn() IS 'what the shards hold of the tables of this database; stat_tables sums it up';
+
+CREATE FUNCTION event_store.table_roles(store regclass,
+    OUT context_id name, OUT "position" name, OUT version name, OUT event_id name, OUT event_type name, OUT storage_id bigint)
+RETURNS record
+AS 'MODULE_PATHNAME', 'es_table_roles'
+LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED;
+COMMENT ON FUNCTION event_store.table_roles(regclass) IS 'names of the columns that have a role in an event_store table, NULL = none, and its storage id';
+
+CREATE VIEW event_store.stat_tables AS
+SELECT c.oid::regclass AS store,
+       r.storage_id,
+       r.context_id AS context_column, r."position" AS position_column, r.version AS version_column,
+       r.event_id AS event_id_column, r.event_type AS event_type_column,
+       coalesce(sum(s.segments), 0)::bigint AS segments,
+       coalesce(sum(s.segment_rows), 0)::bigint AS segment_rows,
+       coalesce(sum(s.segment_bytes), 0)::bigint AS segment_bytes,
+       coalesce(sum(s.raw_bytes), 0)::bigint AS raw_bytes,
+       coalesce(sum(s.memtable_rows), 0)::bigint AS memtable_rows,
+       coalesce(sum(s.memtable_bytes), 0)::bigint AS memtable_bytes,
+       coalesce(sum(s.staged_rows), 0)::bigint AS staged_rows,
+       coalesce(sum(s.pending_rows), 0)::bigint AS pending_rows,
+       min(nullif(s.min_position, 0)) AS min_position,
+       max(s.max_position) AS max_position
+FROM pg_catalog.pg_class c
+     JOIN pg_catalog.pg_am a ON a.oid = c.relam AND a.amname = 'event_store'
+     CROSS JOIN LATERAL event_store.table_roles(c.oid) r
+     LEFT JOIN event_store.stat_tables_fn() s ON s.storage_id = r.storage_id
+WHERE c.relkind = 'r'
+GROUP BY c.oid, r.storage_id, r.context_id, r."position", r.version, r.event_id, r.event_type;
+COMMENT ON VIEW event_store.stat_tables IS 'one row per event_store table of this database: role columns, segments, rows in memory';
+
+CREATE FUNCTION event_store.stat_segments_fn(
+    OUT store regclass, OUT storage_id bigint, OUT shard integer, OUT segment text, OUT rows bigint, OUT contexts bigint,
+    OUT zones integer, OUT bytes bigint, OUT raw_bytes bigint, OUT min_position bigint, OUT max_position bigint, OUT pending boolean)
+RETURNS SETOF record
+AS 'MODULE_PATHNAME', 'es_stat_segments'
+LANGUAGE C VOLATILE PARALLEL RESTRICTED ROWS 100;
+COMMENT ON FUNCTION event_store.stat_segments_fn() IS 'what stat_segments shows';
+
+CREATE VIEW event_store.stat_segments AS SELECT * FROM event_store.stat_segments_fn();
+COMMENT ON VIEW event_store.stat_segments IS 'one row per segment file of this database';
+
+GRANT USAGE ON SCHEMA event_store TO PUBLIC;
+REVOKE ALL ON FUNCTION event_store.stat_shards_fn(), event_store.stat_tables_fn(), event_store.stat_segments_fn(),
+    event_store.table_roles(regclass) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION event_store.stat_shards_fn(), event_store.stat_tables_fn(), event_store.stat_segments_fn(),
+    event_store.table_roles(regclass) TO pg_monitor;
+GRANT SELECT ON event_store.stat_shards, event_store.stat_tables, event_store.stat_segments TO pg_monitor;

@@ -1,0 +1,848 @@
+/*-------------------------------------------------------------------------
+ *
+ * manifest.c
+ *	  Codec of manifest records and the state that they build.
+ *
+ * Building.  An edit is the record itself, growing: room for its header, then the
+ * parts.  Each part is checked when it is added by the same functions that check
+ * it when it is read, so that no record is written which a later start
+ * would refuse.
+ *
+ * Applying.  Parts change the state one after the other, because a later part of a
+ * record may need an earlier one (a segment in the place of those it was merged
+ * from, a pending segment adopted at once).  Before a part changes an entry, the
+ * entry as it was goes to a list; a part that does not fit takes all of them back in
+ * reverse order, and only when the last part was applied is freed what the old
+ * entries owned.  An entry in the list and the one in the state never own the
+ * same memory.
+ *
+ * Reading.  A record counts if its checksum, which includes the one before it, is right.
+ * Where the first record fails is decided by durable_len; but a file
+ * without a good first record is damaged wherever that is, because it only ever comes
+ * into being complete, by rename.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/manifest.h"
+#include "core/segment.h"
+
+#define MAX_RECORD		UINT32_C(0x7fffffff)
+
+/* ---- what makes a part valid by itself ---- */
+
+static inline uint64_t
+bitmap_len(uint64_t nrows)
+{
+	return (nrows + 63) / 64 * 8;
+}
+
+/* A segment that never was pending. */
+static bool
+segment_valid(const EsManifestSegment *s)
+{
+	return s->id != 0 && s->table.reserved == 0 && (s->flags & ES_SEGMENT_PENDING) == 0 &&
+		s->nrows <= ES_MAX_POSITION &&
+		s->min_position <= s->max_position && s->max_position <= ES_MAX_POSITION &&
+		s->min_fxid <= s->max_fxid;
+}
+
+static bool
+pending_valid(const EsManifestSegment *s)
+{
+	return s->id != 0 && s->table.reserved == 0 && (s->flags & ES_SEGMENT_PENDING) != 0 &&
+		s->nrows <= ES_MAX_POSITION &&
+		s->min_position == 0 && s->max_position == 0 &&
+		s->min_fxid == s->max_fxid && s->min_fxid != 0;
+}
+
+static bool
+adopt_valid(const EsManifestAdopt *a)
+{
+	return a->id != 0 && a->dead_bitmap_len % 8 == 0 &&
+		a->base <= ES_MAX_POSITION && a->min_position <= a->max_position &&
+		a->max_position <= ES_MAX_POSITION;
+}
+
+/* Does the adoption fit the segment that it is for? */
+static bool
+adopt_fits(const EsManifestAdopt *a, const uint8_t *dead_bitmap, const EsManifestEntry *e)
+{
+	uint64_t	ndead = 0;
+
+	if (!e->pending || e->segment.min_fxid != a->fxid)
+		return false;
+	if (a->dead_bitmap_len == 0)
+		return a->nlive == e->segment.nrows;
+	if (a->dead_bitmap_len != bitmap_len(e->segment.nrows))
+		return false;
+	for (uint64_t row = 0; row < e->segment.nrows; row++)
+		ndead += (dead_bitmap[row / 8] >> (row % 8)) & 1;
+	return a->nlive == e->segment.nrows - ndead;
+}
+
+/* ---- building a record ---- */
+
+struct EsManifestEdit
+{
+	char	   *buffer;
+	size_t		len;
+	size_t		cap;
+	uint32_t	nparts;
+};
+
+static void
+edit_restart(EsManifestEdit *e)
+{
+	e->len = sizeof(EsManifestRecord);
+	e->nparts = 0;
+}
+
+EsManifestEdit *
+es_manifest_edit_create(void)
+{
+	EsManifestEdit *e = calloc(1, sizeof(*e));
+
+	if (e == NULL)
+		return NULL;
+	e->cap = 512;
+	e->buffer = malloc(e->cap);
+	if (e->buffer == NULL)
+	{
+		free(e);
+		return NULL;
+	}
+	edit_restart(e);
+	return e;
+}
+
+void
+es_manifest_edit_free(EsManifestEdit *e)
+{
+	if (e == NULL)
+		return;
+	free(e->buffer);
+	free(e);
+}
+
+/* Adds a part that consists of a struct and up to two arrays. */
+static EsStatus
+edit_part(EsManifestEdit *e, EsManifestPartType type, const void *fixed, size_t fixed_len,
+		  const void *array1, size_t len1, const void *array2, size_t len2)
+{
+	EsManifestPart part = {.type = type};
+	size_t		len = sizeof(part) + fixed_len + len1 + len2;
+
+	if (e->nparts == UINT16_MAX || len > MAX_RECORD - e->len)
+		return ES_ERR_TOO_LARGE;
+	if (e->len + len > e->cap)
+	{
+		size_t		cap = e->cap * 2 > e->len + len ? e->cap * 2 : e->len + len;
+		char	   *grown = realloc(e->buffer, cap);
+
+		if (grown == NULL)
+			return ES_ERR_NOMEM;
+		e->buffer = grown;
+		e->cap = cap;
+	}
+	part.len = (uint32_t) len;
+	memcpy(e->buffer + e->len, &part, sizeof(part));
+	e->len += sizeof(part);
+	memcpy(e->buffer + e->len, fixed, fixed_len);
+	e->len += fixed_len;
+	if (len1 > 0)
+		memcpy(e->buffer + e->len, array1, len1);
+	e->len += len1;
+	if (len2 > 0)
+		memcpy(e->buffer + e->len, array2, len2);
+	e->len += len2;
+	e->nparts++;
+	return ES_OK;
+}
+
+EsStatus
+es_manifest_edit_segment(EsManifestEdit *e, const EsManifestSegment *s)
+{
+	if (!segment_valid(s))
+		return ES_ERR_ARGUMENT;
+	return edit_part(e, ES_PART_SEGMENT, s, sizeof(*s), NULL, 0, NULL, 0);
+}
+
+EsStatus
+es_manifest_edit_pending(EsManifestEdit *e, const EsManifestPending *p, const uint64_t *starts)
+{
+	if (!pending_valid(&p->segment) || p->reserved != 0)
+		return ES_ERR_ARGUMENT;
+	return edit_part(e, ES_PART_PENDING, p, sizeof(*p), starts, p->nstarts * sizeof(uint64_t), NULL, 0);
+}
+
+EsStatus
+es_manifest_edit_adopt(EsManifestEdit *e, const EsManifestAdopt *a, const uint8_t *dead_bitmap,
+					   const int64_t *first_versions)
+{
+	if (!adopt_valid(a))
+		return ES_ERR_ARGUMENT;
+	return edit_part(e, ES_PART_ADOPT, a, sizeof(*a), dead_bitmap, a->dead_bitmap_len,
+					 first_versions, a->nfirst_versions * sizeof(int64_t));
+}
+
+EsStatus
+es_manifest_edit_drop(EsManifestEdit *e, uint64_t id)
+{
+	EsManifestDrop d = {.id = id};
+
+	if (id == 0)
+		return ES_ERR_ARGUMENT;
+	return edit_part(e, ES_PART_DROP, &d, sizeof(d), NULL, 0, NULL, 0);
+}
+
+EsStatus
+es_manifest_edit_flushed(EsManifestEdit *e, EsOwnLsn up_to)
+{
+	EsManifestFlushed f = {.up_to = up_to};
+
+	return edit_part(e, ES_PART_FLUSHED, &f, sizeof(f), NULL, 0, NULL, 0);
+}
+
+EsStatus
+es_manifest_edit_drop_storage(EsManifestEdit *e, const EsTableKey *table)
+{
+	if (table->reserved != 0)
+		return ES_ERR_ARGUMENT;
+	return edit_part(e, ES_PART_DROP_STORAGE, table, sizeof(*table), NULL, 0, NULL, 0);
+}
+
+/* CRC of a record, its own field taken as 0, and of the CRC before it. */
+static uint32_t
+record_crc(const char *record, size_t len, uint32_t prev_crc)
+{
+	EsManifestRecord h;
+	uint32_t	crc;
+
+	memcpy(&h, record, sizeof(h));
+	h.crc = 0;
+	crc = es_crc32c(0, &h, sizeof(h));
+	crc = es_crc32c(crc, record + sizeof(h), len - sizeof(h));
+	return es_crc32c(crc, &prev_crc, sizeof(prev_crc));
+}
+
+EsStatus
+es_manifest_edit_record(EsManifestEdit *e, uint32_t prev_crc, const void **record,
+						size_t *len, uint32_t *crc)
+{
+	EsManifestRecord h = {
+		.magic = ES_MANIFEST_MAGIC,
+		.version = ES_FORMAT_VERSION,
+		.nparts = (uint16_t) e->nparts,
+		.len = (uint32_t) e->len
+	};
+
+	if (e->nparts == 0)
+		return ES_ERR_ARGUMENT;
+	memcpy(e->buffer, &h, sizeof(h));
+	h.crc = record_crc(e->buffer, e->len, prev_crc);
+	memcpy(e->buffer, &h, sizeof(h));
+	*record = e->buffer;
+	*len = e->len;
+	*crc = h.crc;
+	return ES_OK;
+}
+
+/* ---- the state ---- */
+
+void
+es_manifest_state_init(EsManifestState *state)
+{
+	memset(state, 0, sizeof(*state));
+}
+
+static void
+entry_free(EsManifestEntry *entry)
+{
+	free(entry->dead_bitmap);
+	free(entry->first_versions);
+	free(entry->starts);
+}
+
+void
+es_manifest_state_free(EsManifestState *state)
+{
+	for (uint32_t i = 0; i < state->nentries; i++)
+		entry_free(&state->entries[i]);
+	free(state->entries);
+	es_manifest_state_init(state);
+}
+
+/* Index of the first entry whose id is not below id. */
+static uint32_t
+lower_bound(const EsManifestState *state, uint64_t id)
+{
+	uint32_t	low = 0;
+	uint32_t	high = state->nentries;
+
+	/* ids grow, so new ones mostly go to the end */
+	if (high > 0 && state->entries[high - 1].segment.id < id)
+		return high;
+	while (low < high)
+	{
+		uint32_t	mid = low + (high - low) / 2;
+
+		if (state->entries[mid].segment.id < id)
+			low = mid + 1;
+		else
+			high = mid;
+	}
+	return low;
+}
+
+EsManifestEntry *
+es_manifest_find(EsManifestState *state, uint64_t id)
+{
+	uint32_t	i = lower_bound(state, id);
+
+	return i < state->nentries && state->entries[i].segment.id == id ? &state->entries[i] : NULL;
+}
+
+static EsStatus
+reserve_entry(EsManifestState *state)
+{
+	if (state->nentries == state->allocated)
+	{
+		uint32_t	n = state->allocated < 16 ? 16 : state->allocated * 2;
+		EsManifestEntry *grown = realloc(state->entries, n * sizeof(*grown));
+
+		if (grown == NULL)
+			return ES_ERR_NOMEM;
+		state->entries = grown;
+		state->allocated = n;
+	}
+	return ES_OK;
+}
+
+/* There is room: reserve_entry() was called. */
+static void
+insert_entry(EsManifestState *state, const EsManifestEntry *entry)
+{
+	uint32_t	i = lower_bound(state, entry->segment.id);
+
+	memmove(&state->entries[i + 1], &state->entries[i],
+			(state->nentries - i) * sizeof(*state->entries));
+	state->entries[i] = *entry;
+	state->nentries++;
+}
+
+static void
+remove_entry(EsManifestState *state, uint32_t i)
+{
+	state->nentries--;
+	memmove(&state->entries[i], &state->entries[i + 1],
+			(state->nentries - i) * sizeof(*state->entries));
+}
+
+/* ---- applying a record ---- */
+
+/* One change of the state: what stood at this id before it. */
+typedef struct Change
+{
+	bool		existed;		/* else before.segment.id is all that counts */
+	EsManifestEntry before;
+} Change;
+
+typedef struct Applier
+{
+	EsManifestState *state;
+	EsManifestHead old_head;
+	EsOwnLsn	old_flushed_up_to;
+	Change	   *changes;
+	uint32_t	nchanges;
+	uint32_t	allocated;
+	EsError    *err;
+	uint64_t	where;			/* of the part at hand */
+} Applier;
+
+static EsStatus
+no_memory(Applier *a)
+{
+	return es_fail(a->err, ES_ERR_NOMEM, a->where, "no memory for the manifest");
+}
+
+static EsStatus
+reserve_change(Applier *a)
+{
+	if (a->nchanges == a->allocated)
+	{
+		uint32_t	n = a->allocated == 0 ? 8 : a->allocated * 2;
+		Change	   *grown = realloc(a->changes, n * sizeof(*grown));
+
+		if (grown == NULL)
+			return no_memory(a);
+		a->changes = grown;
+		a->allocated = n;
+	}
+	return ES_OK;
+}
+
+static void
+revert(Applier *a)
+{
+	while (a->nchanges > 0)
+	{
+		Change	   *change = &a->changes[--a->nchanges];
+		EsManifestEntry *now = es_manifest_find(a->state, change->before.segment.id);
+
+		if (now != NULL)
+		{
+			entry_free(now);
+			remove_entry(a->state, (uint32_t) (now - a->state->entries));
+		}
+		/* the array never shrank, so what was there has its place */
+		if (change->existed)
+			insert_entry(a->state, &change->before);
+	}
+	a->state->head = a->old_head;
+	a->state->flushed_up_to = a->old_flushed_up_to;
+}
+
+static void
+commit(Applier *a)
+{
+	for (uint32_t i = 0; i < a->nchanges; i++)
+		if (a->changes[i].existed)
+			entry_free(&a->changes[i].before);
+}
+
+/* Adds *entry, whose memory becomes the state's or is freed. */
+static EsStatus
+apply_add(Applier *a, EsManifestEntry *entry)
+{
+	EsManifestState *state = a->state;
+	EsStatus	status;
+
+	if (es_manifest_find(state, entry->segment.id) != NULL)
+	{
+		entry_free(entry);
+		return es_fail(a->err, ES_ERR_CORRUPT, a->where, "segment %016" PRIx64 " is added twice",
+					   entry->segment.id);
+	}
+	status = reserve_change(a);
+	if (status == ES_OK && reserve_entry(state) != ES_OK)
+		status = no_memory(a);
+	if (status != ES_OK)
+	{
+		entry_free(entry);
+		return status;
+	}
+	a->changes[a->nchanges++] = (Change) {.existed = false,.before.segment.id = entry->segment.id};
+	insert_entry(state, entry);
+	if (entry->segment.id >= state->head.next_segment_id)
+		state->head.next_segment_id = entry->segment.id + 1;
+	return ES_OK;
+}
+
+static EsStatus
+apply_drop(Applier *a, uint64_t id)
+{
+	EsManifestEntry *e = es_manifest_find(a->state, id);
+	EsStatus	status;
+
+	if (e == NULL)
+		return es_fail(a->err, ES_ERR_CORRUPT, a->where, "segment %016" PRIx64 " is dropped but not there", id);
+	status = reserve_change(a);
+	if (status != ES_OK)
+		return status;
+	a->changes[a->nchanges++] = (Change) {.existed = true,.before = *e};
+	remove_entry(a->state, (uint32_t) (e - a->state->entries));
+	return ES_OK;
+}
+
+static EsStatus
+apply_drop_storage(Applier *a, const EsTableKey *table)
+{
+	EsManifestState *state = a->state;
+	EsStatus	status;
+
+	for (uint32_t i = state->nentries; i-- > 0;)
+	{
+		if (!es_table_key_equal(&state->entries[i].segment.table, table))
+			continue;
+		status = apply_drop(a, state->entries[i].segment.id);
+		if (status != ES_OK)
+			return status;
+	}
+	return ES_OK;
+}
+
+/* Copy of an array from a record; *ok becomes false if there is no memory. */
+static void *
+copy_array(const void *array, size_t len, bool *ok)
+{
+	void	   *copy;
+
+	if (len == 0)
+		return NULL;
+	copy = malloc(len);
+	if (copy == NULL)
+		*ok = false;
+	else
+		memcpy(copy, array, len);
+	return copy;
+}
+
+static EsStatus
+apply_pending(Applier *a, const EsManifestPending *p)
+{
+	bool		ok = true;
+	EsManifestEntry entry = {
+		.segment = p->segment,
+		.pending = true,
+		.starts = copy_array(p + 1, p->nstarts * sizeof(uint64_t), &ok),
+		.nstarts = p->nstarts
+	};
+
+	if (!ok)
+		return no_memory(a);
+	return apply_add(a, &entry);
+}
+
+static EsStatus
+apply_adopt(Applier *a, const EsManifestAdopt *adopt)
+{
+	const uint8_t *bitmap = (const uint8_t *) (adopt + 1);
+	EsManifestEntry *e = es_manifest_find(a->state, adopt->id);
+	EsManifestEntry after;
+	bool		ok = true;
+	EsStatus	status;
+
+	if (e == NULL || !adopt_fits(adopt, bitmap, e))
+		return es_fail(a->err, ES_ERR_CORRUPT, a->where,
+					   "adoption of segment %016" PRIx64 " does not fit what is there", adopt->id);
+	status = reserve_change(a);
+	if (status != ES_OK)
+		return status;
+
+	after = *e;
+	after.pending = false;
+	after.adopted = true;
+	after.base = adopt->base;
+	after.nlive = adopt->nlive;
+	after.segment.min_position = adopt->min_position;
+	after.segment.max_position = adopt->max_position;
+	/* recovery may see the FINISH again and must find its batches: the copy is the new entry's */
+	after.starts = copy_array(e->starts, e->nstarts * sizeof(uint64_t), &ok);
+	after.dead_bitmap = copy_array(bitmap, adopt->dead_bitmap_len, &ok);
+	after.first_versions = copy_array(bitmap + adopt->dead_bitmap_len,
+									  adopt->nfirst_versions * sizeof(int64_t), &ok);
+	after.nfirst_versions = adopt->nfirst_versions;
+	if (!ok)
+	{
+		entry_free(&after);
+		return no_memory(a);
+	}
+	a->changes[a->nchanges++] = (Change) {.existed = true,.before = *e};
+	*e = after;
+	return ES_OK;
+}
+
+/* Applies one part; what follows its header are `len` bytes at `body`. */
+static EsStatus
+apply_part(Applier *a, uint32_t type, const void *body, size_t len, bool head_allowed)
+{
+	EsManifestState *state = a->state;
+
+	switch (type)
+	{
+		case ES_PART_HEAD:
+			{
+				const EsManifestHead *head = body;
+
+				if (len != sizeof(*head) || !head_allowed)
+					break;
+				state->head = *head;
+				return ES_OK;
+			}
+		case ES_PART_SEGMENT:
+			{
+				const EsManifestSegment *s = body;
+				EsManifestEntry entry = {0};
+
+				if (len != sizeof(*s) || !segment_valid(s))
+					break;
+				entry.segment = *s;
+				entry.nlive = s->nrows;
+				return apply_add(a, &entry);
+			}
+		case ES_PART_PENDING:
+			{
+				const EsManifestPending *p = body;
+
+				if (len < sizeof(*p) || !pending_valid(&p->segment) || p->reserved != 0 ||
+					len - sizeof(*p) != p->nstarts * sizeof(uint64_t))
+					break;
+				return apply_pending(a, p);
+			}
+		case ES_PART_ADOPT:
+			{
+				const EsManifestAdopt *adopt = body;
+
+				if (len < sizeof(*adopt) || !adopt_valid(adopt) ||
+					len - sizeof(*adopt) != adopt->dead_bitmap_len + adopt->nfirst_versions * sizeof(int64_t))
+					break;
+				return apply_adopt(a, adopt);
+			}
+		case ES_PART_DROP:
+			{
+				const EsManifestDrop *drop = body;
+
+				if (len != sizeof(*drop))
+					break;
+				return apply_drop(a, drop->id);
+			}
+		case ES_PART_FLUSHED:
+			{
+				const EsManifestFlushed *f = body;
+
+				if (len != sizeof(*f) || f->up_to < state->flushed_up_to)
+					break;
+				state->flushed_up_to = f->up_to;
+				return ES_OK;
+			}
+		case ES_PART_DROP_STORAGE:
+			{
+				const EsTableKey *table = body;
+
+				if (len != sizeof(*table) || table->reserved != 0)
+					break;
+				return apply_drop_storage(a, table);
+			}
+		default:
+			break;
+	}
+	return es_fail(a->err, ES_ERR_CORRUPT, a->where, "manifest part of type %u and %zu bytes is not valid here",
+				   type, len);
+}
+
+/* first: this is the first record of a file, which must begin with the head. */
+static EsStatus
+apply_record(EsManifestState *state, const char *record, size_t len, bool first,
+			 uint64_t where, EsError *err)
+{
+	const EsManifestRecord *h = (const EsManifestRecord *) record;
+	size_t		at = sizeof(*h);
+	EsStatus	status = ES_OK;
+	Applier		a = {
+		.state = state,
+		.old_head = state->head,
+		.old_flushed_up_to = state->flushed_up_to,
+		.err = err
+	};
+
+	for (uint32_t i = 0; i < h->nparts && status == ES_OK; i++)
+	{
+		const EsManifestPart *part = (const EsManifestPart *) (record + at);
+
+		a.where = where + at;
+		if (len - at < sizeof(*part) || part->len < sizeof(*part) || part->len % 8 != 0 ||
+			part->len > len - at)
+			status = es_fail(err, ES_ERR_CORRUPT, a.where, "manifest part %u does not fit its record", i);
+		else if (first && i == 0 && part->type != ES_PART_HEAD)
+			status = es_fail(err, ES_ERR_CORRUPT, a.where, "manifest does not begin with its head");
+		else
+		{
+			status = apply_part(&a, part->type, part + 1, part->len - sizeof(*part), first && i == 0);
+			at += part->len;
+		}
+	}
+	if (status == ES_OK && at != len)
+		status = es_fail(err, ES_ERR_CORRUPT, where + at, "manifest record has %zu bytes behind its parts",
+						 len - at);
+	if (status == ES_OK)
+		commit(&a);
+	else
+		revert(&a);
+	free(a.changes);
+	return status;
+}
+
+/* Is there a record's header at buf, of which len bytes are left, with a length that fits? */
+static bool
+header_fits(const char *buf, size_t len)
+{
+	const EsManifestRecord *h = (const EsManifestRecord *) buf;
+
+	return len >= sizeof(*h) && h->magic == ES_MANIFEST_MAGIC && h->len >= sizeof(*h) &&
+		h->len <= MAX_RECORD && h->len % 8 == 0 && h->len <= len;
+}
+
+/*
+ * On failure the state is as before.  The record's checksum is the business of who
+ * read it.  A head is accepted by a state that has none.
+ */
+EsStatus
+es_manifest_apply(EsManifestState *state, const void *record, size_t len, EsError *err)
+{
+	const EsManifestRecord *h = record;
+	const EsManifestPart *part;
+	bool		first = false;
+
+	if ((uintptr_t) record % 8 != 0)
+		return es_fail(err, ES_ERR_ARGUMENT, 0, "manifest record is not aligned");
+	if (!header_fits(record, len) || h->len != len)
+		return es_fail(err, ES_ERR_CORRUPT, 0, "manifest record is malformed");
+	if (h->version != ES_FORMAT_VERSION)
+		return es_fail(err, ES_ERR_VERSION, 0, "manifest record has format version %u, this program knows %u",
+					   h->version, ES_FORMAT_VERSION);
+	if (state->head.generation == 0 && state->nentries == 0 && len >= sizeof(*h) + sizeof(*part))
+	{
+		part = (const EsManifestPart *) (h + 1);
+		first = part->type == ES_PART_HEAD;
+	}
+	return apply_record(state, record, len, first, 0, err);
+}
+
+/* state must be empty.  After a failure it is only good for es_manifest_state_free. */
+EsStatus
+es_manifest_read(EsManifestState *state, const void *file, size_t len, uint64_t durable_len,
+				 uint64_t *valid_len, uint32_t *last_crc, EsError *err)
+{
+	const char *base = file;
+	size_t		at = 0;
+	uint32_t	prev_crc = 0;
+	EsStatus	status;
+
+	if ((uintptr_t) file % 8 != 0 || state->nentries != 0)
+		return es_fail(err, ES_ERR_ARGUMENT, 0, "manifest image is not aligned, or the state not empty");
+	for (;;)
+	{
+		const EsManifestRecord *h = (const EsManifestRecord *) (base + at);
+		uint32_t	crc = 0;
+		bool		fits = header_fits(base + at, len - at);
+
+		if (fits)
+			crc = record_crc(base + at, h->len, prev_crc);
+		if (!fits || crc != h->crc)
+		{
+			if (at > 0 && at >= durable_len)
+				break;
+			if (at == len)
+				return es_fail(err, ES_ERR_CORRUPT, at, "manifest ends before %" PRIu64 " bytes that were durable",
+							   durable_len);
+			if (fits)
+				return es_fail_crc(err, at, h->crc, crc, "manifest record");
+			return es_fail(err, ES_ERR_CORRUPT, at, "manifest record is malformed");
+		}
+		if (h->version != ES_FORMAT_VERSION)
+			return es_fail(err, ES_ERR_VERSION, at, "manifest record has format version %u, this program knows %u",
+						   h->version, ES_FORMAT_VERSION);
+		status = apply_record(state, base + at, h->len, at == 0, at, err);
+		if (status != ES_OK)
+			return status;
+		prev_crc = crc;
+		at += h->len;
+	}
+	*valid_len = at;
+	*last_crc = prev_crc;
+	return ES_OK;
+}
+
+/* ---- rewriting ---- */
+
+typedef struct Image
+{
+	char	   *data;
+	size_t		len;
+	size_t		cap;
+	uint32_t	crc;
+} Image;
+
+/* Appends the edit as a record and starts it anew. */
+static EsStatus
+image_append(Image *image, EsManifestEdit *e)
+{
+	const void *record;
+	size_t		len;
+	EsStatus	status;
+
+	status = es_manifest_edit_record(e, image->crc, &record, &len, &image->crc);
+	if (status != ES_OK)
+		return status;
+	if (image->len + len > image->cap)
+	{
+		size_t		cap = image->cap * 2 > image->len + len ? image->cap * 2 : image->len + len;
+		char	   *grown = realloc(image->data, cap);
+
+		if (grown == NULL)
+			return ES_ERR_NOMEM;
+		image->data = grown;
+		image->cap = cap;
+	}
+	memcpy(image->data + image->len, record, len);
+	image->len += len;
+	edit_restart(e);
+	return ES_OK;
+}
+
+/* An adopted segment is written as what it was, pending, and its adoption. */
+static EsStatus
+edit_entry(EsManifestEdit *e, const EsManifestEntry *entry)
+{
+	EsManifestPending p = {.segment = entry->segment,.nstarts = entry->nstarts};
+	EsStatus	status;
+
+	if (!entry->pending && !entry->adopted)
+		return es_manifest_edit_segment(e, &entry->segment);
+
+	p.segment.min_position = 0;
+	p.segment.max_position = 0;
+	status = es_manifest_edit_pending(e, &p, entry->starts);
+	if (status == ES_OK && entry->adopted)
+	{
+		EsManifestAdopt a = {
+			.id = entry->segment.id,
+			.fxid = entry->segment.min_fxid,
+			.base = entry->base,
+			.min_position = entry->segment.min_position,
+			.max_position = entry->segment.max_position,
+			.nlive = entry->nlive,
+			.dead_bitmap_len = entry->dead_bitmap ? (uint32_t) bitmap_len(entry->segment.nrows) : 0,
+			.nfirst_versions = entry->nfirst_versions
+		};
+
+		status = es_manifest_edit_adopt(e, &a, entry->dead_bitmap, entry->first_versions);
+	}
+	return status;
+}
+
+EsStatus
+es_manifest_rewrite(const EsManifestState *state, void **file, size_t *len, uint32_t *last_crc)
+{
+	EsManifestEdit *e = es_manifest_edit_create();
+	Image		image = {0};
+	EsStatus	status;
+
+	if (e == NULL)
+		return ES_ERR_NOMEM;
+	status = edit_part(e, ES_PART_HEAD, &state->head, sizeof(state->head), NULL, 0, NULL, 0);
+	if (status == ES_OK && state->flushed_up_to != 0)
+		status = es_manifest_edit_flushed(e, state->flushed_up_to);
+	if (status == ES_OK)
+		status = image_append(&image, e);
+	for (uint32_t i = 0; i < state->nentries && status == ES_OK; i++)
+	{
+		status = edit_entry(e, &state->entries[i]);
+		if (status == ES_OK)
+			status = image_append(&image, e);
+	}
+	es_manifest_edit_free(e);
+	if (status != ES_OK)
+	{
+		free(image.data);
+		return status;
+	}
+	*file = image.data;
+	*len = image.len;
+	*last_crc = image.crc;
+	return ES_OK;
+}

@@ -1,0 +1,865 @@
+/*-------------------------------------------------------------------------
+ *
+ * message.c
+ *	  The payload of our logical messages in PostgreSQL's WAL, and FINISH.
+ *
+ * Writing.  A writer keeps pointers to the caller's parts, which therefore must stay
+ * until es_message_end(), and copies them straight into the records.  Only a
+ * payload that is worth compressing and comes in several parts is joined
+ * first, because LZ4 wants its input in one piece.  The last writer ended is
+ * kept with its buffers for the next es_message_begin(): a process logs one
+ * message at a time, and a small one then costs no malloc.  (Hence this part is
+ * for one thread only.)
+ *
+ * Reading.  A record is checked by itself: es_message_check().  What it claims
+ * about the whole message (stored_len up to 2 GB) is believed only as far as
+ * pieces really come: the assembler's buffer grows with them, and the memory for the
+ * uncompressed payload, at most 255 times what came, is asked for at the end.
+ *
+ * FINISH is written into one growing buffer; lengths and counts are put into
+ * the headers when what they count is complete.  The check follows the same
+ * order and insists that each table, section and payload ends where its
+ * header says.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <lz4.h>
+
+#include "core/message.h"
+
+#define MAX_PAYLOAD		UINT32_C(0x7fffffff)
+#define PIECE_ROOM		(ES_MESSAGE_MAX_RECORD - sizeof(EsMessageHeader))
+
+/* An LZ4 sequence yields at most 255 bytes for each byte of its own. */
+#define LZ4_MAX_RATIO	255
+
+/* Buffers larger than this are not kept for the next message. */
+#define KEEP_MEMORY		(256 * 1024)
+
+/* ---- writing ---- */
+
+struct EsMessageWriter
+{
+	EsMessageHeader header;		/* what all pieces share */
+	uint32_t	npieces;
+	const EsPart *parts;		/* the stored payload: the caller's parts or `whole` */
+	int			nparts;
+	EsPart		whole;
+	EsPart	   *own_parts;		/* copy of the caller's array */
+	int			own_parts_cap;
+	char	   *buffer;			/* joined and compressed payload */
+	size_t		buffer_cap;
+};
+
+static EsMessageWriter *spare_writer = NULL;
+
+static void
+writer_free(EsMessageWriter *w)
+{
+	if (w == NULL)
+		return;
+	free(w->own_parts);
+	free(w->buffer);
+	free(w);
+}
+
+void
+es_message_end(EsMessageWriter *w)
+{
+	if (w == NULL)
+		return;
+	if (spare_writer != NULL || w->buffer_cap > KEEP_MEMORY || w->own_parts_cap > 1024)
+		writer_free(w);
+	else
+		spare_writer = w;
+}
+
+static bool
+kind_valid(int kind)
+{
+	return kind >= ES_MESSAGE_BATCH && kind <= ES_MESSAGE_MARK;
+}
+
+static EsStatus
+compress_payload(EsMessageWriter *w)
+{
+	size_t		raw_len = w->header.raw_len;
+	size_t		room = raw_len - 1; /* more would not be smaller */
+	size_t		need = w->nparts == 1 ? room : raw_len + room;
+	const char *raw;
+	int			stored_len;
+
+	if (need > w->buffer_cap)
+	{
+		free(w->buffer);
+		w->buffer_cap = 0;
+		w->buffer = malloc(need);
+		if (w->buffer == NULL)
+			return ES_ERR_NOMEM;
+		w->buffer_cap = need;
+	}
+	if (w->nparts == 1)
+		raw = w->parts[0].data;
+	else
+	{
+		char	   *joined = w->buffer + room;
+
+		raw = joined;
+		for (int i = 0; i < w->nparts; i++)
+		{
+			if (w->parts[i].len == 0)
+				continue;
+			memcpy(joined, w->parts[i].data, w->parts[i].len);
+			joined += w->parts[i].len;
+		}
+	}
+	stored_len = LZ4_compress_default(raw, w->buffer, (int) raw_len, (int) room);
+	if (stored_len > 0)
+	{
+		w->header.flags = ES_MESSAGE_LZ4;
+		w->header.stored_len = (uint32_t) stored_len;
+		w->whole = (EsPart) {w->buffer, (size_t) stored_len};
+		w->parts = &w->whole;
+		w->nparts = 1;
+	}
+	return ES_OK;
+}
+
+EsStatus
+es_message_begin(EsMessageWriter **writer, EsMessageKind kind,
+				 const uint8_t uuid[ES_UUID_LEN], EsFxid fxid, uint16_t shard,
+				 const EsPart *parts, int nparts)
+{
+	EsMessageWriter *w = spare_writer;
+	size_t		total = 0;
+	EsStatus	status;
+
+	*writer = NULL;
+	if (!kind_valid(kind) || nparts < 0)
+		return ES_ERR_ARGUMENT;
+	for (int i = 0; i < nparts; i++)
+	{
+		if (parts[i].len > MAX_PAYLOAD - total)
+			return ES_ERR_TOO_LARGE;
+		total += parts[i].len;
+	}
+
+	if (w != NULL)
+		spare_writer = NULL;
+	else if ((w = calloc(1, sizeof(*w))) == NULL)
+		return ES_ERR_NOMEM;
+	if (nparts > w->own_parts_cap)
+	{
+		free(w->own_parts);
+		w->own_parts_cap = 0;
+		w->own_parts = malloc((size_t) nparts * sizeof(EsPart));
+		if (w->own_parts == NULL)
+		{
+			writer_free(w);
+			return ES_ERR_NOMEM;
+		}
+		w->own_parts_cap = nparts;
+	}
+	if (nparts > 0)
+		memcpy(w->own_parts, parts, (size_t) nparts * sizeof(EsPart));
+	w->parts = w->own_parts;
+	w->nparts = nparts;
+
+	memset(&w->header, 0, sizeof(w->header));
+	w->header.magic = ES_MESSAGE_MAGIC;
+	w->header.version = ES_FORMAT_VERSION;
+	w->header.kind = (uint8_t) kind;
+	memcpy(w->header.store_uuid, uuid, ES_UUID_LEN);
+	w->header.fxid = fxid;
+	w->header.shard = shard;
+	w->header.raw_len = (uint32_t) total;
+	w->header.stored_len = (uint32_t) total;
+	if (total >= ES_MESSAGE_COMPRESS_MIN && total <= LZ4_MAX_INPUT_SIZE)
+	{
+		status = compress_payload(w);
+		if (status != ES_OK)
+		{
+			writer_free(w);
+			return status;
+		}
+	}
+	w->npieces = (uint32_t) ((w->header.stored_len + PIECE_ROOM - 1) / PIECE_ROOM);
+	if (w->npieces == 0)
+		w->npieces = 1;
+	*writer = w;
+	return ES_OK;
+}
+
+uint32_t
+es_message_npieces(const EsMessageWriter *w)
+{
+	return w->npieces;
+}
+
+/* CRC of a message's header, with its crc taken as 0, and the bytes behind. */
+static uint32_t
+message_crc(const EsMessageHeader *header, const void *piece)
+{
+	EsMessageHeader h = *header;
+
+	h.crc = 0;
+	return es_crc32c(es_crc32c(0, &h, sizeof(h)), piece, h.piece_len);
+}
+
+EsStatus
+es_message_piece(EsMessageWriter *w, uint32_t piece, EsLsn first_start,
+				 void *buf, size_t *len)
+{
+	EsMessageHeader h = w->header;
+	size_t		skip = (size_t) piece * PIECE_ROOM;
+	size_t		left;
+	char	   *out = (char *) buf + sizeof(h);
+
+	if (piece >= w->npieces || (piece == 0) != (first_start == 0))
+		return ES_ERR_ARGUMENT;
+
+	left = h.stored_len - skip < PIECE_ROOM ? h.stored_len - skip : PIECE_ROOM;
+	h.first_start = first_start;
+	h.piece = piece;
+	h.npieces = piece == w->npieces - 1 ? w->npieces : 0;
+	h.piece_len = (uint32_t) left;
+	*len = sizeof(h) + left;
+
+	for (int i = 0; i < w->nparts && left > 0; i++)
+	{
+		const EsPart *p = &w->parts[i];
+		size_t		n;
+
+		if (skip >= p->len)
+		{
+			skip -= p->len;
+			continue;
+		}
+		n = p->len - skip < left ? p->len - skip : left;
+		memcpy(out, (const char *) p->data + skip, n);
+		out += n;
+		left -= n;
+		skip = 0;
+	}
+	h.crc = message_crc(&h, (char *) buf + sizeof(h));
+	memcpy(buf, &h, sizeof(h));
+	return ES_OK;
+}
+
+/* ---- reading ---- */
+
+EsStatus
+es_message_check(const void *buf, size_t len, const EsMessageHeader **header,
+				 const void **piece, EsError *err)
+{
+	const EsMessageHeader *h = buf;
+	const char *bytes = (const char *) buf + sizeof(*h);
+	uint32_t	crc;
+	bool		lengths_fit;
+	bool		piece_fits;
+
+	if ((uintptr_t) buf % 8 != 0)
+		return es_fail(err, ES_ERR_ARGUMENT, 0, "message is not aligned");
+	if (len < sizeof(*h))
+		return es_fail(err, ES_ERR_TRUNCATED, len, "message ends in its header");
+	if (h->magic != ES_MESSAGE_MAGIC)
+		return es_fail(err, ES_ERR_CORRUPT, 0, "message has magic %08x instead of %08x",
+					   h->magic, ES_MESSAGE_MAGIC);
+	if (h->version != ES_FORMAT_VERSION)
+		return es_fail(err, ES_ERR_VERSION, 0, "message has format version %u, this program knows %u",
+					   h->version, ES_FORMAT_VERSION);
+	if (h->piece_len != len - sizeof(*h))
+		return es_fail(err, ES_ERR_CORRUPT, 0, "message with %u bytes of payload lies in a record of %zu",
+					   h->piece_len, len);
+	crc = message_crc(h, bytes);
+	if (crc != h->crc)
+		return es_fail_crc(err, 0, h->crc, crc, "message");
+
+	/* The checksum says that a program of ours wrote this; the rest holds what readers rely on. */
+	if (!kind_valid(h->kind) || (h->flags & ~ES_MESSAGE_LZ4) != 0)
+		return es_fail(err, ES_ERR_CORRUPT, 0, "message has unknown kind %u or flags %02x",
+					   h->kind, h->flags);
+	if (h->flags & ES_MESSAGE_LZ4)
+		lengths_fit = h->stored_len > 0 && h->stored_len < h->raw_len &&
+			h->raw_len <= MAX_PAYLOAD && h->raw_len / LZ4_MAX_RATIO <= h->stored_len;
+	else
+		lengths_fit = h->stored_len == h->raw_len && h->raw_len <= MAX_PAYLOAD;
+	if (!lengths_fit)
+		return es_fail(err, ES_ERR_CORRUPT, 0, "message has %u bytes, stored as %u",
+					   h->raw_len, h->stored_len);
+
+	/* npieces is given in the last piece, which is the whole payload if it is the first one as well */
+	if (h->npieces != 0)
+		piece_fits = h->npieces - 1 == h->piece && (h->piece == 0) == (h->piece_len == h->stored_len);
+	else
+		piece_fits = h->piece_len < h->stored_len;
+	if (!piece_fits || len > ES_MESSAGE_MAX_RECORD || h->piece_len > h->stored_len ||
+		(h->piece_len == 0 && h->stored_len != 0) || (h->piece == 0) != (h->first_start == 0))
+		return es_fail(err, ES_ERR_CORRUPT, 0, "piece %u of %u of a message has %u of %u bytes",
+					   h->piece, h->npieces, h->piece_len, h->stored_len);
+
+	*header = h;
+	*piece = bytes;
+	return ES_OK;
+}
+
+struct EsMessageAssembler
+{
+	EsMessageHeader first;		/* header of piece 0 */
+	EsLsn		first_start;	/* as the later pieces say */
+	uint32_t	next_piece;
+	bool		closed;			/* complete, or failed */
+	char	   *stored;
+	size_t		stored_len;
+	size_t		stored_cap;
+};
+
+EsMessageAssembler *
+es_assembler_create(void)
+{
+	return calloc(1, sizeof(EsMessageAssembler));
+}
+
+void
+es_assembler_free(EsMessageAssembler *a)
+{
+	if (a == NULL)
+		return;
+	free(a->stored);
+	free(a);
+}
+
+/* Does the piece continue the message? */
+static bool
+piece_continues(const EsMessageAssembler *a, const EsMessageHeader *h)
+{
+	const EsMessageHeader *f = &a->first;
+
+	if (h->piece != a->next_piece)
+		return false;
+	if (h->piece > 0)
+	{
+		if (h->kind != f->kind || h->flags != f->flags || h->fxid != f->fxid ||
+			h->shard != f->shard || h->raw_len != f->raw_len || h->stored_len != f->stored_len ||
+			memcmp(h->store_uuid, f->store_uuid, ES_UUID_LEN) != 0)
+			return false;
+		if (h->piece > 1 && h->first_start != a->first_start)
+			return false;
+	}
+	if (h->piece_len > h->stored_len - a->stored_len)
+		return false;
+	/* the last piece, and no other one, ends the payload */
+	return (h->npieces != 0) == (a->stored_len + h->piece_len == h->stored_len);
+}
+
+static EsStatus
+append_piece(EsMessageAssembler *a, const void *piece, size_t len, size_t total)
+{
+	size_t		need = a->stored_len + len;
+
+	if (need > a->stored_cap || a->stored == NULL)
+	{
+		size_t		cap = a->stored_cap * 2 > need ? a->stored_cap * 2 : need;
+		char	   *grown;
+
+		if (cap > total)
+			cap = total;
+		if (cap == 0)
+			cap = 1;			/* an empty payload is not NULL */
+		grown = realloc(a->stored, cap);
+		if (grown == NULL)
+			return ES_ERR_NOMEM;
+		a->stored = grown;
+		a->stored_cap = cap;
+	}
+	memcpy(a->stored + a->stored_len, piece, len);
+	a->stored_len += len;
+	return ES_OK;
+}
+
+static EsStatus
+decompress(const EsMessageHeader *h, const char *stored, void **payload, EsError *err)
+{
+	char	   *raw = malloc(h->raw_len);
+	int			n;
+
+	if (raw == NULL)
+		return es_fail(err, ES_ERR_NOMEM, 0, "no memory for a message of %u bytes", h->raw_len);
+	n = LZ4_decompress_safe(stored, raw, (int) h->stored_len, (int) h->raw_len);
+	if (n < 0 || (uint32_t) n != h->raw_len)
+	{
+		free(raw);
+		return es_fail(err, ES_ERR_CORRUPT, 0, "message of %u bytes does not decompress to %u",
+					   h->stored_len, h->raw_len);
+	}
+	*payload = raw;
+	return ES_OK;
+}
+
+/* After the last piece, and after a failure, the assembler takes nothing more. */
+EsStatus
+es_assembler_add(EsMessageAssembler *a, const EsMessageHeader *header,
+				 const void *piece, void **payload, size_t *payload_len, EsError *err)
+{
+	const char *stored = piece;
+	EsStatus	status;
+
+	*payload = NULL;
+	*payload_len = 0;
+	if (a->closed)
+		return es_fail(err, ES_ERR_ARGUMENT, 0, "a piece comes after the message's end");
+	if (!piece_continues(a, header))
+	{
+		a->closed = true;
+		return es_fail(err, ES_ERR_CORRUPT, 0, "piece %u of a message comes where piece %u should",
+					   header->piece, a->next_piece);
+	}
+	if (header->piece == 0)
+		a->first = *header;
+	else
+		a->first_start = header->first_start;
+	a->next_piece++;
+
+	/* a compressed message in one piece is used where it lies */
+	if (header->npieces != 1 || !(header->flags & ES_MESSAGE_LZ4))
+	{
+		if (append_piece(a, piece, header->piece_len, header->stored_len) != ES_OK)
+		{
+			a->closed = true;
+			return es_fail(err, ES_ERR_NOMEM, 0, "no memory for a message of %u bytes",
+						   header->stored_len);
+		}
+		stored = a->stored;
+	}
+	if (header->npieces == 0)
+		return ES_OK;
+
+	a->closed = true;
+	if (header->flags & ES_MESSAGE_LZ4)
+	{
+		status = decompress(header, stored, payload, err);
+		if (status != ES_OK)
+			return status;
+		free(a->stored);
+	}
+	else
+		*payload = a->stored;
+	a->stored = NULL;
+	*payload_len = header->raw_len;
+	return ES_OK;
+}
+
+/* ---- checking a FINISH ---- */
+
+static inline uint64_t
+bitmap_len(uint64_t nrows)
+{
+	return (nrows + 63) / 64 * 8;
+}
+
+/*
+ * Checks the table at buf, of which len bytes are left; where is its offset
+ * for messages.
+ */
+static EsStatus
+check_table(const EsSectionHeader *section, const char *buf, size_t len,
+			uint64_t where, EsError *err)
+{
+	const EsFinishTable *t = (const EsFinishTable *) buf;
+	const uint64_t *starts = (const uint64_t *) (t + 1);
+	const EsFirstVersion *versions;
+	size_t		at = sizeof(*t);
+	uint64_t	nrows = 0;
+	uint64_t	next_ordinal = 0;
+	EsStatus	status;
+
+	if (len < sizeof(*t) || t->len < sizeof(*t) || t->len > len || t->len % 8 != 0)
+		return es_fail(err, ES_ERR_CORRUPT, where, "table in FINISH does not fit its section");
+	len = t->len;
+	if (t->table.reserved != 0 ||
+		(t->flags & ~(uint32_t) (ES_FINISH_GIVEN_POSITIONS | ES_FINISH_GIVEN_VERSIONS |
+								 ES_FINISH_NOT_TAKEN)) != 0)
+		return es_fail(err, ES_ERR_CORRUPT, where, "table in FINISH has unknown flags %x", t->flags);
+
+	if (t->nlogged > (len - at) / sizeof(uint64_t))
+		return es_fail(err, ES_ERR_CORRUPT, where, "table in FINISH has no room for %u logged batches",
+					   t->nlogged);
+	for (uint32_t i = 0; i < t->nlogged; i++)
+		if (starts[i] == 0)
+			return es_fail(err, ES_ERR_CORRUPT, where, "logged batch %u of a FINISH has no start", i);
+	at += t->nlogged * sizeof(uint64_t);
+
+	for (uint32_t i = 0; i < t->ninline; i++)
+	{
+		EsBatchView v;
+		uint64_t	last;
+
+		status = es_batch_open(buf + at, len - at, &v, err);
+		if (status != ES_OK)
+		{
+			/* what lies in something complete is not cut off, but damaged */
+			if (status == ES_ERR_TRUNCATED)
+				status = ES_ERR_CORRUPT;
+			if (err != NULL)
+			{
+				err->status = status;
+				err->offset += where + at;
+			}
+			return status;
+		}
+		if (!es_table_key_equal(&v.header->table, &t->table))
+			return es_fail(err, ES_ERR_CORRUPT, where + at, "batch in FINISH belongs to another table");
+		if (v.header->nrows > 0)
+		{
+			last = es_batch_ordinal(&v, v.header->nrows - 1);
+			if (es_batch_ordinal(&v, 0) < next_ordinal)
+				return es_fail(err, ES_ERR_CORRUPT, where + at, "batches in FINISH are not in order");
+			if (!(t->flags & ES_FINISH_GIVEN_POSITIONS) && last >= section->npositions)
+				return es_fail(err, ES_ERR_CORRUPT, where + at,
+							   "ordinal %" PRIu64 " in FINISH is beyond its %" PRIu64 " positions",
+							   last, section->npositions);
+			next_ordinal = last + 1;
+		}
+		nrows += v.header->nrows;
+		at += v.header->total_len;
+	}
+	if (nrows > t->nrows || (t->nlogged == 0 && nrows != t->nrows) ||
+		t->nrows - nrows > (uint64_t) t->nlogged * ES_BATCH_MAX_ROWS)
+		return es_fail(err, ES_ERR_CORRUPT, where, "FINISH counts %" PRIu64 " rows, but has %" PRIu64 " in %u batches",
+					   t->nrows, nrows, t->ninline);
+
+	if (t->flags & ES_FINISH_NOT_TAKEN)
+	{
+		if (bitmap_len(t->nrows) > len - at)
+			return es_fail(err, ES_ERR_CORRUPT, where, "table in FINISH has no room for its bitmap");
+		at += bitmap_len(t->nrows);
+	}
+	if (t->nversions > ES_FINISH_MAX_VERSIONS ||
+		t->nversions * sizeof(EsFirstVersion) != len - at)
+		return es_fail(err, ES_ERR_CORRUPT, where, "table in FINISH has %zu bytes for %u versions",
+					   len - at, t->nversions);
+	versions = (const EsFirstVersion *) (buf + at);
+	for (uint32_t i = 0; i < t->nversions; i++)
+		if (versions[i].first_version <= 0)
+			return es_fail(err, ES_ERR_CORRUPT, where + at, "FINISH has a first version below 1");
+	return ES_OK;
+}
+
+static bool
+positions_valid(EsPosition base, uint64_t npositions)
+{
+	return base <= ES_MAX_POSITION && npositions <= ES_MAX_POSITION + 1 - base;
+}
+
+/* where: offset of the section, for messages. */
+static EsStatus
+check_section(const char *buf, size_t len, uint64_t where, EsError *err)
+{
+	const EsSectionHeader *s = (const EsSectionHeader *) buf;
+	size_t		at = sizeof(*s);
+	EsStatus	status;
+
+	if (len < sizeof(*s))
+		return es_fail(err, ES_ERR_TRUNCATED, where + len, "section of FINISH ends in its header");
+	if (s->len != len || s->len % 8 != 0)
+		return es_fail(err, ES_ERR_CORRUPT, where, "section of FINISH has %u bytes where there are %zu",
+					   s->len, len);
+	if (s->shard >= ES_MAX_SHARDS)
+		return es_fail(err, ES_ERR_CORRUPT, where, "section of FINISH is for shard %u", s->shard);
+	if (!positions_valid(s->base, s->npositions))
+		return es_fail(err, ES_ERR_CORRUPT, where, "positions of FINISH are out of range");
+	for (uint32_t i = 0; i < s->ntables; i++)
+	{
+		status = check_table(s, buf + at, len - at, where + at, err);
+		if (status != ES_OK)
+			return status;
+		at += ((const EsFinishTable *) (buf + at))->len;
+	}
+	if (at != len)
+		return es_fail(err, ES_ERR_CORRUPT, where + at, "section of FINISH has %zu bytes behind its tables",
+					   len - at);
+	return ES_OK;
+}
+
+EsStatus
+es_section_check(const void *buf, size_t len, EsError *err)
+{
+	if ((uintptr_t) buf % 8 != 0)
+		return es_fail(err, ES_ERR_ARGUMENT, 0, "section is not aligned");
+	return check_section(buf, len, 0, err);
+}
+
+EsStatus
+es_finish_check(const void *buf, size_t len, EsError *err)
+{
+	const EsFinishHeader *f = buf;
+	const char *base = buf;
+	size_t		at = sizeof(*f);
+	uint32_t	shards = 0;
+	EsStatus	status;
+
+	if ((uintptr_t) buf % 8 != 0)
+		return es_fail(err, ES_ERR_ARGUMENT, 0, "FINISH is not aligned");
+	if (len < sizeof(*f))
+		return es_fail(err, ES_ERR_TRUNCATED, len, "FINISH ends in its header");
+	if (!positions_valid(f->base, f->npositions) || f->reserved != 0)
+		return es_fail(err, ES_ERR_CORRUPT, 0, "positions of FINISH are out of range");
+	for (uint32_t i = 0; i < f->nsections; i++)
+	{
+		const EsSectionHeader *s = (const EsSectionHeader *) (base + at);
+
+		if (len - at < sizeof(*s))
+			return es_fail(err, ES_ERR_TRUNCATED, len, "FINISH ends in section %u", i);
+		if (s->len > len - at || s->len < sizeof(*s))
+			return es_fail(err, ES_ERR_CORRUPT, at, "section %u of FINISH has %u bytes where %zu are left",
+						   i, s->len, len - at);
+		status = check_section(base + at, s->len, at, err);
+		if (status != ES_OK)
+			return status;
+		if (s->base != f->base || s->npositions != f->npositions)
+			return es_fail(err, ES_ERR_CORRUPT, at, "section %u of FINISH names other positions", i);
+		if (shards & (UINT32_C(1) << s->shard))
+			return es_fail(err, ES_ERR_CORRUPT, at, "FINISH has two sections for shard %u", s->shard);
+		shards |= UINT32_C(1) << s->shard;
+		at += s->len;
+	}
+	if (at != len)
+		return es_fail(err, ES_ERR_CORRUPT, at, "FINISH has %zu bytes behind its sections", len - at);
+	return ES_OK;
+}
+
+/* ---- reading a checked FINISH ---- */
+
+const EsSectionHeader *
+es_finish_section(const void *finish, uint16_t shard)
+{
+	const EsFinishHeader *f = finish;
+	const char *at = (const char *) (f + 1);
+
+	for (uint32_t i = 0; i < f->nsections; i++)
+	{
+		const EsSectionHeader *s = (const EsSectionHeader *) at;
+
+		if (s->shard == shard)
+			return s;
+		at += s->len;
+	}
+	return NULL;
+}
+
+const EsFinishTable *
+es_section_first(const EsSectionHeader *section)
+{
+	return section->ntables > 0 ? (const EsFinishTable *) (section + 1) : NULL;
+}
+
+const EsFinishTable *
+es_section_next(const EsSectionHeader *section, const EsFinishTable *table)
+{
+	const char *next = (const char *) table + table->len;
+
+	return next < (const char *) section + section->len ? (const EsFinishTable *) next : NULL;
+}
+
+void
+es_finish_table_view(const EsFinishTable *table, EsFinishTableView *view)
+{
+	const char *at = (const char *) (table + 1);
+
+	view->table = table;
+	view->batch_starts = (const uint64_t *) at;
+	at += table->nlogged * sizeof(uint64_t);
+	view->inline_batches = at;
+	for (uint32_t i = 0; i < table->ninline; i++)
+		at += ((const EsBatchHeader *) at)->total_len;
+	view->not_taken = NULL;
+	if (table->flags & ES_FINISH_NOT_TAKEN)
+	{
+		view->not_taken = (const uint8_t *) at;
+		at += bitmap_len(table->nrows);
+	}
+	view->versions = (const EsFirstVersion *) at;
+}
+
+/* ---- writing a FINISH ---- */
+
+struct EsFinishBuilder
+{
+	char	   *buffer;
+	size_t		len;
+	size_t		cap;
+	size_t		section;		/* offset of the open section, 0 = none */
+	uint32_t	shards;			/* bit k = shard k has its section */
+};
+
+EsFinishBuilder *
+es_finish_create(void)
+{
+	EsFinishBuilder *f = calloc(1, sizeof(EsFinishBuilder));
+
+	if (f == NULL)
+		return NULL;
+	f->cap = 1024;
+	f->buffer = malloc(f->cap);
+	if (f->buffer == NULL)
+	{
+		free(f);
+		return NULL;
+	}
+	es_finish_reset(f, 0, 0);
+	return f;
+}
+
+void
+es_finish_free(EsFinishBuilder *f)
+{
+	if (f == NULL)
+		return;
+	free(f->buffer);
+	free(f);
+}
+
+void
+es_finish_reset(EsFinishBuilder *f, EsPosition base, uint64_t npositions)
+{
+	EsFinishHeader h = {.base = base, .npositions = npositions};
+
+	if (f->cap > KEEP_MEMORY)
+	{
+		char	   *smaller = realloc(f->buffer, KEEP_MEMORY);
+
+		if (smaller != NULL)
+		{
+			f->buffer = smaller;
+			f->cap = KEEP_MEMORY;
+		}
+	}
+	memcpy(f->buffer, &h, sizeof(h));
+	f->len = sizeof(h);
+	f->section = 0;
+	f->shards = 0;
+}
+
+/* Makes room for len bytes more. */
+static EsStatus
+finish_room(EsFinishBuilder *f, size_t len)
+{
+	if (len > MAX_PAYLOAD - f->len)
+		return ES_ERR_TOO_LARGE;
+	if (f->len + len > f->cap)
+	{
+		size_t		cap = f->cap * 2 > f->len + len ? f->cap * 2 : f->len + len;
+		char	   *grown = realloc(f->buffer, cap);
+
+		if (grown == NULL)
+			return ES_ERR_NOMEM;
+		f->buffer = grown;
+		f->cap = cap;
+	}
+	return ES_OK;
+}
+
+static void
+finish_put(EsFinishBuilder *f, const void *data, size_t len)
+{
+	if (len > 0)
+		memcpy(f->buffer + f->len, data, len);
+	f->len += len;
+}
+
+EsStatus
+es_finish_begin_section(EsFinishBuilder *f, uint16_t shard)
+{
+	EsFinishHeader *h;
+	EsSectionHeader s = {.len = sizeof(s), .shard = shard};
+	EsStatus	status;
+
+	if (shard >= ES_MAX_SHARDS || (f->shards & (UINT32_C(1) << shard)))
+		return ES_ERR_ARGUMENT;
+	status = finish_room(f, sizeof(s));
+	if (status != ES_OK)
+		return status;
+	h = (EsFinishHeader *) f->buffer;
+	h->nsections++;
+	s.base = h->base;
+	s.npositions = h->npositions;
+	f->section = f->len;
+	f->shards |= UINT32_C(1) << shard;
+	finish_put(f, &s, sizeof(s));
+	return ES_OK;
+}
+
+/*
+ * A bitmap sets ES_FINISH_NOT_TAKEN by itself.  Each part of inline_batches is
+ * one finished batch.  On failure the builder is as before the call.
+ */
+EsStatus
+es_finish_add_table(EsFinishBuilder *f, const EsTableKey *table, uint32_t relid,
+					uint32_t flags, uint64_t nrows, const uint64_t *batch_starts,
+					uint32_t nlogged, const EsPart *inline_batches, uint32_t ninline,
+					const uint8_t *not_taken, const EsFirstVersion *versions,
+					uint32_t nversions)
+{
+	EsFinishTable t = {.table = *table,.relid = relid,.nlogged = nlogged,.ninline = ninline,.nrows = nrows,.nversions = nversions};
+	EsSectionHeader *section = (EsSectionHeader *) (f->buffer + f->section);
+	uint64_t	len = sizeof(t) + nlogged * (uint64_t) sizeof(uint64_t);
+	EsStatus	status;
+
+	if (f->section == 0 || section->ntables == UINT16_MAX || nversions > ES_FINISH_MAX_VERSIONS)
+		return ES_ERR_ARGUMENT;
+	for (uint32_t i = 0; i < ninline; i++)
+	{
+		if (inline_batches[i].len % 8 != 0)
+			return ES_ERR_ARGUMENT;
+		if (inline_batches[i].len > MAX_PAYLOAD || len > MAX_PAYLOAD)
+			return ES_ERR_TOO_LARGE;
+		len += inline_batches[i].len;
+	}
+	t.table.reserved = 0;
+	t.flags = flags & ~(uint32_t) ES_FINISH_NOT_TAKEN;
+	if (not_taken != NULL)
+	{
+		if (nrows > (uint64_t) MAX_PAYLOAD * 8)
+			return ES_ERR_TOO_LARGE;
+		t.flags |= ES_FINISH_NOT_TAKEN;
+		len += bitmap_len(nrows);
+	}
+	len += nversions * sizeof(EsFirstVersion);
+	if (len > MAX_PAYLOAD)
+		return ES_ERR_TOO_LARGE;
+	status = finish_room(f, len);
+	if (status != ES_OK)
+		return status;
+
+	t.len = (uint32_t) len;
+	finish_put(f, &t, sizeof(t));
+	finish_put(f, batch_starts, nlogged * sizeof(uint64_t));
+	for (uint32_t i = 0; i < ninline; i++)
+		finish_put(f, inline_batches[i].data, inline_batches[i].len);
+	if (not_taken != NULL)
+	{
+		size_t		used = (nrows + 7) / 8;
+
+		finish_put(f, not_taken, used);
+		memset(f->buffer + f->len, 0, bitmap_len(nrows) - used);
+		f->len += bitmap_len(nrows) - used;
+	}
+	finish_put(f, versions, nversions * sizeof(EsFirstVersion));
+
+	section = (EsSectionHeader *) (f->buffer + f->section);
+	section->ntables++;
+	section->len += (uint32_t) len;
+	return ES_OK;
+}
+
+EsStatus
+es_finish_end(EsFinishBuilder *f, const void **payload, size_t *len)
+{
+	*payload = f->buffer;
+	*len = f->len;
+	return ES_OK;
+}

@@ -1,0 +1,481 @@
+/*-------------------------------------------------------------------------
+ *
+ * append.c
+ *	  event_store.append(): one event, with its version and its idempotency
+ *	  settled before it returns.
+ *
+ * The row goes through INSERT (SPI), so defaults, triggers, constraints, privileges and row
+ * security mean what they mean.  Before that the context's lock is taken and its
+ * shard asked for the committed version and the event id: under the lock nobody else can
+ * commit to the context, so what is returned is final if the transaction commits.
+ *
+ * From its 17th context on, a transaction takes no more locks at the statement
+ * (PROTOCOL.md 3): version is then NULL and COMMIT makes the check.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "access/transam.h"
+#include "access/xact.h"
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/jsonb.h"
+#include "utils/lsyscache.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/uuid.h"
+
+#include "ipc/channel.h"
+#include "ipc/shmem.h"
+#include "sqlfn/args.h"
+#include "tam/reader.h"
+#include "tam/tam.h"
+#include "tam/xact.h"
+
+PG_FUNCTION_INFO_V1(es_append);
+
+typedef struct AppendCall
+{
+	Relation	rel;
+	EsRoles		roles;
+	char	   *context_text;
+	EsContextArg context;
+	bool		has_event_id;
+	pg_uuid_t  *event_id;
+	FunctionCallInfo fcinfo;
+} AppendCall;
+
+/* Plans of INSERT per table and set of columns, for the life of the backend. */
+typedef struct InsertPlan
+{
+	Oid			relid;			/* hash key */
+	int			columns;		/* bits: event_type, payload, event_id, metadata, version */
+	SPIPlanPtr	plan;
+} InsertPlan;
+
+#define COL_EVENT_TYPE	0x01
+#define COL_PAYLOAD		0x02
+#define COL_EVENT_ID	0x04
+#define COL_METADATA	0x08
+#define COL_VERSION		0x10
+
+#define MAX_PLANS 64
+static InsertPlan plans[MAX_PLANS];
+static int	next_plan;
+
+static SPIPlanPtr
+insert_plan(AppendCall *a, int columns, Oid *argtypes)
+{
+	static const char *const names[] = {"event_type", "payload", "event_id", "metadata", "version"};
+	Oid			relid = RelationGetRelid(a->rel);
+	Form_pg_attribute context = TupleDescAttr(RelationGetDescr(a->rel), a->roles.context - 1);
+	StringInfoData sql;
+	StringInfoData values;
+	InsertPlan *p;
+	int			n = 1;
+
+	for (int i = 0; i < MAX_PLANS; i++)
+	{
+		if (plans[i].relid == relid && plans[i].columns == columns &&
+			plans[i].plan != NULL && SPI_plan_is_valid(plans[i].plan))
+			return plans[i].plan;
+	}
+
+	initStringInfo(&sql);
+	initStringInfo(&values);
+	appendStringInfo(&sql, "INSERT INTO %s (%s",
+					 quote_qualified_identifier(get_namespace_name(RelationGetNamespace(a->rel)),
+												RelationGetRelationName(a->rel)),
+					 quote_identifier(NameStr(context->attname)));
+	appendStringInfoString(&values, "$1");
+	for (int i = 0; i < (int) lengthof(names); i++)
+	{
+		if ((columns & (1 << i)) == 0)
+			continue;
+		n++;
+		appendStringInfo(&sql, ", %s", names[i]);
+		appendStringInfo(&values, ", $%d", n);
+	}
+	appendStringInfo(&sql, ") VALUES (%s)", values.data);
+
+	p = &plans[next_plan];
+	next_plan = (next_plan + 1) % MAX_PLANS;
+	if (p->plan != NULL)
+		SPI_freeplan(p->plan);
+	p->plan = NULL;
+	p->relid = relid;
+	p->columns = columns;
+	p->plan = SPI_prepare(sql.data, n, argtypes);
+	if (p->plan == NULL)
+		elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));
+	SPI_keepplan(p->plan);
+	return p->plan;
+}
+
+/* Runs the INSERT; returns whether a row was stored (a trigger may say no). */
+static bool
+insert_row(AppendCall *a, int64 version)
+{
+	FunctionCallInfo fcinfo = a->fcinfo;
+	TupleDesc	desc = RelationGetDescr(a->rel);
+	int			payload = es_column_number(a->rel, "payload");
+	int			metadata = es_column_number(a->rel, "metadata");
+	Oid			types[6];
+	Datum		args[6];
+	int			columns = 0;
+	int			n = 0;
+	bool		stored;
+
+	types[n] = TupleDescAttr(desc, a->roles.context - 1)->atttypid;
+	args[n++] = a->context.value;
+	if (!PG_ARGISNULL(1))
+	{
+		Form_pg_attribute att;
+
+		if (a->roles.event_type == 0)
+			ereport(ERROR,
+					(errcode(ERRCODE_UNDEFINED_COLUMN),
+					 errmsg("table \"%s\" has no column \"event_type\" of type text or an enum",
+							RelationGetRelationName(a->rel))));
+		att = TupleDescAttr(desc, a->roles.event_type - 1);
+		columns |= COL_EVENT_TYPE;
+		types[n] = att->atttypid;
+		if (att->atttypid == TEXTOID)
+			args[n++] = PG_GETARG_DATUM(1);
+		else
+		{
+			Oid			input;
+			Oid			ioparam;
+
+			getTypeInputInfo(att->atttypid, &input, &ioparam);
+			args[n++] = OidInputFunctionCall(input, TextDatumGetCString(PG_GETARG_DATUM(1)),
+											 ioparam, att->atttypmod);
+		}
+	}
+	if (!PG_ARGISNULL(2))
+	{
+		if (payload == 0 || TupleDescAttr(desc, payload - 1)->atttypid != JSONBOID)
+			ereport(ERROR,
+					(errcode(ERRCODE_UNDEFINED_COLUMN),
+					 errmsg("table \"%s\" has no column \"payload\" of type jsonb",
+							RelationGetRelationName(a->rel)),
+					 errhint("INSERT writes to tables of any shape.")));
+		columns |= COL_PAYLOAD;
+		types[n] = JSONBOID;
+		args[n++] = PG_GETARG_DATUM(2);
+	}
+	if (a->has_event_id)
+	{
+		columns |= COL_EVENT_ID;
+		types[n] = UUIDOID;
+		args[n++] = UUIDPGetDatum(a->event_id);
+	}
+	if (!PG_ARGISNULL(5))
+	{
+		if (metadata == 0 || TupleDescAttr(desc, metadata - 1)->atttypid != JSONBOID)
+			ereport(ERROR,
+					(errcode(ERRCODE_UNDEFINED_COLUMN),
+					 errmsg("table \"%s\" has no column \"metadata\" of type jsonb",
+							RelationGetRelationName(a->rel))));
+		columns |= COL_METADATA;
+		types[n] = JSONBOID;
+		args[n++] = PG_GETARG_DATUM(5);
+	}
+	if (version > 0)
+	{
+		columns |= COL_VERSION;
+		types[n] = INT8OID;
+		args[n++] = Int64GetDatum(version);
+	}
+
+	SPI_connect();
+	if (SPI_execute_plan(insert_plan(a, columns, types), args, NULL, false, 0) != SPI_OK_INSERT)
+		elog(ERROR, "unexpected result of INSERT: %s", SPI_result_code_string(SPI_result));
+	stored = SPI_processed > 0;
+	SPI_finish();
+	return stored;
+}
+
+/*
+ * What would this row's content hash be?  Only defaults, triggers and generated columns know, so
+ * the row is inserted in a subtransaction, which is rolled back.
+ */
+static void
+hash_of_row(AppendCall *a, uint64 result[2])
+{
+	MemoryContext old = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+	bool		stored;
+
+	BeginInternalSubTransaction(NULL);
+	PG_TRY();
+	{
+		stored = insert_row(a, 0);
+		memcpy(result, es_last_content_hash, sizeof(es_last_content_hash));
+		RollbackAndReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(old);
+		CurrentResourceOwner = owner;
+	}
+	PG_CATCH();
+	{
+		ErrorData  *error;
+
+		MemoryContextSwitchTo(old);
+		error = CopyErrorData();
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(old);
+		CurrentResourceOwner = owner;
+		ReThrowError(error);
+	}
+	PG_END_TRY();
+	if (!stored)
+		result[0] = result[1] = 0;
+}
+
+static void pg_attribute_noreturn()
+version_conflict(const AppendCall *a, int64 expected, int64 actual)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_UNIQUE_VIOLATION),
+			 errmsg("unexpected version of context \"%s\"", a->context_text),
+			 expected == -1 ? errdetail("Expected an existing context, but it has no event.") :
+			 errdetail("Expected version " INT64_FORMAT ", actual version " INT64_FORMAT ".",
+					   expected, actual),
+			 errhint("Replay the context and decide again."),
+			 errtable(a->rel)));
+	pg_unreachable();
+}
+
+static void pg_attribute_noreturn()
+content_conflict(const AppendCall *a)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_UNIQUE_VIOLATION),
+			 errmsg("event id %s already exists in context \"%s\" with other content",
+					DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(a->event_id))),
+					a->context_text),
+			 errtable(a->rel)));
+	pg_unreachable();
+}
+
+static void
+check_snapshot_sees(const AppendCall *a, EsFxid fxid)
+{
+	TransactionId xid;
+
+	if (!IsolationUsesXactSnapshot() || fxid == 0)
+		return;
+	xid = XidFromFullTransactionId(FullTransactionIdFromU64(fxid));
+	if (XidInMVCCSnapshot(xid, GetTransactionSnapshot()))
+		ereport(ERROR,
+				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+				 errmsg("could not serialize access due to a concurrent append to context \"%s\"",
+						a->context_text),
+				 errhint("The transaction might succeed if retried.")));
+}
+
+/*
+ * An event of the own transaction with this id in this context: its version (0 = NULL), and the hash of its
+ * content.
+ */
+static bool
+find_own_event(AppendCall *a, int64 *version, uint64 hash[2])
+{
+	StringInfoData filters;
+	EsReaderSpec spec;
+	EsReader   *reader;
+	TupleTableSlot *slot;
+	const void *value = a->event_id;
+	size_t		len = UUID_LEN;
+	Snapshot	snapshot;
+	bool		found = false;
+
+	initStringInfo(&filters);
+	es_filter_bytes(&filters, a->roles.event_id - 1, &value, &len, 1);
+	es_reader_spec_init(&spec);
+	spec.order = ES_ORDER_POSITION_DESC;	/* own rows come first */
+	spec.has_context = true;
+	spec.context = a->context.bytes;
+	spec.context_len = a->context.len;
+	spec.context_hash = a->context.hash;
+	spec.nfilters = 1;
+	spec.filters = filters.data;
+	spec.filters_len = filters.len;
+
+	CommandCounterIncrement();
+	snapshot = RegisterSnapshot(GetLatestSnapshot());
+	snapshot->curcid = GetCurrentCommandId(false);
+	reader = es_reader_begin(a->rel, snapshot, &spec);
+	slot = table_slot_create(a->rel, NULL);
+	if (es_reader_next(reader, slot) && es_reader_position(reader) == 0)
+	{
+		found = true;
+		*version = 0;
+		if (a->roles.version != 0 && !slot->tts_isnull[a->roles.version - 1])
+			*version = DatumGetInt64(slot->tts_values[a->roles.version - 1]);
+		es_content_hash(a->rel, slot, hash);
+	}
+	ExecDropSingleTupleTableSlot(slot);
+	es_reader_end(reader);
+	UnregisterSnapshot(snapshot);
+	return found;
+}
+
+static EsHeadAnswer *
+ask_head(const AppendCall *a)
+{
+	static const char zeros[8] = {0};
+	EsHeadRequest req = {.req = {.type = ES_REQ_HEAD},.table = es_table_info(a->rel)->key,
+	.hash = a->context.hash,.context_len = a->context.len,.has_event_id = a->has_event_id};
+	EsPart		parts[3] = {{&req, sizeof(req)}, {a->context.bytes, a->context.len},
+	{zeros, MAXALIGN(a->context.len) - a->context.len}};
+
+	if (a->has_event_id)
+		memcpy(req.event_id, a->event_id->data, UUID_LEN);
+	return (EsHeadAnswer *) es_channel_call(a->context.shard, &req.req, parts, 3);
+}
+
+static Datum
+result_row(FunctionCallInfo fcinfo, int64 version, const char *outcome)
+{
+	TupleDesc	desc;
+	Datum		values[2];
+	bool		nulls[2] = {version <= 0, false};
+
+	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+	values[0] = Int64GetDatum(version);
+	values[1] = CStringGetTextDatum(outcome);
+	return HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls));
+}
+
+Datum
+es_append(PG_FUNCTION_ARGS)
+{
+	AppendCall		a;
+	EsXactTable *t;
+	EsOwnContext *own;
+	EsHeadAnswer *head = NULL;
+	bool		has_expected = !PG_ARGISNULL(3);
+	int64		expected = has_expected ? PG_GETARG_INT64(3) : 0;
+	int64		actual = 0;
+	int64		version = 0;
+	bool		locked;
+	bool		stored;
+
+	if (PG_ARGISNULL(0))
+		ereport(ERROR,
+				(errcode(ERRCODE_NOT_NULL_VIOLATION),
+				 errmsg("context_id must not be NULL")));
+	if (has_expected && expected < -1)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("expected_version must be -1, 0 or a version"),
+				 errdetail("0 = no event yet, -1 = some event, NULL = any.")));
+
+	memset(&a, 0, sizeof(a));
+	a.fcinfo = fcinfo;
+	a.rel = es_open_store(fcinfo, 6, RowExclusiveLock, ACL_INSERT);
+	a.roles = es_table_info(a.rel)->roles;
+	a.context_text = text_to_cstring(PG_GETARG_TEXT_PP(0));
+	es_context_arg(a.rel, a.context_text, &a.context);
+	a.has_event_id = !PG_ARGISNULL(4);
+	if (a.has_event_id)
+		a.event_id = PG_GETARG_UUID_P(4);
+
+	if (has_expected && a.roles.version == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_COLUMN),
+				 errmsg("table \"%s\" has no column \"version\" of type bigint",
+						RelationGetRelationName(a.rel)),
+				 errhint("Expected versions need one.")));
+	if (a.has_event_id && a.roles.event_id == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_COLUMN),
+				 errmsg("table \"%s\" has no column \"event_id\" of type uuid",
+						RelationGetRelationName(a.rel))));
+
+	if (a.roles.version == 0 && a.roles.event_id == 0)
+	{
+		stored = insert_row(&a, 0);
+		table_close(a.rel, NoLock);
+		PG_RETURN_DATUM(result_row(fcinfo, 0, stored ? "appended" : "not_stored"));
+	}
+
+	t = es_xact_table_get(a.rel);
+	locked = es_lock_context(t, a.context.hash);
+	own = locked ? es_xact_context(t, a.context.hash) : NULL;
+	locked = own != NULL;
+
+	if (locked || a.has_event_id || expected == -1)
+		head = ask_head(&a);
+
+	if (a.has_event_id)
+	{
+		uint64		found_hash[2];
+		uint64		row_hash[2];
+		int64		found_version = 0;
+		bool		found = false;
+
+		if (head->event_found)
+		{
+			check_snapshot_sees(&a, head->event_fxid);
+			found = true;
+			found_version = head->event_version;
+			memcpy(found_hash, head->event_content, sizeof(found_hash));
+		}
+		else if (own == NULL || es_own_rows(own) > 0)
+			found = find_own_event(&a, &found_version, found_hash);
+		if (found)
+		{
+			hash_of_row(&a, row_hash);
+			if (memcmp(found_hash, row_hash, sizeof(row_hash)) != 0)
+				content_conflict(&a);
+			pg_atomic_fetch_add_u64(&es_shared->shards[a.context.shard].counters.duplicates, 1);
+			table_close(a.rel, NoLock);
+			PG_RETURN_DATUM(result_row(fcinfo, found_version, "already_there"));
+		}
+	}
+
+	if (locked)
+	{
+		check_snapshot_sees(&a, head->fxid);
+		actual = head->version + es_own_rows(own);
+		if (has_expected && (expected == -1 ? actual == 0 : actual != expected))
+			version_conflict(&a, expected, actual);
+		if (a.roles.version != 0)
+			version = actual + 1;
+		es_promise.active = true;
+		es_promise.relid = RelationGetRelid(a.rel);
+		es_promise.hash = a.context.hash;
+		es_promise.version = version;
+	}
+	else if (has_expected)
+	{
+		if (expected >= 0)
+			version = expected + 1; /* PREPARE checks it at COMMIT */
+		else if (head->version == 0)
+			version_conflict(&a, expected, 0);
+	}
+
+	PG_TRY();
+	{
+		stored = insert_row(&a, version);
+	}
+	PG_FINALLY();
+	{
+		es_promise.active = false;
+	}
+	PG_END_TRY();
+
+	table_close(a.rel, NoLock);
+	PG_RETURN_DATUM(result_row(fcinfo, stored && locked ? version : 0,
+							   stored ? "appended" : "not_stored"));
+}

@@ -1,0 +1,297 @@
+/*-------------------------------------------------------------------------
+ *
+ * args.c
+ *	  What the SQL functions share (args.h).
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "catalog/pg_type.h"
+#include "miscadmin.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
+#include "utils/jsonb.h"
+#include "utils/lsyscache.h"
+#include "utils/rel.h"
+#include "utils/typcache.h"
+
+#include "core/route.h"
+#include "ipc/protocol.h"
+#include "ipc/shmem.h"
+#include "sqlfn/args.h"
+#include "tam/tam.h"
+
+Relation
+es_open_store(FunctionCallInfo fcinfo, int arg, LOCKMODE lock, AclMode mode)
+{
+	Oid			relid;
+	Relation	rel;
+	AclResult	acl;
+
+	if (PG_ARGISNULL(arg))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("store must not be NULL")));
+	relid = PG_GETARG_OID(arg);
+	rel = es_table_open(relid, lock);
+	if (mode != 0)
+	{
+		acl = pg_class_aclcheck(relid, GetUserId(), mode);
+		if (acl != ACLCHECK_OK)
+			aclcheck_error(acl, OBJECT_TABLE, RelationGetRelationName(rel));
+	}
+	es_wait_store_ready();
+	return rel;
+}
+
+int
+es_column_number(Relation rel, const char *name)
+{
+	TupleDesc	desc = RelationGetDescr(rel);
+
+	for (int i = 0; i < desc->natts; i++)
+	{
+		Form_pg_attribute att = TupleDescAttr(desc, i);
+
+		if (!att->attisdropped && strcmp(NameStr(att->attname), name) == 0)
+			return i + 1;
+	}
+	return 0;
+}
+
+static Datum
+input_value(Relation rel, int attno, const char *text)
+{
+	Form_pg_attribute att = TupleDescAttr(RelationGetDescr(rel), attno - 1);
+	Oid			input;
+	Oid			ioparam;
+
+	getTypeInputInfo(att->atttypid, &input, &ioparam);
+	return OidInputFunctionCall(input, unconstify(char *, text), ioparam, att->atttypmod);
+}
+
+void
+es_context_arg(Relation rel, const char *text, EsContextArg *result)
+{
+	EsRoles		roles = es_table_info(rel)->roles;
+	Form_pg_attribute att = TupleDescAttr(RelationGetDescr(rel), roles.context - 1);
+	const void *value;
+
+	memset(result, 0, sizeof(*result));
+	result->value = input_value(rel, roles.context, text);
+	value = att->attbyval ? (const void *) &result->value : DatumGetPointer(result->value);
+	es_context_bytes(roles.context_class, att->attlen, value, &result->scratch,
+					 &result->bytes, &result->len);
+	result->hash = es_context_hash(roles.context_class, result->bytes, result->len);
+	result->shard = es_shard_of_hash(result->hash);
+}
+
+static void
+append_padded(StringInfo buf, const void *data, size_t len)
+{
+	static const char zeros[8] = {0};
+
+	if (len > 0)
+		appendBinaryStringInfo(buf, data, len);
+	appendBinaryStringInfo(buf, zeros, MAXALIGN(len) - len);
+}
+
+static size_t
+begin_filter(StringInfo buf, int column, int op, int kind, int nvalues)
+{
+	EsFilter	f = {.column = column,.op = op,.kind = kind,.nvalues = nvalues};
+	size_t		at = buf->len;
+
+	append_padded(buf, &f, sizeof(f));
+	return at;
+}
+
+static void
+end_filter(StringInfo buf, size_t at)
+{
+	uint64		len = buf->len - at;
+
+	memcpy(buf->data + at + offsetof(EsFilter, len), &len, sizeof(len));
+}
+
+void
+es_filter_int64(StringInfo buf, int column, int op, int64 value)
+{
+	size_t		at = begin_filter(buf, column, op, ES_FILTER_INT64, 1);
+
+	append_padded(buf, &value, sizeof(value));
+	end_filter(buf, at);
+}
+
+void
+es_filter_bytes(StringInfo buf, int column, const void *const *values,
+				const size_t *lens, int nvalues)
+{
+	size_t		at = begin_filter(buf, column, nvalues == 1 ? ES_FILTER_EQ : ES_FILTER_IN,
+								  ES_FILTER_BYTES, nvalues);
+
+	for (int i = 0; i < nvalues; i++)
+	{
+		uint64		len = lens[i];
+
+		append_padded(buf, &len, sizeof(len));
+		append_padded(buf, values[i], lens[i]);
+	}
+	end_filter(buf, at);
+}
+
+int
+es_event_type_values(Relation rel, ArrayType *types, Datum single, bool has_single,
+					 const void ***values, size_t **lens)
+{
+	int			attno = es_table_info(rel)->roles.event_type;
+	Form_pg_attribute att;
+	Datum	   *elems;
+	bool	   *nulls;
+	int			n;
+	int			used = 0;
+
+	if (attno == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_COLUMN),
+				 errmsg("table \"%s\" has no column \"event_type\" of type text or an enum",
+						RelationGetRelationName(rel))));
+	att = TupleDescAttr(RelationGetDescr(rel), attno - 1);
+	if (has_single)
+	{
+		elems = &single;
+		n = 1;
+		nulls = NULL;
+	}
+	else
+		deconstruct_array(types, TEXTOID, -1, false, TYPALIGN_INT, &elems, &nulls, &n);
+
+	*values = palloc(sizeof(void *) * Max(n, 1));
+	*lens = palloc(sizeof(size_t) * Max(n, 1));
+	for (int i = 0; i < n; i++)
+	{
+		Datum		value;
+
+		if (nulls != NULL && nulls[i])
+			continue;			/* equal to no event type */
+		if (att->atttypid == TEXTOID)
+		{
+			text	   *t = DatumGetTextPP(elems[i]);
+
+			(*values)[used] = VARDATA_ANY(t);
+			(*lens)[used] = VARSIZE_ANY_EXHDR(t);
+		}
+		else
+		{
+			Oid		   *oid = palloc(sizeof(Oid));
+
+			value = input_value(rel, attno, TextDatumGetCString(elems[i]));
+			*oid = DatumGetObjectId(value);
+			(*values)[used] = oid;
+			(*lens)[used] = sizeof(Oid);
+		}
+		used++;
+	}
+	return used;
+}
+
+/* ---- rows as events ---- */
+
+void
+es_event_map(Relation rel, EsEventMap *map)
+{
+	static const char *const names[EVENT_COLUMNS] = {
+		"position", "context_id", "version", "event_id", "event_type",
+		"recorded_at", "payload", "metadata"
+	};
+	static const Oid types[EVENT_COLUMNS] = {
+		INT8OID, InvalidOid, INT8OID, UUIDOID, InvalidOid, TIMESTAMPTZOID, JSONBOID, JSONBOID
+	};
+	TupleDesc	desc = RelationGetDescr(rel);
+	EsRoles		roles = es_table_info(rel)->roles;
+
+	memset(map, 0, sizeof(*map));
+	map->columns[0] = roles.position;
+	map->columns[1] = roles.context;
+	map->columns[2] = roles.version;
+	map->columns[3] = roles.event_id;
+	map->columns[4] = roles.event_type;
+	for (int i = 5; i < EVENT_COLUMNS; i++)
+	{
+		int			attno = es_column_number(rel, names[i]);
+
+		if (attno > 0 && TupleDescAttr(desc, attno - 1)->atttypid == types[i])
+			map->columns[i] = attno;
+	}
+	map->same_shape = map->columns[6] != 0;
+	map->outputs = palloc0(sizeof(FmgrInfo) * desc->natts);
+	for (int i = 0; i < 2; i++)
+	{
+		int			attno = i == 0 ? roles.context : roles.event_type;
+		Oid			output;
+		bool		varlena;
+
+		if (attno == 0)
+			continue;
+		getTypeOutputInfo(TupleDescAttr(desc, attno - 1)->atttypid, &output, &varlena);
+		fmgr_info(output, &map->outputs[attno - 1]);
+	}
+}
+
+static Datum
+as_text(const EsEventMap *map, TupleDesc desc, int attno, Datum value)
+{
+	if (TupleDescAttr(desc, attno - 1)->atttypid == TEXTOID)
+		return value;
+	return CStringGetTextDatum(OutputFunctionCall(&map->outputs[attno - 1], value));
+}
+
+/*
+ * The plain columns of a table of another shape: {"column": value, …} as row_to_json makes it,
+ * less the columns that have a place of their own.
+ */
+static Datum
+plain_columns(Relation rel, const EsEventMap *map, TupleTableSlot *slot)
+{
+	TupleDesc	desc = RelationGetDescr(rel);
+	HeapTuple	tuple = heap_form_tuple(desc, slot->tts_values, slot->tts_isnull);
+	Datum		whole = heap_copy_tuple_as_datum(tuple, desc);
+	Datum		names[EVENT_COLUMNS];
+	int			n = 0;
+
+	for (int i = 0; i < EVENT_COLUMNS; i++)
+	{
+		if (map->columns[i] > 0)
+			names[n++] = CStringGetTextDatum(NameStr(TupleDescAttr(desc, map->columns[i] - 1)->attname));
+	}
+	return DirectFunctionCall2(jsonb_delete_array,
+							   DirectFunctionCall1(jsonb_in,
+												   CStringGetDatum(TextDatumGetCString(DirectFunctionCall1(row_to_json, whole)))),
+							   PointerGetDatum(construct_array(names, n, TEXTOID, -1, false, TYPALIGN_INT)));
+}
+
+void
+es_event_values(Relation rel, const EsEventMap *map, TupleTableSlot *slot,
+				Datum *values, bool *nulls)
+{
+	TupleDesc	desc = RelationGetDescr(rel);
+
+	for (int i = 0; i < EVENT_COLUMNS; i++)
+	{
+		int			attno = map->columns[i];
+
+		nulls[i] = attno == 0 || slot->tts_isnull[attno - 1];
+		values[i] = nulls[i] ? (Datum) 0 : slot->tts_values[attno - 1];
+		if (!nulls[i] && (i == 1 || i == 4))
+			values[i] = as_text(map, desc, attno, values[i]);
+	}
+	if (!map->same_shape)
+	{
+		values[6] = plain_columns(rel, map, slot);
+		nulls[6] = false;
+	}
+}

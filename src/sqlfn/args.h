@@ -1,0 +1,66 @@
+/*-------------------------------------------------------------------------
+ *
+ * args.h
+ *	  What the SQL functions share: opening the table they work on, reading a
+ *	  context from text, building filters, turning rows into events.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ES_SQLFN_ARGS_H
+#define ES_SQLFN_ARGS_H
+
+#include "postgres.h"
+
+#include "executor/tuptable.h"
+#include "fmgr.h"
+#include "lib/stringinfo.h"
+#include "utils/acl.h"
+#include "utils/relcache.h"
+
+#include "core/format.h"
+
+/* Number of columns of event_store.events, which replay and read_all return. */
+#define EVENT_COLUMNS 8
+
+/* Opens the store argument (NULL: ERROR) with the lock and checks the privilege on it. */
+extern Relation es_open_store(FunctionCallInfo fcinfo, int arg, LOCKMODE lock, AclMode mode);
+
+/* A context given as text: read by the column's input function. */
+typedef struct EsContextArg
+{
+	Datum		value;			/* of the column's type */
+	const void *bytes;			/* canonical */
+	size_t		len;
+	int64		scratch;
+	uint64		hash;
+	int			shard;
+} EsContextArg;
+
+extern void es_context_arg(Relation rel, const char *text, EsContextArg *result);
+
+/* Appends a filter (ipc/protocol.h) to the buffer; column counts from 0. */
+extern void es_filter_int64(StringInfo buf, int column, int op, int64 value);
+extern void es_filter_bytes(StringInfo buf, int column, const void *const *values,
+							const size_t *lens, int nvalues);
+
+/* The column's canonical bytes for event types given as text; number of values. */
+extern int	es_event_type_values(Relation rel, ArrayType *types, Datum single, bool has_single,
+								 const void ***values, size_t **lens);
+
+/* Maps columns of a table to those of event_store.events. */
+typedef struct EsEventMap
+{
+	int			columns[EVENT_COLUMNS]; /* attribute numbers from 1, 0 = none */
+	bool		same_shape;		/* payload is the table's own */
+	FmgrInfo   *outputs;		/* per attribute: to text for context and event type */
+} EsEventMap;
+
+extern void es_event_map(Relation rel, EsEventMap *map);
+
+/* The row as values of event_store.events. */
+extern void es_event_values(Relation rel, const EsEventMap *map, TupleTableSlot *slot,
+							Datum *values, bool *nulls);
+
+extern int	es_column_number(Relation rel, const char *name);	/* 0 = there is none */
+
+#endif							/* ES_SQLFN_ARGS_H */

@@ -1,0 +1,256 @@
+/*-------------------------------------------------------------------------
+ *
+ * control.c
+ *	  Operating the store: flush, sync, pause and resume, release_wal, verify, and
+ *	  small questions (shard_of, relation_size, table_roles).
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "access/xlog.h"
+#include "catalog/objectaddress.h"
+#include "catalog/pg_authid.h"
+#include "catalog/pg_class.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "utils/acl.h"
+#include "utils/builtins.h"
+#include "utils/rel.h"
+
+#include "compat.h"
+#include "ipc/channel.h"
+#include "ipc/shmem.h"
+#include "sqlfn/args.h"
+#include "tam/estimate.h"
+#include "tam/tam.h"
+
+PG_FUNCTION_INFO_V1(es_flush);
+PG_FUNCTION_INFO_V1(es_sync);
+PG_FUNCTION_INFO_V1(es_pause_shard);
+PG_FUNCTION_INFO_V1(es_resume_shard);
+PG_FUNCTION_INFO_V1(es_release_wal);
+PG_FUNCTION_INFO_V1(es_verify);
+PG_FUNCTION_INFO_V1(es_shard_of);
+PG_FUNCTION_INFO_V1(es_relation_size_fn);
+PG_FUNCTION_INFO_V1(es_table_roles);
+
+/* Sends the request to all shards at once and waits for all of them. */
+static void
+ask_all(EsRequest *req, Size len)
+{
+	uint64		ids[ES_MAX_SHARDS];
+	EsPart		part = {req, len};
+
+	for (int s = 0; s < es_shared->nshards; s++)
+	{
+		ids[s] = req->id = es_request_id();
+		es_channel_connect(s);
+		es_channel_wait_room(s, len);
+		es_channel_expect(s, ids[s]);
+		es_channel_send(s, req, &part, 1, true);
+	}
+	for (int s = 0; s < es_shared->nshards; s++)
+	{
+		(void) es_channel_answer(s, ids[s]);
+		es_channel_forget(s, ids[s]);
+	}
+}
+
+Datum
+es_flush(PG_FUNCTION_ARGS)
+{
+	EsFlushRequest req = {.req = {.type = ES_REQ_FLUSH}};
+
+	if (!PG_ARGISNULL(0))
+	{
+		Relation	rel = es_open_store(fcinfo, 0, AccessShareLock, 0);
+
+		if (!es_owns_relation(RelationGetRelid(rel)) &&
+			!has_privs_of_role(GetUserId(), ROLE_PG_CHECKPOINT))
+			aclcheck_error(ACLCHECK_NOT_OWNER, OBJECT_TABLE, RelationGetRelationName(rel));
+		req.table = es_table_info(rel)->key;
+		table_close(rel, NoLock);
+	}
+	else if (!has_privs_of_role(GetUserId(), ROLE_PG_CHECKPOINT))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("permission denied to flush all event_store tables"),
+				 errhint("The owner of a table may flush it; members of pg_checkpoint may flush all.")));
+	es_wait_store_ready();
+	ask_all(&req.req, sizeof(req));
+	PG_RETURN_VOID();
+}
+
+Datum
+es_sync(PG_FUNCTION_ARGS)
+{
+	EsRequest	req = {.type = ES_REQ_SYNC};
+
+	es_wait_store_ready();
+	/* what was acknowledged asynchronously is behind the flush pointer */
+	XLogFlush(GetXLogInsertRecPtr());
+	ask_all(&req, sizeof(req));
+	PG_RETURN_VOID();
+}
+
+static int
+shard_arg(FunctionCallInfo fcinfo, const char *function)
+{
+	int			shard = PG_GETARG_INT32(0);
+
+	if (!superuser())
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("must be superuser to call %s", function)));
+	if (es_shared == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("event_store is not loaded"),
+				 errhint("Add event_store to shared_preload_libraries in postgresql.conf and restart the server.")));
+	if (shard < 0 || shard >= es_shared->nshards)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("there is no shard %d", shard),
+				 errdetail("This cluster has shards 0 to %d.", es_shared->nshards - 1)));
+	return shard;
+}
+
+Datum
+es_pause_shard(PG_FUNCTION_ARGS)
+{
+	int			shard = shard_arg(fcinfo, "pause_shard");
+
+	pg_atomic_write_u32(&es_shared->shards[shard].paused, 1);
+	es_wake_shard(shard);
+	PG_RETURN_VOID();
+}
+
+Datum
+es_resume_shard(PG_FUNCTION_ARGS)
+{
+	int			shard = shard_arg(fcinfo, "resume_shard");
+
+	pg_atomic_write_u32(&es_shared->shards[shard].paused, 0);
+	es_wake_shard(shard);
+	PG_RETURN_VOID();
+}
+
+Datum
+es_release_wal(PG_FUNCTION_ARGS)
+{
+	int			shard = shard_arg(fcinfo, "release_wal");
+
+	if (pg_atomic_read_u32(&es_shared->shards[shard].state) != ES_SHARD_FAILED)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("shard %d does not need to give up any WAL", shard),
+				 errdetail("Only a shard that cannot open holds WAL back for good.")));
+	ereport(WARNING,
+			(errmsg("shard %d opens without the WAL it still needs: events in it are lost", shard)));
+	pg_atomic_write_u32(&es_shared->shards[shard].release_wal, 1);
+	es_wake_shard(shard);
+	PG_RETURN_VOID();
+}
+
+Datum
+es_verify(PG_FUNCTION_ARGS)
+{
+	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+
+	if (!superuser())
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("must be superuser to call verify")));
+	InitMaterializedSRF(fcinfo, 0);
+	es_wait_store_ready();
+	for (int s = 0; s < es_shared->nshards; s++)
+	{
+		EsRequest	req = {.type = ES_REQ_VERIFY,.id = es_request_id()};
+		EsPart		part = {&req, sizeof(req)};
+		const EsAnswer *answer;
+
+		es_channel_connect(s);
+		es_channel_wait_room(s, sizeof(req));
+		es_channel_expect(s, req.id);
+		es_channel_send(s, &req, &part, 1, true);
+		for (;;)
+		{
+			const EsVerifyAnswer *v;
+			const char *file;
+			Datum		values[6];
+			bool		nulls[6] = {false};
+
+			answer = es_channel_answer(s, req.id);
+			if (answer->len > sizeof(EsVerifyAnswer))
+			{
+				v = (const EsVerifyAnswer *) answer;
+				file = (const char *) (v + 1);
+				values[0] = Int32GetDatum(s);
+				values[1] = CStringGetTextDatum(file);
+				values[2] = Int64GetDatum((int64) v->offset);
+				values[3] = CStringGetTextDatum(file + strlen(file) + 1);
+				nulls[4] = nulls[5] = v->expected_crc == 0 && v->found_crc == 0;
+				values[4] = CStringGetTextDatum(psprintf("%08x", v->expected_crc));
+				values[5] = CStringGetTextDatum(psprintf("%08x", v->found_crc));
+				tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+			}
+			if (answer->flags & ES_ANSWER_LAST)
+				break;
+		}
+		es_channel_forget(s, req.id);
+	}
+	return (Datum) 0;
+}
+
+Datum
+es_shard_of(PG_FUNCTION_ARGS)
+{
+	Relation	rel = es_open_store(fcinfo, 1, AccessShareLock, 0);
+	EsContextArg context;
+
+	es_context_arg(rel, text_to_cstring(PG_GETARG_TEXT_PP(0)), &context);
+	table_close(rel, NoLock);
+	PG_RETURN_INT32(context.shard);
+}
+
+Datum
+es_relation_size_fn(PG_FUNCTION_ARGS)
+{
+	Relation	rel = es_open_store(fcinfo, 0, AccessShareLock, 0);
+	EsTableTotals totals;
+
+	es_table_totals(rel, &totals);
+	table_close(rel, NoLock);
+	PG_RETURN_INT64((int64) totals.bytes);
+}
+
+Datum
+es_table_roles(PG_FUNCTION_ARGS)
+{
+	Relation	rel = es_open_store(fcinfo, 0, AccessShareLock, 0);
+	const EsTableInfo *info = es_table_info(rel);
+	uint64		storage_id = info->key.storage_id;
+	int			atts[5] = {info->roles.context, info->roles.position, info->roles.version,
+	info->roles.event_id, info->roles.event_type};
+	TupleDesc	desc;
+	Datum		values[6];
+	bool		nulls[6] = {false};
+	NameData	names[5];
+
+	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+	for (int i = 0; i < 5; i++)
+	{
+		nulls[i] = atts[i] == 0;
+		if (nulls[i])
+			continue;
+		names[i] = TupleDescAttr(RelationGetDescr(rel), atts[i] - 1)->attname;
+		values[i] = NameGetDatum(&names[i]);
+	}
+	values[5] = Int64GetDatum((int64) storage_id);
+	table_close(rel, NoLock);
+	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
+}

@@ -1,0 +1,198 @@
+/*-------------------------------------------------------------------------
+ *
+ * follow.c
+ *	  CALL wait_for_events(): sleeps until an event can be read.
+ *
+ * A procedure, because a function holds the snapshot that its portal pushed: this one ends its
+ * transaction first, so a waiting follower holds nothing back.  It parks in the shard
+ * that owns the context, or in all shards for a table; shards wake it after commit, when
+ * the horizon has passed the row.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "access/xact.h"
+#include "executor/spi.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "nodes/parsenodes.h"
+#include "storage/latch.h"
+#include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "ipc/channel.h"
+#include "ipc/position.h"
+#include "ipc/shmem.h"
+#include "sqlfn/args.h"
+#include "tam/tam.h"
+
+PG_FUNCTION_INFO_V1(es_wait_for_events);
+
+typedef struct Wait
+{
+	EsTableKey	key;
+	bool		has_context;
+	int			shard;
+	uint64		hash;
+	void	   *context;
+	uint32		context_len;
+	EsPosition	after;
+	TimestampTz deadline;		/* PG_INT64_MAX = none */
+	uint64		ids[ES_MAX_SHARDS];
+} Wait;
+
+static void
+park(Wait *w, int shard)
+{
+	static const char zeros[8] = {0};
+	EsWaitRequest req = {.req = {.type = ES_REQ_WAIT},.table = w->key,.after = w->after,
+	.deadline = w->deadline,.context_hash = w->hash,.context_len = w->has_context ? w->context_len : 0};
+	EsPart		parts[3] = {{&req, sizeof(req)}, {w->context, req.context_len},
+	{zeros, MAXALIGN(req.context_len) - req.context_len}};
+
+	w->ids[shard] = req.req.id = es_request_id();
+	es_channel_connect(shard);
+	es_channel_wait_room(shard, sizeof(req) + MAXALIGN(req.context_len));
+	es_channel_expect(shard, req.req.id);
+	es_channel_send(shard, &req.req, parts, 3, true);
+}
+
+static void
+leave(Wait *w)
+{
+	for (int s = 0; s < es_shared->nshards; s++)
+	{
+		EsRequest	req = {.type = ES_REQ_CLOSE,.id = w->ids[s]};
+		EsPart		part = {&req, sizeof(req)};
+
+		if (w->ids[s] == 0)
+			continue;
+		es_channel_forget(s, w->ids[s]);
+		(void) es_channel_hint(s, &req, &part, 1, true);
+		w->ids[s] = 0;
+	}
+}
+
+/* Parks in the shards concerned and sleeps until one of them says so, or all say that time is over. */
+static bool
+wait_for(Wait *w)
+{
+	static uint32 wait_event = 0;
+	int			waiting = 0;
+	bool		found = false;
+
+	for (int s = 0; s < es_shared->nshards; s++)
+	{
+		if (w->has_context && s != w->shard)
+			continue;
+		park(w, s);
+		waiting++;
+	}
+
+	while (waiting > 0 && !found)
+	{
+		for (int s = 0; s < es_shared->nshards && !found; s++)
+		{
+			const EsWaitAnswer *answer;
+
+			if (w->ids[s] == 0)
+				continue;
+			answer = (const EsWaitAnswer *) es_channel_answer_timeout(s, w->ids[s], 0);
+			if (answer == NULL)
+				continue;
+			found = answer->found != 0;
+			es_channel_forget(s, w->ids[s]);
+			w->ids[s] = 0;
+			waiting--;
+		}
+		if (waiting == 0 || found)
+			break;
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, 1000,
+						 es_wait_event(&wait_event, "EventStoreWaitForEvents"));
+		ResetLatch(MyLatch);
+		CHECK_FOR_INTERRUPTS();
+	}
+	leave(w);
+	return found;
+}
+
+Datum
+es_wait_for_events(PG_FUNCTION_ARGS)
+{
+	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "event_store wait",
+												  ALLOCSET_SMALL_SIZES);
+	MemoryContext old;
+	bool		nonatomic = fcinfo->context != NULL && IsA(fcinfo->context, CallContext) &&
+		!castNode(CallContext, fcinfo->context)->atomic;
+	Relation	rel;
+	TupleDesc	desc;
+	Wait	   *w;
+	Datum		value;
+	bool		null = false;
+	bool		found;
+	HeapTuple	tuple;
+
+	if (!nonatomic)
+	{
+		MemoryContextDelete(context);
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_TRANSACTION_TERMINATION),
+				 errmsg("wait_for_events cannot run inside a transaction block"),
+				 errdetail("It ends its transaction, so that a waiting follower holds no snapshot."),
+				 errhint("CALL it outside of BEGIN … COMMIT.")));
+	}
+
+	PG_TRY();
+	{
+		old = MemoryContextSwitchTo(context);
+		w = palloc0(sizeof(Wait));
+		rel = es_open_store(fcinfo, 3, AccessShareLock, ACL_SELECT);
+		w->key = es_table_info(rel)->key;
+		if (!PG_ARGISNULL(1))
+		{
+			EsContextArg arg;
+
+			es_context_arg(rel, text_to_cstring(PG_GETARG_TEXT_PP(1)), &arg);
+			w->has_context = true;
+			w->shard = arg.shard;
+			w->hash = arg.hash;
+			w->context_len = arg.len;
+			w->context = palloc(Max(arg.len, 1));
+			memcpy(w->context, arg.bytes, arg.len);
+		}
+		if (PG_ARGISNULL(0))
+			w->after = es_horizon_newest(w->key.storage_id) - 1;
+		else
+			w->after = PG_GETARG_INT64(0) < 0 ? 0 : PG_GETARG_INT64(0);
+		w->deadline = PG_INT64_MAX;
+		if (!PG_ARGISNULL(2))
+			w->deadline = DatumGetTimestampTz(DirectFunctionCall2(timestamptz_pl_interval,
+																  TimestampTzGetDatum(GetCurrentTimestamp()),
+																  PG_GETARG_DATUM(2)));
+		table_close(rel, AccessShareLock);
+		MemoryContextSwitchTo(old);
+
+		SPI_connect_ext(SPI_OPT_NONATOMIC);
+		SPI_commit();
+		found = wait_for(w);
+		SPI_finish();
+	}
+	PG_FINALLY();
+	{
+		MemoryContextDelete(context);
+	}
+	PG_END_TRY();
+
+	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+	value = BoolGetDatum(found);
+	tuple = heap_form_tuple(BlessTupleDesc(desc), &value, &null);
+	PG_RETURN_DATUM(HeapTupleGetDatum(tuple));
+}

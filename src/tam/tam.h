@@ -1,0 +1,76 @@
+/*-------------------------------------------------------------------------
+ *
+ * tam.h
+ *	  The table access method: what its files share, and what plan/ and sqlfn/
+ *	  call.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ES_TAM_TAM_H
+#define ES_TAM_TAM_H
+
+#include "postgres.h"
+
+#include "access/tableam.h"
+#include "utils/relcache.h"
+
+#include "core/batch.h"
+#include "core/format.h"
+
+/*
+ * What the access method knows of a relation: its metapage and the shape of its
+ * columns.  Kept in rd_amcache (one chunk), so valid until the next
+ * relcache invalidation only: copy what must outlive a call into PostgreSQL.
+ */
+typedef struct EsTableInfo
+{
+	EsTableKey	key;
+	EsRoles		roles;
+	bool		has_content_hash;	/* there is an event_id: hidden column behind the last */
+	bool		keep_rows;		/* AFTER ROW triggers refetch rows: the backend keeps its own */
+	int			natts;
+	int			ncols;			/* natts, + 1 with the hidden column */
+	EsColumnDesc columns[FLEXIBLE_ARRAY_MEMBER];	/* ncols; then natts booleans: hashed */
+} EsTableInfo;
+
+/* Is the column part of the content hash?  (Not: roles, dropped, non-immutable defaults.) */
+static inline const bool *
+es_table_hashed(const EsTableInfo *info)
+{
+	return (const bool *) &info->columns[info->ncols];
+}
+
+extern const EsTableInfo *es_table_info(Relation rel);
+
+extern bool es_is_event_table(Relation rel);
+extern bool es_relid_is_event_table(Oid relid);
+
+/* OID of the access method; InvalidOid if the extension is not in this database. */
+extern Oid	es_am_oid(void);
+
+/* Opens a table by OID and makes sure that it is an event_store table (42809 otherwise). */
+extern Relation es_table_open(Oid relid, LOCKMODE lockmode);
+
+/* Roles from names and types of columns; ERROR if there is no usable context_id. */
+extern void es_roles_from_desc(TupleDesc desc, EsRoles *roles);
+/* ERROR if position or version is NOT NULL. */
+extern void es_check_not_null(TupleDesc desc, const EsRoles *roles);
+
+/* Metapage: written by relation_set_new_filelocator with a fresh storage id. */
+extern void es_metapage_create(Relation rel, void *newrlocator, char persistence);
+
+/* A new storage in the same file, for TRUNCATE of what this transaction made. */
+extern void es_metapage_renew(Relation rel);
+
+/* Positions to TIDs and back: block = n / 65535, offset = n % 65535 + 1; the block's
+ * top bit marks a row of the own transaction, n is its ordinal then. */
+extern void es_tid_encode(ItemPointer tid, uint64 n, bool own);
+extern uint64 es_tid_decode(const ItemPointerData *tid, bool *own);
+
+/* Physical description of an attribute. */
+extern EsColumnDesc es_column_desc(Form_pg_attribute att);
+
+extern void es_tam_init(void);
+extern const TableAmRoutine *es_tam_routine(void);
+
+#endif							/* ES_TAM_TAM_H */

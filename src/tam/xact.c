@@ -1,0 +1,684 @@
+/*-------------------------------------------------------------------------
+ *
+ * xact.c
+ *	  The events of the current transaction: rows on their way into batches.
+ *
+ * A row is deformed once, into the batch builder of its (table, shard).  A
+ * builder holds rows of one subtransaction; when another one inserts, or when
+ * the batch is full, the builder is closed and its batch waits to be logged and
+ * sent (send.c), or goes inside FINISH when the transaction is small.  Ordinals
+ * number the rows of the transaction over all tables and shards: position = base +
+ * ordinal, so the order inside the transaction is the order of its statements.
+ *
+ * Savepoints: SubTransactionIds grow, and everything that began after a subtransaction
+ * did while it was open is its descendant.  So rolling back subtransaction s kills
+ * exactly what is marked with an id >= s, and releasing one needs nothing.
+ *
+ * Memory: the state lives in a child of TopTransactionContext; builders are malloc'd
+ * (core/ knows no palloc) and kept between transactions, so that a
+ * single-row transaction allocates next to nothing.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/detoast.h"
+#include "access/parallel.h"
+#include "access/xact.h"
+#include "common/hashfn.h"
+#include "miscadmin.h"
+#include "storage/predicate.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+
+#include "core/route.h"
+#include "ipc/channel.h"
+#include "ipc/shmem.h"
+#include "tam/xact.h"
+
+#define BUILDER_CACHE_SIZE	16
+
+EsXact	   *es_xact = NULL;
+EsPromise	es_promise;
+uint64		es_last_content_hash[2];
+
+/* Builders that no transaction uses, for the next one that has the same columns. */
+typedef struct CachedBuilder
+{
+	EsBatchBuilder *builder;
+	int			ncols;
+	EsColumnDesc *columns;		/* malloc'd copy */
+} CachedBuilder;
+
+static CachedBuilder builder_cache[BUILDER_CACHE_SIZE];
+static int	builder_cache_next;
+
+/* Detoasted values of the row being inserted. */
+static MemoryContext row_context;
+
+static EsBatchBuilder *
+take_builder(const EsColumnDesc *columns, int ncols)
+{
+	EsBatchBuilder *b;
+
+	for (int i = 0; i < BUILDER_CACHE_SIZE; i++)
+	{
+		CachedBuilder *c = &builder_cache[i];
+
+		if (c->builder != NULL && c->ncols == ncols &&
+			memcmp(c->columns, columns, sizeof(EsColumnDesc) * ncols) == 0)
+		{
+			b = c->builder;
+			c->builder = NULL;
+			return b;
+		}
+	}
+
+	b = es_batch_create(columns, ncols, NULL);
+	if (b == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("out of memory")));
+	return b;
+}
+
+static void
+give_builder(EsBatchBuilder *b, const EsColumnDesc *columns, int ncols)
+{
+	CachedBuilder *c = &builder_cache[builder_cache_next];
+	EsColumnDesc *copy;
+
+	/* a builder that grew with a bulk load is not worth keeping */
+	copy = es_batch_size(b) > 2 * ES_BATCH_TARGET ? NULL :
+		malloc(sizeof(EsColumnDesc) * Max(ncols, 1));
+	if (copy == NULL)
+	{
+		es_batch_free(b);
+		return;
+	}
+	memcpy(copy, columns, sizeof(EsColumnDesc) * ncols);
+
+	builder_cache_next = (builder_cache_next + 1) % BUILDER_CACHE_SIZE;
+	if (c->builder != NULL)
+		es_batch_free(c->builder);
+	free(c->columns);
+	c->builder = b;
+	c->ncols = ncols;
+	c->columns = copy;
+}
+
+static EsXact *
+xact_get(void)
+{
+	if (es_xact == NULL)
+	{
+		MemoryContext context = AllocSetContextCreate(TopTransactionContext,
+													  "event_store transaction",
+													  ALLOCSET_SMALL_SIZES);
+		EsXact	   *x = MemoryContextAllocZero(context, sizeof(EsXact));
+
+		x->context = context;
+		dlist_init(&x->tables);
+		es_xact = x;
+	}
+	return es_xact;
+}
+
+EsXactTable *
+es_xact_table(const EsTableKey *key)
+{
+	dlist_iter	iter;
+
+	if (es_xact == NULL)
+		return NULL;
+	dlist_foreach(iter, &es_xact->tables)
+	{
+		EsXactTable *t = dlist_container(EsXactTable, node, iter.cur);
+
+		if (es_table_key_equal(&t->key, key))
+			return t;
+	}
+	return NULL;
+}
+
+/* Takes over the relation's columns; open builders have the old ones, so they are closed. */
+static void
+set_columns(EsXactTable *t, const EsTableInfo *info)
+{
+	for (int i = 0; i < es_shared->nshards; i++)
+	{
+		if (t->builders[i] == NULL)
+			continue;
+		es_close_builder(t, i);
+		give_builder(t->builders[i], t->columns, t->ncols);
+		t->builders[i] = NULL;
+	}
+	t->natts = info->natts;
+	t->ncols = info->ncols;
+	t->columns = MemoryContextAlloc(es_xact->context, sizeof(EsColumnDesc) * Max(info->ncols, 1));
+	memcpy(t->columns, info->columns, sizeof(EsColumnDesc) * info->ncols);
+}
+
+EsXactTable *
+es_xact_table_get(Relation rel)
+{
+	const EsTableInfo *info = es_table_info(rel);
+	EsXact	   *x = xact_get();
+	EsXactTable *t = es_xact_table(&info->key);
+
+	if (t == NULL)
+	{
+		t = MemoryContextAllocZero(x->context, sizeof(EsXactTable));
+		t->key = info->key;
+		t->relid = RelationGetRelid(rel);
+		t->roles = info->roles;
+		t->created = GetCurrentSubTransactionId();
+		t->locking = info->roles.version != 0 || info->roles.event_id != 0;
+		t->builders = MemoryContextAllocZero(x->context,
+											 sizeof(EsBatchBuilder *) * es_shared->nshards);
+		t->builder_subids = MemoryContextAllocZero(x->context,
+												   sizeof(SubTransactionId) * es_shared->nshards);
+		t->ndead = MemoryContextAllocZero(x->context, sizeof(uint32) * es_shared->nshards);
+		dlist_init(&t->pending);
+		dlist_init(&t->batches);
+		set_columns(t, info);
+		dlist_push_head(&x->tables, &t->node);
+		x->ntables++;
+	}
+	else
+	{
+		if (t->ncols != info->ncols ||
+			memcmp(t->columns, info->columns, sizeof(EsColumnDesc) * info->ncols) != 0)
+			set_columns(t, info);
+		if (dlist_head_node(&x->tables) != &t->node)
+			dlist_move_head(&x->tables, &t->node);
+	}
+	return t;
+}
+
+EsOwnContext *
+es_xact_context(EsXactTable *t, uint64 hash)
+{
+	EsOwnContext *c;
+
+	for (uint32 i = 0; i < t->ncontexts; i++)
+	{
+		if (t->contexts[i].hash == hash)
+			return &t->contexts[i];
+	}
+	if (t->ncontexts >= ES_TABLE_MAX_SLOTS)
+		return NULL;
+	c = &t->contexts[t->ncontexts++];
+	memset(c, 0, sizeof(*c));
+	c->hash = hash;
+	return c;
+}
+
+uint32
+es_own_rows(const EsOwnContext *c)
+{
+	uint32		rows = 0;
+
+	for (uint32 i = 0; i < c->ncounts; i++)
+		rows += c->counts[i].rows;
+	return rows;
+}
+
+static void
+count_own_row(EsXactTable *t, uint64 hash, SubTransactionId subid)
+{
+	EsOwnContext *c = es_xact_context(t, hash);
+
+	if (c == NULL)
+		return;					/* beyond the limit nobody asks */
+	if (c->ncounts > 0 && c->counts[c->ncounts - 1].subid == subid)
+	{
+		c->counts[c->ncounts - 1].rows++;
+		return;
+	}
+	if (c->ncounts == c->allocated)
+	{
+		c->allocated = Max(4, c->allocated * 2);
+		c->counts = c->counts == NULL ?
+			MemoryContextAlloc(es_xact->context, c->allocated * sizeof(EsOwnCount)) :
+			repalloc(c->counts, c->allocated * sizeof(EsOwnCount));
+	}
+	c->counts[c->ncounts].subid = subid;
+	c->counts[c->ncounts].rows = 1;
+	c->ncounts++;
+}
+
+/*
+ * 128 bits over the columns that make up an event's content: two runs of
+ * hash_bytes_extended with different seeds, chained from column to column.
+ */
+static void
+content_hash(const EsTableInfo *info, const EsColumnDesc *columns,
+			 const void *const *values, uint64 result[2])
+{
+	const bool *hashed = es_table_hashed(info);
+
+	result[0] = UINT64CONST(0x6576656e745f7374);
+	result[1] = UINT64CONST(0x6f72655f636f6e74);
+	for (int i = 0; i < info->natts; i++)
+	{
+		const char *data = "";
+		size_t		len = 0;
+
+		if (!hashed[i])
+			continue;
+		if (values[i] != NULL)
+		{
+			if (columns[i].len > 0)
+			{
+				data = values[i];
+				len = columns[i].len;
+			}
+			else
+				es_varlena_data(values[i], &data, &len);
+		}
+		for (int k = 0; k < 2; k++)
+			result[k] = hash_bytes_extended((const unsigned char *) data, (int) len,
+											result[k] * 31 + (uint64) i * 2 + (values[i] != NULL));
+	}
+}
+
+/* Pointers to a row's values as es_batch_add wants them; detoasts into the current context. */
+static void
+row_values(TupleTableSlot *slot, const EsColumnDesc *columns, int natts, const void **values)
+{
+	slot_getallattrs(slot);
+	for (int i = 0; i < natts; i++)
+	{
+		if (slot->tts_isnull[i] || (columns[i].flags & ES_COLUMN_DROPPED))
+			values[i] = NULL;
+		else if (columns[i].len == -1)
+			values[i] = PG_DETOAST_DATUM_PACKED(slot->tts_values[i]);
+		else if (columns[i].flags & ES_COLUMN_BYVAL)
+			values[i] = &slot->tts_values[i];	/* little-endian: the low bytes come first */
+		else
+			values[i] = DatumGetPointer(slot->tts_values[i]);
+	}
+}
+
+void
+es_content_hash(Relation rel, TupleTableSlot *slot, uint64 result[2])
+{
+	const EsTableInfo *info = es_table_info(rel);
+	const void **values = palloc(sizeof(void *) * Max(info->natts, 1));
+
+	row_values(slot, info->columns, info->natts, values);
+	content_hash(info, info->columns, values, result);
+	pfree(values);
+}
+
+static void
+batch_failed(EsStatus status, Relation rel)
+{
+	if (status == ES_ERR_TOO_LARGE)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("row is too large for table \"%s\"", RelationGetRelationName(rel)),
+				 errdetail("A row of an event_store table can have up to %u bytes.",
+						   (unsigned) ES_BATCH_MAX_BYTES / 2)));
+	ereport(ERROR,
+			(errcode(ERRCODE_OUT_OF_MEMORY),
+			 errmsg("out of memory")));
+}
+
+/*
+ * A row that brings its position (a restore or a rewrite), or not.  Both may come in one
+ * transaction (a rewrite copies the transaction's own rows as well): those
+ * without get positions above all given ones.
+ */
+static void
+note_position(EsXactTable *t, bool is_null, int64 position)
+{
+	if (is_null)
+	{
+		t->assigned = true;
+		return;
+	}
+	if (position < 1)
+		ereport(ERROR,
+				(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
+				 errmsg("position " INT64_FORMAT " is out of range", position),
+				 errdetail("Positions begin with 1."),
+				 errhint("Leave \"position\" out: the store fills it at commit.")));
+	t->given = true;
+	if (t->given_lowest == 0 || (uint64) position < t->given_lowest)
+		t->given_lowest = position;
+	if ((uint64) position > t->given_highest)
+		t->given_highest = position;
+}
+
+uint64
+es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked)
+{
+	TupleDesc	desc = RelationGetDescr(rel);
+	SubTransactionId subid = GetCurrentSubTransactionId();
+	const void *values[ES_MAX_COLUMNS + 1];
+	uint64		hash_value[2];
+	const EsTableInfo *info;
+	EsXactTable *t;
+	EsXact	   *x;
+	EsBatchBuilder *b;
+	MemoryContext old;
+	const void *bytes;
+	size_t		len;
+	int64		scratch;
+	uint64		hash;
+	uint64		ordinal;
+	uint16		flags = 0;
+	int			shard;
+	EsStatus	status;
+
+	if (IsParallelWorker())
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_TRANSACTION_STATE),
+				 errmsg("cannot insert tuples in a parallel worker")));
+
+	es_wait_store_ready();
+	t = es_xact_table_get(rel);
+	x = es_xact;
+	if (x->finished)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_TRANSACTION_STATE),
+				 errmsg("cannot insert into table \"%s\" while the transaction commits",
+						RelationGetRelationName(rel)),
+				 errdetail("A commit callback of another library inserted events after event_store had finished the transaction.")));
+
+	CheckForSerializableConflictIn(rel, NULL, InvalidBlockNumber);
+
+	old = MemoryContextSwitchTo(row_context);
+	row_values(slot, t->columns, t->natts, values);
+
+	if (values[t->roles.context - 1] == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_NOT_NULL_VIOLATION),
+				 errmsg("null value in column \"%s\" of relation \"%s\" violates not-null constraint",
+						NameStr(TupleDescAttr(desc, t->roles.context - 1)->attname),
+						RelationGetRelationName(rel)),
+				 errdetail("The context routes an event to its shard."),
+				 errtable(rel)));
+	es_context_bytes(t->roles.context_class, t->columns[t->roles.context - 1].len,
+					 values[t->roles.context - 1], &scratch, &bytes, &len);
+	hash = es_context_hash(t->roles.context_class, bytes, len);
+	shard = es_shard_of_hash(hash);
+
+	if (t->roles.position != 0)
+	{
+		int			att = t->roles.position - 1;
+
+		note_position(t, slot->tts_isnull[att], DatumGetInt64(slot->tts_values[att]));
+		if (!slot->tts_isnull[att])
+			flags |= ES_BATCH_GIVEN_POSITIONS;
+	}
+	else
+		t->assigned = true;
+	if (t->roles.version != 0 && values[t->roles.version - 1] != NULL)
+	{
+		if (DatumGetInt64(slot->tts_values[t->roles.version - 1]) < 1)
+			ereport(ERROR,
+					(errcode(ERRCODE_UNIQUE_VIOLATION),
+					 errmsg("version " INT64_FORMAT " cannot be the next version of a context",
+							DatumGetInt64(slot->tts_values[t->roles.version - 1])),
+					 errdetail("Versions begin with 1."),
+					 errtable(rel)));
+		flags |= ES_BATCH_GIVEN_VERSIONS;
+	}
+
+	/* info may go away with the next invalidation, so it is read as late as here */
+	if (t->ncols > t->natts)
+	{
+		values[t->natts] = NULL;
+		if (values[t->roles.event_id - 1] != NULL)
+		{
+			info = es_table_info(rel);
+			content_hash(info, t->columns, values, hash_value);
+			values[t->natts] = hash_value;
+			memcpy(es_last_content_hash, hash_value, sizeof(hash_value));
+			flags |= ES_BATCH_HAS_EVENT_IDS;
+		}
+	}
+
+	b = t->builders[shard];
+	if (b == NULL)
+		b = t->builders[shard] = take_builder(t->columns, t->ncols);
+	else if (t->builder_subids[shard] != subid)
+		es_close_builder(t, shard); /* does nothing if it is empty */
+	if (t->builder_subids[shard] != subid)
+	{
+		EsBatchMeta meta = {
+			.table = t->key,
+			.roles = t->roles,
+			.relid = RelationGetRelid(rel),
+			.subid = subid,
+			.flags = t->ncols > t->natts ? ES_BATCH_HAS_CONTENT_HASH : 0,
+			.with_positions = false
+		};
+
+		es_batch_reset(b, &meta);
+		t->builder_subids[shard] = subid;
+	}
+
+	ordinal = x->next_ordinal;
+	status = es_batch_add(b, values, ordinal, cid, 0, 0);
+	MemoryContextSwitchTo(old);
+	MemoryContextReset(row_context);
+	if (status != ES_OK)
+		batch_failed(status, rel);
+	x->next_ordinal++;
+	if (flags != 0)
+		es_batch_add_flags(b, flags);
+
+	if (es_promise.active && es_promise.relid == RelationGetRelid(rel) && es_promise.hash == hash &&
+		(t->roles.version == 0 ||
+		 (!slot->tts_isnull[t->roles.version - 1] &&
+		  DatumGetInt64(slot->tts_values[t->roles.version - 1]) == es_promise.version)))
+	{
+		checked = true;
+		es_promise.inserted++;
+	}
+
+	if (t->locking)
+	{
+		es_note_context(t, hash);
+		count_own_row(t, hash, subid);
+		if (!checked && (flags & (ES_BATCH_GIVEN_VERSIONS | ES_BATCH_HAS_EVENT_IDS)))
+			t->unchecked = true;
+	}
+
+	slot->tts_tableOid = RelationGetRelid(rel);
+	es_tid_encode(&slot->tts_tid, ordinal, true);
+	if (rel->trigdesc != NULL && rel->trigdesc->trig_insert_after_row)
+		es_kept_add(t, ordinal, slot);
+
+	if (es_batch_size(b) >= ES_BATCH_TARGET || es_batch_nrows(b) >= ES_BATCH_MAX_ROWS)
+	{
+		es_send_shard(t, shard);
+	}
+	return ordinal;
+}
+
+EsFxid
+es_xact_own_fxid(void)
+{
+	/* a parallel worker has the leader's xid but not its es_xact */
+	if (es_xact == NULL && !IsParallelWorker())
+		return 0;
+	return U64FromFullTransactionId(GetTopFullTransactionIdIfAny());
+}
+
+uint32
+es_xact_dead_starts(const EsTableKey *key, int shard, EsLsn **starts)
+{
+	EsXactTable *t = es_xact_table(key);
+	uint32		n = 0;
+	dlist_iter	iter;
+
+	*starts = NULL;
+	if (t == NULL || t->ndead[shard] == 0)
+		return 0;
+	*starts = palloc(sizeof(EsLsn) * t->ndead[shard]);
+	dlist_foreach(iter, &t->batches)
+	{
+		EsXactBatch *b = dlist_container(EsXactBatch, node, iter.cur);
+
+		if (b->dead && b->shard == shard)
+			(*starts)[n++] = b->start;
+	}
+	Assert(n == t->ndead[shard]);
+	return n;
+}
+
+static void
+drop_batch(EsXactBatch *b)
+{
+	dlist_delete(&b->node);
+	pfree(b->bytes);
+	pfree(b);
+}
+
+/* Everything that began in the rolled-back subtransaction or in a descendant of it dies. */
+static void
+subxact_abort(SubTransactionId subid)
+{
+	dlist_iter	titer;
+
+	if (es_xact == NULL)
+		return;
+	dlist_foreach(titer, &es_xact->tables)
+	{
+		EsXactTable *t = dlist_container(EsXactTable, node, titer.cur);
+		dlist_mutable_iter biter;
+
+		for (int s = 0; s < es_shared->nshards; s++)
+		{
+			EsBatchMeta meta = {.table = t->key};
+
+			if (t->builders[s] != NULL && es_batch_nrows(t->builders[s]) > 0 &&
+				t->builder_subids[s] >= subid)
+			{
+				es_batch_reset(t->builders[s], &meta);
+				t->builder_subids[s] = InvalidSubTransactionId;
+			}
+		}
+
+		dlist_foreach_modify(biter, &t->pending)
+		{
+			EsXactBatch *b = dlist_container(EsXactBatch, node, biter.cur);
+
+			if (b->subid < subid)
+				continue;
+			es_xact->pending_bytes -= b->size;
+			drop_batch(b);
+		}
+
+		dlist_foreach_modify(biter, &t->batches)
+		{
+			EsXactBatch *b = dlist_container(EsXactBatch, node, biter.cur);
+
+			if (b->subid < subid || b->dead)
+				continue;
+			if (b->sent)
+			{
+				b->dead = true;
+				t->ndead[b->shard]++;
+				continue;
+			}
+
+			/*
+			 * Never sent: nobody will ask for it.  The floor stays until the
+			 * next send or the end of the transaction (PROTOCOL.md 2.2).
+			 */
+			es_xact->nunsent--;
+			drop_batch(b);
+		}
+
+		for (uint32 i = 0; i < t->ncontexts; i++)
+		{
+			EsOwnContext *c = &t->contexts[i];
+
+			while (c->ncounts > 0 && c->counts[c->ncounts - 1].subid >= subid)
+				c->ncounts--;
+		}
+	}
+}
+
+/* Forgets the transaction; memory goes with TopTransactionContext, builders go back. */
+static void
+xact_forget(void)
+{
+	dlist_iter	iter;
+
+	if (es_xact == NULL)
+		return;
+	dlist_foreach(iter, &es_xact->tables)
+	{
+		EsXactTable *t = dlist_container(EsXactTable, node, iter.cur);
+
+		for (int s = 0; s < es_shared->nshards; s++)
+		{
+			if (t->builders[s] != NULL)
+				give_builder(t->builders[s], t->columns, t->ncols);
+			t->builders[s] = NULL;
+		}
+		es_kept_free(t);
+	}
+	es_xact = NULL;
+}
+
+static void
+xact_callback(XactEvent event, void *arg)
+{
+	switch (event)
+	{
+		case XACT_EVENT_PRE_COMMIT:
+			es_xact_precommit();
+			break;
+		case XACT_EVENT_COMMIT:
+			es_xact_commit();
+			es_channel_end_transaction();
+			xact_forget();
+			break;
+		case XACT_EVENT_ABORT:
+			es_xact_abort();
+			es_channel_end_transaction();
+			xact_forget();
+			break;
+		case XACT_EVENT_PRE_PREPARE:
+			if (es_xact != NULL && es_xact->next_ordinal > 0)
+				ereport(ERROR,
+						(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+						 errmsg("cannot PREPARE a transaction that has inserted into an event_store table"),
+						 errhint("Commit the events in a transaction of their own.")));
+			break;
+		case XACT_EVENT_PREPARE:
+		case XACT_EVENT_PARALLEL_COMMIT:
+		case XACT_EVENT_PARALLEL_ABORT:
+			es_xact_abort();
+			es_channel_end_transaction();
+			xact_forget();
+			break;
+		case XACT_EVENT_PARALLEL_PRE_COMMIT:
+			break;
+	}
+}
+
+static void
+subxact_callback(SubXactEvent event, SubTransactionId subid,
+				 SubTransactionId parent, void *arg)
+{
+	if (event == SUBXACT_EVENT_ABORT_SUB)
+		subxact_abort(subid);
+}
+
+void
+es_xact_init(void)
+{
+	row_context = AllocSetContextCreate(TopMemoryContext, "event_store row",
+										ALLOCSET_DEFAULT_SIZES);
+	RegisterXactCallback(xact_callback, NULL);
+	RegisterSubXactCallback(subxact_callback, NULL);
+}

@@ -1,0 +1,203 @@
+/*-------------------------------------------------------------------------
+ *
+ * xact.h
+ *	  A transaction's events in the backend: batches being filled, logged and
+ *	  sent; savepoints; the commit protocol (PROTOCOL.md 2 and 3).
+ *
+ * xact.c	state of the transaction, inserting, savepoints
+ * send.c	logging and sending batches
+ * commit.c	PRE_COMMIT, COMMIT, ABORT
+ * locks.c	context locks
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ES_TAM_XACT_H
+#define ES_TAM_XACT_H
+
+#include "postgres.h"
+
+#include "executor/tuptable.h"
+#include "lib/ilist.h"
+#include "utils/relcache.h"
+
+#include "core/batch.h"
+#include "core/message.h"
+#include "ipc/protocol.h"
+#include "tam/tam.h"
+
+#define ES_BATCH_TARGET		(48 * 1024) /* bytes at which a batch leaves the backend */
+#define ES_INLINE_LIMIT		(64 * 1024) /* bytes of batches that FINISH carries itself */
+#define ES_LOCK_SLOTS		16383	/* context lock slots 1 … 16383; 0 is the gate */
+#define ES_TABLE_MAX_SLOTS	16
+#define ES_XACT_MAX_SLOTS	256
+
+/* A batch that left its builder. */
+typedef struct EsXactBatch
+{
+	dlist_node	node;			/* in EsXactTable.pending, then .batches; in both in the order of
+								 * ordinals per shard */
+	SubTransactionId subid;
+	int			shard;
+	uint32		nrows;
+	uint16		flags;			/* of the batch header */
+	bool		dead;			/* its subtransaction was rolled back */
+	bool		logged;
+	bool		sent;
+	EsLsn		start;			/* if logged */
+	EsLsn		end;
+	char	   *bytes;			/* until it is sent */
+	Size		size;
+} EsXactBatch;
+
+/* Rows of the own transaction in a context, for versions that append() promises. */
+typedef struct EsOwnCount
+{
+	SubTransactionId subid;
+	uint32		rows;
+} EsOwnCount;
+
+typedef struct EsOwnContext
+{
+	uint64		hash;
+	bool		head_known;		/* locked and asked by append(): */
+	int64		head;			/* committed version under the lock */
+	uint32		ncounts;
+	uint32		allocated;
+	EsOwnCount *counts;
+} EsOwnContext;
+
+/* A storage that the transaction has inserted into. */
+typedef struct EsXactTable
+{
+	dlist_node	node;
+	EsTableKey	key;
+	Oid			relid;
+	EsRoles		roles;
+	int			natts;
+	int			ncols;
+	EsColumnDesc *columns;
+	SubTransactionId created;	/* subtransaction of its first row (for nothing but debugging) */
+
+	EsBatchBuilder **builders;	/* per shard; NULL = never used */
+	SubTransactionId *builder_subids;
+	dlist_head	pending;		/* EsXactBatch: closed, not logged */
+	dlist_head	batches;		/* EsXactBatch: logged */
+	uint32	   *ndead;			/* per shard: dead batches that were sent */
+
+	bool		given;			/* some rows come with positions (restore, rewrite) */
+	bool		assigned;		/* some do not */
+	EsPosition	given_lowest;
+	EsPosition	given_highest;
+	bool		unchecked;		/* some row has an expected version or an event id that no
+								 * append() has checked under the lock */
+
+	/* context locks, for tables with version or event_id */
+	bool		locking;
+	bool		big;			/* more contexts than slots: takes the gate instead */
+	uint64	   *slot_bitmap;	/* ES_LOCK_SLOTS + 1 bits */
+	uint32		nslots;
+	uint16		slots[ES_TABLE_MAX_SLOTS];
+	uint32		ncontexts;
+	EsOwnContext contexts[ES_TABLE_MAX_SLOTS];
+
+	struct EsKeptRows *kept;	/* rows for AFTER ROW triggers (kept.c), or NULL */
+} EsXactTable;
+
+typedef struct EsXact
+{
+	MemoryContext context;
+	EsFxid		fxid;
+	uint64		next_ordinal;
+	dlist_head	tables;
+	uint32		ntables;
+	Size		pending_bytes;	/* batches that are closed and not logged */
+	uint32		nunsent;		/* logged and not sent */
+	uint32		nslots;			/* context slots in all tables */
+	uint32		shards_used;	/* bit = something was sent there */
+	bool		finished;		/* FINISH is logged: no more inserts */
+	bool		has_slot;		/* horizon slot is published */
+} EsXact;
+
+extern EsXact *es_xact;			/* NULL = no events in this transaction */
+
+/* ---- xact.c ---- */
+
+extern void es_xact_init(void); /* callbacks; from es_tam_init */
+
+/*
+ * What append() has checked under the context's lock before it inserts: a row
+ * of this table and context with this version needs no PREPARE.
+ */
+typedef struct EsPromise
+{
+	bool		active;
+	Oid			relid;
+	uint64		hash;
+	int64		version;		/* 0 = the table has no versions */
+	uint64		inserted;		/* rows that used the promise */
+} EsPromise;
+
+extern EsPromise es_promise;
+
+/* Inserts a row.  `checked`: it is a copy of a row that was checked once (rewrites).  Returns its
+ * ordinal; sets slot->tts_tid and tts_tableOid. */
+extern uint64 es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked);
+
+/* Content hash of a row of the table (16 bytes), as es_xact_insert stores it. */
+extern void es_content_hash(Relation rel, TupleTableSlot *slot, uint64 result[2]);
+
+/* Content hash of the last row with an event id that this backend inserted. */
+extern uint64 es_last_content_hash[2];
+
+extern EsXactTable *es_xact_table(const EsTableKey *key);	/* NULL if nothing was inserted */
+extern EsXactTable *es_xact_table_get(Relation rel);
+extern EsOwnContext *es_xact_context(EsXactTable *t, uint64 hash);	/* NULL: beyond the limit */
+extern uint32 es_own_rows(const EsOwnContext *c);
+
+/* Full xid of the own transaction if it has events, else 0 (for scans); works in
+ * parallel workers too. */
+extern EsFxid es_xact_own_fxid(void);
+
+/*
+ * Before the transaction's own scan of a table: logs and sends what is pending.
+ */
+extern void es_xact_send_table(const EsTableKey *key);
+/* Before a parallel plan: all tables. */
+extern void es_xact_send_all(void);
+
+/* Starts of the dead batches of the table in that shard (palloc'd). */
+extern uint32 es_xact_dead_starts(const EsTableKey *key, int shard, EsLsn **starts);
+
+/* ---- send.c ---- */
+
+extern void es_close_builder(EsXactTable *t, int shard);	/* builder -> EsXactBatch */
+extern void es_send_shard(EsXactTable *t, int shard);	/* all that is pending for it */
+extern void es_send_unsent(void);	/* logged ones that an ERROR kept from being sent */
+extern void es_floor_set(void);
+extern void es_floor_clear(void);
+
+/* ---- locks.c ---- */
+
+extern uint16 es_lock_slot_of(uint64 context_hash); /* 1 … ES_LOCK_SLOTS */
+
+/*
+ * Statement: takes the context's lock to the end of the transaction (gate shared only
+ * meanwhile).  False if the transaction has too many contexts: the check is made at COMMIT.
+ */
+extern bool es_lock_context(EsXactTable *t, uint64 context_hash);
+extern void es_note_context(EsXactTable *t, uint64 context_hash);	/* at insert */
+extern void es_lock_precommit(void);	/* all contexts of the transaction */
+
+/* ---- commit.c ---- */
+
+extern void es_xact_precommit(void);
+extern void es_xact_commit(void);
+extern void es_xact_abort(void);
+
+/* ---- kept.c: the backend's own copy of rows that AFTER ROW triggers refetch ---- */
+
+extern void es_kept_add(EsXactTable *t, uint64 ordinal, TupleTableSlot *slot);
+extern bool es_kept_fetch(EsXactTable *t, uint64 ordinal, TupleTableSlot *slot);
+extern void es_kept_free(EsXactTable *t);
+
+#endif							/* ES_TAM_XACT_H */
