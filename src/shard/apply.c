@@ -162,9 +162,13 @@ es_apply_batch(EsFxid fxid, EsLsn start, EsLsn end, const void *batch, size_t le
 	}
 	ES_FAULT("apply-batch");
 
-	if (txn->staged_bytes > (Size) es_guc_spill_after * 1024)
-		es_flush_consider_spill(txn);
-	es_apply_limit_staging();
+	/* while own WAL is read nothing can be written yet; it holds little of each transaction */
+	if (!from_own_wal)
+	{
+		if (txn->staged_bytes > (Size) es_guc_spill_after * 1024)
+			es_flush_consider_spill(txn);
+		es_apply_limit_staging();
+	}
 	return true;
 }
 

@@ -41,6 +41,7 @@
 /* Staged bytes that are worth carrying at once, as a fraction of the MemTable's size. */
 #define LITTLE_STAGED	16
 
+/* Batches of a transaction that is to spill have none: PostgreSQL's WAL keeps them. */
 static inline bool
 has_frame(const EsMemBatch *b)
 {
@@ -84,6 +85,8 @@ es_carry_staged(uint64 ticket)
 	{
 		EsTxn	   *txn = dlist_container(EsTxn, node, txns.cur);
 
+		if (txn->verdict == ES_VERDICT_ABORTED)
+			continue;
 		dlist_foreach(iter, &txn->staged)
 		{
 			EsMemBatch *b = dlist_container(EsMemBatch, node, iter.cur);

@@ -144,7 +144,6 @@ stage(const EsBatchRequest *r, Size len)
 static void
 on_message(EsConn *conn, const EsRequest *req, Size len)
 {
-	ES_COUNT(messages, 1);
 	switch ((EsRequestType) req->type)
 	{
 		case ES_REQ_BATCH:
@@ -413,8 +412,6 @@ es_collect_apply(void)
 bool
 es_collect_drain(void)
 {
-	int			n;
-
 	/* No memory: first what was taken, lest the copies grow without bound. */
 	if (batches.n > 0 || finishes.n > 0)
 	{
@@ -422,7 +419,6 @@ es_collect_drain(void)
 		if (batches.n > 0 || finishes.n > 0)
 			return false;
 	}
-	n = es_server_drain(&complete);
-	ES_SET(queue_depth, n);
+	es_server_drain(&complete);
 	return es_collect_apply();
 }

@@ -117,6 +117,9 @@ extern void es_flush_consider_spill(EsTxn *txn);
  * on commit (durable) the manifest gets ADOPT, on abort DROP. */
 extern void es_flush_finish_pending(EsTxn *txn, const EsSectionHeader *section);
 extern void es_flush_txn_decided(EsTxn *txn);
+/* Recovery, for the transaction of each frame: gives it back segments that were adopted already, so that their
+ * batches are not adopted again. */
+extern void es_adopt_recall(EsTxn *txn);
 extern void es_handle_drop_storage(EsConn *conn, const EsDropRequest *req);
 extern void es_flush_conn_closed(EsConn *conn);
 /* Memory is short of what flushes and spills free: leave BATCH and FINISH in their queues. */

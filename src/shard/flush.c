@@ -88,6 +88,7 @@ typedef struct Waiter
 	EsConn	   *conn;
 	uint64		id;
 	uint64		memtable;		/* this one and all older ones must be in segments */
+	uint64		active;			/* ... and pending segments adopted that finished up to this one */
 } Waiter;
 
 static dlist_head flushes = DLIST_STATIC_INIT(flushes);	/* oldest first */
@@ -105,6 +106,7 @@ es_flush_init(void)
 {
 	if (es_memtable_active == NULL)
 		(void) es_memtable_create();
+	es_adopt_init();
 }
 
 /* ---- boundary ---- */
@@ -542,7 +544,7 @@ answer_waiters(void)
 	{
 		Waiter	   *w = dlist_container(Waiter, node, iter.cur);
 
-		if (last_retired >= w->memtable && es_adopt_committed(es_memtable_active->id))
+		if (last_retired >= w->memtable && es_adopt_committed(w->active))
 			answer(w, 0, NULL, NULL);
 	}
 	if (!dlist_is_empty(&waiters) && trouble(&sqlerrcode, detail, sizeof(detail)))
@@ -576,6 +578,7 @@ es_handle_flush(EsConn *conn, const EsFlushRequest *req)
 	w->conn = conn;
 	w->id = req->req.id;
 	w->memtable = ask();
+	w->active = es_memtable_active->id;
 	dlist_push_tail(&waiters, &w->node);
 	es_flush_tick();
 }

@@ -116,6 +116,8 @@ extern bool es_spill_taking_back(void);
 
 /* ---- adopt.c ---- */
 
+/* At start, when the segments are loaded. */
+extern void es_adopt_init(void);
 /* The transaction has pending segments from now on. */
 extern void es_adopt_register(EsTxn *txn);
 extern void es_adopt_tick(void);

@@ -147,6 +147,8 @@ own_frame(const EsFrameHeader *h, const void *payload, EsOwnLsn end)
 	EsTxn	   *txn;
 	const EsResolved *resolved;
 
+	if (h->type != ES_FRAME_FILE)
+		es_adopt_recall(es_txn_get(h->fxid));
 	switch ((EsFrameType) h->type)
 	{
 		case ES_FRAME_FILE:
@@ -329,35 +331,43 @@ read_pg_wal(void)
 
 /* ---- positions ---- */
 
+/* Another shard's control block; false if it cannot be read, which that shard reports itself. */
+static bool
+read_control_of(int shard, EsControl *control)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	volatile bool done = false;
+
+	PG_TRY();
+	{
+		es_control_read(shard, control);
+		done = true;
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(caller);
+		FlushErrorState();
+	}
+	PG_END_TRY();
+	return done;
+}
+
 /*
  * Highest position counters in the control blocks of all shards.  Another shard may have
- * stopped after this one, and may have been the last to see positions.  One that cannot be read says
- * so itself when it opens; until then what the others know is all there is.
+ * stopped after this one, and may have been the last to see positions.
  */
 static void
 ask_other_shards(EsPosition *next)
 {
-	MemoryContext caller = CurrentMemoryContext;
-
 	for (int i = 0; i < es_shared->nshards; i++)
 	{
 		EsControl	control;
 
-		if (i == es_shard_id)
+		if (i == es_shard_id || !read_control_of(i, &control))
 			continue;
-		PG_TRY();
-		{
-			es_control_read(i, &control);
-			*next = Max(*next, (control.flags & ES_CONTROL_CLEAN) ?
-						control.next_position : control.reserved_below);
-			reserved_below = Max(reserved_below, control.reserved_below);
-		}
-		PG_CATCH();
-		{
-			MemoryContextSwitchTo(caller);
-			FlushErrorState();
-		}
-		PG_END_TRY();
+		*next = Max(*next, (control.flags & ES_CONTROL_CLEAN) ?
+					control.next_position : control.reserved_below);
+		reserved_below = Max(reserved_below, control.reserved_below);
 	}
 }
 

@@ -244,7 +244,7 @@ start_spill(EsTxn *txn)
 void
 es_flush_consider_spill(EsTxn *txn)
 {
-	if (txn->spilling || txn->finished || txn->verdict != ES_VERDICT_UNKNOWN ||
+	if (txn->spilling || txn->finished || txn->verdict != ES_VERDICT_UNKNOWN || !txn->listed ||
 		dlist_is_empty(&txn->staged))
 		return;
 	if (txn->staged_bytes >= chunk_size() || staging_full())
@@ -256,7 +256,7 @@ es_flush_consider_spill(EsTxn *txn)
 static bool
 overtaken(const Spill *s)
 {
-	return s->txn->finished || s->txn->verdict == ES_VERDICT_ABORTED;
+	return s->txn->finished || s->txn->verdict == ES_VERDICT_ABORTED || !s->txn->listed;
 }
 
 static void

@@ -295,28 +295,33 @@ check_shard_count(const EsStoreFile *store)
 					 store->nshards)));
 }
 
+/* Damage is the shard's own refusal: it will find it, and say so. */
+static bool
+try_read_control(int shard, EsControl *control)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	volatile bool readable = true;
+
+	PG_TRY();
+	{
+		es_control_read(shard, control);
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(caller);
+		FlushErrorState();
+		readable = false;
+	}
+	PG_END_TRY();
+	return readable;
+}
+
 static void
 read_controls(const EsStoreFile *store, ShardFound *found)
 {
-	MemoryContext caller = CurrentMemoryContext;
-
 	for (int i = 0; i < es_shared->nshards; i++)
-	{
-		found[i].readable = false;
-		PG_TRY();
-		{
-			es_control_read(i, &found[i].control);
-			found[i].readable = memcmp(found[i].control.identity.store_uuid, store->store_uuid,
-									   ES_UUID_LEN) == 0;
-		}
-		PG_CATCH();
-		{
-			/* the shard itself will say so, and refuse */
-			MemoryContextSwitchTo(caller);
-			FlushErrorState();
-		}
-		PG_END_TRY();
-	}
+		found[i].readable = try_read_control(i, &found[i].control) &&
+			memcmp(found[i].control.identity.store_uuid, store->store_uuid, ES_UUID_LEN) == 0;
 }
 
 /*
