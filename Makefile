@@ -32,6 +32,7 @@ CORE_OBJS = \
 	src/core/intvec.o \
 	src/core/manifest.o \
 	src/core/message.o \
+	src/core/metapage.o \
 	src/core/page.o \
 	src/core/page_encode.o \
 	src/core/route.o \
@@ -58,20 +59,58 @@ IPC_OBJS = \
 	src/ipc/shmem.o
 
 SHARD_OBJS = \
+	src/shard/adopt.o \
 	src/shard/apply.o \
 	src/shard/arena.o \
+	src/shard/build.o \
+	src/shard/carry.o \
 	src/shard/collect.o \
+	src/shard/control.o \
+	src/shard/drop.o \
+	src/shard/event_ids.o \
+	src/shard/files.o \
 	src/shard/finish.o \
+	src/shard/flush.o \
+	src/shard/heads.o \
+	src/shard/keeper.o \
+	src/shard/log.o \
+	src/shard/log_file.o \
+	src/shard/log_replay.o \
+	src/shard/log_write.o \
+	src/shard/manifest_file.o \
 	src/shard/memindex.o \
 	src/shard/memtable.o \
+	src/shard/pgwal.o \
+	src/shard/prepare.o \
+	src/shard/prepare_rows.o \
 	src/shard/recovery.o \
+	src/shard/scan.o \
+	src/shard/scan_any.o \
+	src/shard/scan_context.o \
+	src/shard/scan_filter.o \
+	src/shard/scan_mem.o \
+	src/shard/scan_order.o \
+	src/shard/scan_output.o \
+	src/shard/scan_view.o \
+	src/shard/scan_window.o \
+	src/shard/segment_rows.o \
+	src/shard/segments.o \
+	src/shard/spill.o \
+	src/shard/stat.o \
+	src/shard/store.o \
+	src/shard/task.o \
 	src/shard/txn.o \
+	src/shard/uring.o \
 	src/shard/verdict.o \
 	src/shard/versions.o \
 	src/shard/wait.o \
 	src/shard/worker.o
 
-MAINT_OBJS =
+MAINT_OBJS = \
+	src/maint/build.o \
+	src/maint/collect.o \
+	src/maint/collect_database.o \
+	src/maint/worker.o
 
 TAM_OBJS = \
 	src/tam/commit.o \
@@ -100,10 +139,10 @@ SQLFN_OBJS = \
 OBJS = $(TOP_OBJS) $(CORE_OBJS) $(IPC_OBJS) $(SHARD_OBJS) $(MAINT_OBJS) $(TAM_OBJS) $(PLAN_OBJS) $(SQLFN_OBJS)
 
 # Regression tests, in order: sql/NAME.sql, expected/NAME.out.
-REGRESS =
+REGRESS = basic refused append replay types ddl exec
 
 # Isolation tests: test/isolation/specs/NAME.spec, test/isolation/expected/NAME.out.
-ISOLATION =
+ISOLATION = visibility versions horizon serializable cursors
 
 # FAULTS=1 compiles the fault points in. For tests only, and their default.
 FAULTS ?= 0

@@ -73,6 +73,11 @@ es_pgstat_report_vacuum(Relation rel, PgStat_Counter livetuples)
 #endif
 }
 
+/* 18 has pg_noreturn, which stands elsewhere in a declaration. */
+#if PG_VERSION_NUM >= 180000
+#define pg_attribute_noreturn() __attribute__((noreturn))
+#endif
+
 /* Number of a PGPROC in the array of all of them. */
 static inline int
 es_proc_number(PGPROC *proc)

@@ -30,6 +30,7 @@
 #include "event_store.h"
 #include "guc.h"
 #include "ipc/shmem.h"
+#include "shard/files.h"
 
 PG_MODULE_MAGIC;
 
@@ -61,9 +62,14 @@ static int
 count_shards(void)
 {
 	long		cores;
+	int			made_with;
 
 	if (es_guc_shards > 0)
 		return es_guc_shards;
+	/* a store keeps its number when it moves to a machine with other cores */
+	made_with = es_store_peek_nshards();
+	if (made_with > 0)
+		return made_with;
 	cores = sysconf(_SC_NPROCESSORS_ONLN);
 	return (int) Min(Max(cores / 2, 1), ES_MAX_SHARDS);
 }

@@ -120,6 +120,13 @@ es_batch_cid(const EsBatchView *v, uint32_t row)
 	return v->cids ? v->cids[row] : v->header->cid;
 }
 
+/* Columns of the table, without the hidden one. */
+static inline int
+es_batch_table_columns(const EsBatchView *v)
+{
+	return v->header->ncols - ((v->header->flags & ES_BATCH_HAS_CONTENT_HASH) ? 1 : 0);
+}
+
 /* true also for absent and all-null columns and for columns beyond ncols (col counts from 0) */
 static inline bool
 es_batch_is_null(const EsBatchView *v, int col, uint32_t row)

@@ -21,7 +21,8 @@
 #define LZ4_MAX_RATIO 255
 
 static uint32_t
-page_crc(const EsPageHeader *header, const void *stored, uint64_t segment_id, uint64_t offset)
+page_crc(const EsPageHeader *header, const void *stored, size_t stored_len, uint64_t segment_id,
+		 uint64_t offset)
 {
 	EsPageHeader h = *header;
 	uint64_t	 place[2] = {segment_id, offset};
@@ -30,13 +31,13 @@ page_crc(const EsPageHeader *header, const void *stored, uint64_t segment_id, ui
 	h.crc = 0;
 	crc = es_crc32c(0, place, sizeof(place));
 	crc = es_crc32c(crc, &h, sizeof(h));
-	return es_crc32c(crc, stored, h.stored_len);
+	return es_crc32c(crc, stored, stored_len);
 }
 
 void
 es_page_seal(EsPageHeader *header, const void *stored, uint64_t segment_id, uint64_t offset)
 {
-	header->crc = page_crc(header, stored, segment_id, offset);
+	header->crc = page_crc(header, stored, header->stored_len, segment_id, offset);
 }
 
 EsStatus
@@ -44,7 +45,7 @@ es_page_check(const uint8_t *buf, size_t len, EsPageKind kind, uint64_t segment_
 			  EsPageHeader *header, EsError *err)
 {
 	EsPageHeader h;
-	uint32_t	 stored_crc;
+	uint32_t	 crc;
 	int			 codec;
 
 	if (len < sizeof(h))
@@ -52,12 +53,12 @@ es_page_check(const uint8_t *buf, size_t len, EsPageKind kind, uint64_t segment_
 	memcpy(&h, buf, sizeof(h));
 
 	/* The length is the caller's: a damaged one must not lead the CRC astray. */
-	stored_crc = h.crc;
-	h.stored_len = (uint32_t) (len - sizeof(h));
-	h.crc = page_crc(&h, buf + sizeof(h), segment_id, offset);
-	memcpy(&h.stored_len, buf + offsetof(EsPageHeader, stored_len), sizeof(h.stored_len));
-	if (h.crc != stored_crc || h.stored_len != len - sizeof(h))
-		return es_fail_crc(err, offset, stored_crc, h.crc, "segment page");
+	crc = page_crc(&h, buf + sizeof(h), len - sizeof(h), segment_id, offset);
+	if (crc != h.crc)
+		return es_fail_crc(err, offset, h.crc, crc, "segment page");
+	if (h.stored_len != len - sizeof(h))
+		return es_fail(err, ES_ERR_CORRUPT, offset, "segment page has %u bytes where %zu belong",
+					   h.stored_len, len - sizeof(h));
 
 	codec = h.kind_codec & 0x0f;
 	if (h.kind_codec >> 4 != (int) kind)

@@ -303,6 +303,10 @@ connect_channel(EsChannel *ch)
 			es_channel_sleep(deadline, wait_event);
 		}
 
+		/* a dead incarnation could not say it: no successor may attach while we change the fields */
+		pg_atomic_write_u32(&ch->shared->closed, pg_atomic_read_u32(&ch->shared->generation));
+		pg_write_barrier();
+
 		make_queues(ch);
 		ES_FAULT_ERROR("channel-before-attach");
 		poke(ch);
@@ -356,30 +360,31 @@ wait_for_room(EsChannel *ch, Size need)
 {
 	EsShardCounters *counters = &es_shared->shards[ch->shard].counters;
 	TimestampTz start;
-	TimestampTz deadline;
-	Size		room = room_left(ch);
 	uint32		wait_event;
 
-	if (room >= need)
+	if (room_left(ch) >= need)
 		return true;
 
 	start = GetCurrentTimestamp();
-	deadline = enqueue_deadline();
 	wait_event = es_wait_event(&wait_room, "EventStoreQueueRoom");
 	pg_atomic_fetch_add_u64(&counters->queue_full_waits, 1);
 	PG_TRY();
 	{
+		TimestampTz deadline = enqueue_deadline();
+		Size		last_room = room_left(ch);
+
 		while (es_channel_usable(ch))
 		{
-			Size		before = room;
+			Size		room;
 
 			pg_atomic_write_u32(&ch->shared->room_wanted, 1);
 			pg_memory_barrier();
 			room = room_left(ch);
 			if (room >= need)
 				break;
-			if (room > before)
+			if (room > last_room)
 				deadline = enqueue_deadline();
+			last_room = room;
 			poke(ch);
 			check_deadline(ch, deadline, "make room in its queue");
 			es_channel_sleep(deadline, wait_event);
@@ -392,7 +397,7 @@ wait_for_room(EsChannel *ch, Size need)
 								Max(GetCurrentTimestamp() - start, 0));
 	}
 	PG_END_TRY();
-	return room >= need && es_channel_usable(ch);
+	return room_left(ch) >= need && es_channel_usable(ch);
 }
 
 /* ---- sending ---- */

@@ -133,7 +133,8 @@ typedef enum EsFilterKind
 } EsFilterKind;
 
 /* A conjunct; rows for which it is not true are left out.  On the position and version
- * roles it sees the assigned values. */
+ * roles it sees the assigned values.  A column that was added after a row was written is NULL to
+ * it: no filters on columns with a missing value (atthasmissing). */
 typedef struct EsFilter
 {
 	uint16		column;			/* from 0 */

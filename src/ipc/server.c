@@ -120,17 +120,17 @@ let_go(int slot, uint32 generation)
 
 /* Maps the queues and attaches; false if that fails. */
 static bool
-map_queues(EsConnection *c, EsChannelShared *shared)
+map_queues(EsConnection *c, dsm_handle handle, Size offset)
 {
 	MemoryContext old = MemoryContextSwitchTo(es_server_context);
 	volatile bool done = false;
 
 	PG_TRY();
 	{
-		c->segment = dsm_attach(shared->segment);
+		c->segment = dsm_attach(handle);
 		if (c->segment != NULL)
 		{
-			char	   *memory = (char *) dsm_segment_address(c->segment) + shared->offset;
+			char	   *memory = (char *) dsm_segment_address(c->segment) + offset;
 			shm_mq	   *requests = (shm_mq *) memory;
 			shm_mq	   *answers = (shm_mq *) (memory + CACHELINEALIGN(es_queue_memory(es_request_ring())));
 
@@ -165,18 +165,32 @@ open_connection(int slot)
 {
 	EsChannelShared *shared = &es_shared->slots[slot].channels[es_server_shard];
 	uint32		generation = pg_atomic_read_u32(&shared->generation);
+	uint32		shard_generation;
+	dsm_handle	handle;
+	Size		offset;
 	EsConnection *c;
 
-	if (generation == 0 || generation == pg_atomic_read_u32(&shared->closed))
+	/*
+	 * The fields belong to a generation that is not closed: its owner closes the old one
+	 * before he touches them, so if it is still open after they were read, they are its.
+	 */
+	if (generation == 0)
 		return NULL;
-	pg_read_barrier();			/* before what was written before it */
-	if (shared->shard_generation != pg_atomic_read_u32(&shard_shared->generation))
+	pg_read_barrier();
+	shard_generation = shared->shard_generation;
+	handle = shared->segment;
+	offset = shared->offset;
+	pg_read_barrier();
+	if (pg_atomic_read_u32(&shared->closed) == generation ||
+		pg_atomic_read_u32(&shared->generation) != generation)
+		return NULL;			/* if a new one comes, so does its ready bit */
+	if (shard_generation != pg_atomic_read_u32(&shard_shared->generation))
 		return NULL;			/* for a predecessor of ours */
 
 	ES_FAULT("server-before-attach");
 	c = MemoryContextAllocExtended(es_server_context, sizeof(EsConnection),
 								   MCXT_ALLOC_ZERO | MCXT_ALLOC_NO_OOM);
-	if (c == NULL || !map_queues(c, shared))
+	if (c == NULL || !map_queues(c, handle, offset))
 	{
 		if (c != NULL)
 			pfree(c);

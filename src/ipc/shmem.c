@@ -153,11 +153,13 @@ es_shmem_startup(void)
 
 		pg_atomic_init_u32(&es_shared->store_ready, 0);
 		pg_atomic_init_u32(&es_shared->store_failed, 0);
+		pg_atomic_init_u32(&es_shared->detach, ES_ATTACHED);
 		SpinLockInit(&es_shared->mutex);
 		ConditionVariableInit(&es_shared->store_changed);
 		es_shared->nshards = es_configured_shards;
 		es_shared->nslots = count_slots();
 
+		pg_atomic_init_u64(&es_shared->position_start, 0);
 		pg_atomic_init_u64(&es_shared->position_counter, 0);
 		pg_atomic_init_u64(&es_shared->reserved_below, 0);
 		pg_atomic_init_u64(&es_shared->reserve_announced, 0);

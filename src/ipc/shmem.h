@@ -180,6 +180,14 @@ typedef struct EsRingEntry
 	uint64		tables[ES_SLOT_TABLES];
 } EsRingEntry;
 
+/* event_store.detach(): asked for by a superuser, done by the shards and the keeper. */
+typedef enum EsDetachState
+{
+	ES_ATTACHED = 0,
+	ES_DETACH_ASKED,			/* shards stop cleanly as soon as nothing is undecided */
+	ES_DETACHED					/* store file says so, slot is dropped; until the server's restart */
+} EsDetachState;
+
 typedef struct EsShared
 {
 	/* --- the store; keeper writes before store_ready is set, constant after --- */
@@ -193,11 +201,15 @@ typedef struct EsShared
 	char		store_reason[512];
 	PGPROC	   *keeper;
 	ConditionVariable store_changed;
+	pg_atomic_uint32 detach;	/* EsDetachState; ASKED by a superuser who wakes keeper and shards,
+								 * DETACHED by the keeper, who broadcasts store_changed */
 
 	int			nshards;		/* constant */
 	int			nslots;			/* backend slots; constant */
 
 	/* --- positions --- */
+	pg_atomic_uint64 position_start;	/* the counter begins here or above, by the control blocks of
+										 * all shards at the server's start; keeper, before store_ready */
 	pg_atomic_uint64 position_counter;	/* next position to hand out; 0 = not known yet;
 										 * fetch_add by anybody below reserved_below,
 										 * raised by recovery and by given positions */

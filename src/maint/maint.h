@@ -34,7 +34,7 @@ extern bool es_generation_gone(int shard, uint32 generation);
 /* Looks for dead storages if it is time to; returns ms until it wants to be called again. */
 extern long es_collect_tick(void);
 
-/* ---- collect_database.c ---- */
+/* ---- collect.c, a worker of its own; collect_database.c, one in a database ---- */
 
 /*
  * A look at one database: the shared part that the collector makes and the worker fills.
@@ -60,6 +60,7 @@ typedef struct EsLook
 	}			ids[FLEXIBLE_ARRAY_MEMBER]; /* ascending */
 } EsLook;
 
+extern PGDLLEXPORT void es_collect_main(Datum arg);
 extern PGDLLEXPORT void es_collect_database_main(Datum arg);
 
 #endif							/* ES_MAINT_MAINT_H */

@@ -20,9 +20,7 @@
  */
 #include "postgres.h"
 
-#include <fcntl.h>
 #include <signal.h>
-#include <unistd.h>
 
 #include "miscadmin.h"
 #include "pgstat.h"
@@ -33,14 +31,15 @@
 #include "storage/procsignal.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
-#include "utils/pidfile.h"
 #include "utils/resowner.h"
 #include "utils/wait_event.h"
 
+#include "compat.h"
 #include "ipc/fault.h"
 #include "ipc/jobs.h"
 #include "ipc/shmem.h"
 #include "maint/maint.h"
+#include "shard/files.h"
 #include "shard/shard.h"
 
 static volatile sig_atomic_t got_sigterm = false;
@@ -148,31 +147,6 @@ run_job(EsJob *job, MemoryContext context)
 	MemoryContextReset(context);
 }
 
-/* The postmaster writes its state into its lock file; there is no other way to know why a SIGTERM came. */
-static bool
-server_stops(void)
-{
-	char		buffer[BLCKSZ];
-	int			fd = open("postmaster.pid", O_RDONLY | PG_BINARY, 0);
-	int			len;
-	char	   *line = buffer;
-
-	if (fd < 0)
-		return true;
-	len = read(fd, buffer, sizeof(buffer) - 1);
-	close(fd);
-	if (len <= 0)
-		return true;
-	buffer[len] = '\0';
-	for (int n = 1; n < LOCK_FILE_LINE_PM_STATUS && line != NULL; n++)
-	{
-		line = strchr(line, '\n');
-		if (line != NULL)
-			line++;
-	}
-	return line != NULL && strncmp(line, PM_STATUS_STOPPING, strlen(PM_STATUS_STOPPING)) == 0;
-}
-
 static bool
 shards_left(void)
 {
@@ -204,6 +178,7 @@ shards_left(void)
 void
 es_maintenance_main(Datum arg)
 {
+	static uint32 wait_event = 0;
 	int			worker = DatumGetInt32(arg);
 	MemoryContext context;
 
@@ -232,7 +207,7 @@ es_maintenance_main(Datum arg)
 		}
 		if (got_sigterm)
 		{
-			if (!server_stops())
+			if (!es_server_stopping())
 				proc_exit(1);
 			if (!shards_left())
 				proc_exit(0);
@@ -253,6 +228,6 @@ es_maintenance_main(Datum arg)
 			timeout = Min(timeout, wanted);
 		}
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, timeout,
-						 PG_WAIT_EXTENSION);
+						 es_wait_event(&wait_event, "EventStoreMaintenance"));
 	}
 }

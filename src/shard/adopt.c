@@ -565,7 +565,14 @@ es_flush_finish_pending(EsTxn *txn, const EsSectionHeader *section)
 		finish_segment(txn, ref, mine, section->base);
 		es_segment_unref(ref);
 	}
+	/* what is cached of these tables' heads knows nothing of the segments */
+	foreach(lc, txn->pending)
+		es_heads_forget_storage(&((EsSegmentRef *) lfirst(lc))->entry.segment.table);
 	es_segments_changed();
+
+	/* cached heads do not know what the segments gave to their contexts */
+	for (uint32 i = 0; i < n; i++)
+		es_heads_forget_storage(&tables[i].view.table->table);
 
 	if (a->section == NULL)
 	{

@@ -253,6 +253,7 @@ carry_over(Flush *f)
 		}
 	}
 	es_carry_finished(carried, n);
+	f->memtable->carried = true;
 	es_adopt_carry(f->memtable->id);
 	f->carry_ticket = es_log_last_ticket();
 	if (carried != NULL)
@@ -319,7 +320,8 @@ build_store(Flush *f, EsMemStore *store, EsMemBatch **batches, Placed *placed, u
 		{
 			nrows += placed[i].nrows;
 			batches[k++] = placed[i++].batch;
-		} while (i < n && nrows + placed[i].nrows <= es_guc_segment_rows);
+		} while (i < n && nrows + placed[i].nrows <= es_guc_segment_rows &&
+				 es_batch_table_columns(&placed[i].batch->view) == es_batch_table_columns(&batches[0]->view));
 		if (f->nbuilds == *allocated)
 		{
 			*allocated = Max(16, *allocated * 2);
@@ -654,7 +656,7 @@ es_flush_overloaded(void)
 	if (nflushes >= MAX_PASSIVE &&
 		es_memtable_active->nbytes >= (Size) es_guc_memtable_size * 1024)
 		return true;
-	return pg_atomic_read_u64(&es_shard->counters.staged_bytes) > 2 * (Size) es_guc_staging_size * 1024 &&
+	return pg_atomic_read_u64(&es_shard->counters.staged_bytes) > (Size) es_guc_staging_size * 1024 &&
 		!es_spill_idle();
 }
 

@@ -1,17 +1,9 @@
 /*-------------------------------------------------------------------------
  *
  * log.c
- *	  A shard's own WAL while it runs: frames become groups, groups become durable.
+ *	  A shard's own WAL while it runs: what was written (log_write.c) becomes es_log.durable.
  *
- * Frames wait in a queue, in the order of their tickets.  A group is the longest
- * prefix of the queue whose messages PostgreSQL has flushed (their end <= F), cut at a
- * boundary that the engine asked for, at the end of the file and at GROUP_MAX.  It is
- * encoded into an aligned buffer, padded to a block and written at once; one group is in
- * flight, and what comes meanwhile gathers behind it (counted as staged; groups that found
- * the log idle are direct).  The shard's log lags behind PostgreSQL's by design, so an idle
- * log waits up to GATHER_US or GATHER_BYTES for company before it spends an I/O.
- *
- * A sync makes what was written count:
+ * A sync goes through these states:
  *
  *		BEGUN	F was read, then all floors; the engine drains its queues
  *		FIXED	what is to be written before the sync is known (what F covers)
@@ -28,15 +20,11 @@
  * Only when a control block is synced its content becomes true for others: es_shard's
  * restart_lsn, own LSNs of boundaries, files that may be used again.
  *
- * A group that could not be written keeps its place: the same bytes go to the same
- * offset a second later, and es_log_stuck_errno tells the engine to refuse new writes
- * meanwhile.  A sync that failed is a PANIC.
+ * A sync that failed is a PANIC: the pages may be gone, and the next sync would not say so.
  *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
-
-#include <fcntl.h>
 
 #include "access/xlog.h"
 #include "miscadmin.h"
@@ -50,29 +38,13 @@
 #include "guc.h"
 #include "ipc/fault.h"
 #include "shard/control.h"
-#include "shard/log.h"
-#include "shard/log_file.h"
+#include "shard/log_internal.h"
 #include "shard/shard.h"
 #include "shard/uring.h"
 
-#define GROUP_MAX		(1024 * 1024)
-#define GATHER_BYTES	(64 * 1024)
-#define GATHER_US		5000
 #define WANT_US			10000	/* between syncs that somebody waits for */
 #define QUIET_BYTES		(UINT64CONST(16) * 1024 * 1024)
 #define QUIET_US		(300 * USECS_PER_SEC)
-#define NUDGE_US		USECS_PER_SEC
-#define RETRY_US		USECS_PER_SEC
-
-typedef struct Frame
-{
-	struct Frame *next;
-	uint64		ticket;
-	TimestampTz appended;
-	bool		staged;			/* came while a group was in flight */
-	EsFrameHeader header;
-	char		payload[FLEXIBLE_ARRAY_MEMBER];
-} Frame;
 
 /* A frame that is not durable and holds restart_lsn back. */
 typedef struct Undurable
@@ -80,22 +52,6 @@ typedef struct Undurable
 	uint64		ticket;
 	EsLsn		start;
 } Undurable;
-
-typedef struct Boundary
-{
-	dlist_node	node;
-	uint64		id;
-	uint64		ticket;			/* last frame before it */
-	EsOwnLsn	lsn;			/* 0 = its last frame has no place yet */
-} Boundary;
-
-/* A place in the log: behind which frame we are. */
-typedef struct LogEnd
-{
-	uint64		ticket;
-	EsOwnLsn	lsn;			/* byte after the last frame; 0 = there never was one */
-	uint32		crc;
-} LogEnd;
 
 typedef enum SyncState
 {
@@ -106,44 +62,15 @@ typedef enum SyncState
 	SYNC_CONTROL
 } SyncState;
 
-static bool opened = false;
-static MemoryContext log_context;
-static EsFileIdentity identity;
-static uint64 my_incarnation;
-static uint16 kept_flags;		/* of the control block */
+EsLog		es_log;
 
-/* the queue */
-static Frame *queue_head = NULL;
-static Frame *queue_tail = NULL;
-static Size queued_bytes = 0;
-static uint64 last_ticket = 0;
-static EsLsn newest_end = 0;	/* highest pg_end ever appended */
-static EsLsn nudged = 0;
-static TimestampTz nudged_at = 0;
+static uint16 kept_flags;		/* of the control block */
+static bool closing = false;
 
 static Undurable *undurable = NULL;
 static uint64 undurable_first = 0;	/* the array is a ring: numbers of entries, not indexes */
 static uint64 undurable_next = 0;
 static uint64 undurable_size = 0;	/* a power of two */
-
-static dlist_head boundaries = DLIST_STATIC_INIT(boundaries);
-static uint64 last_boundary = 0;
-
-/* writing */
-static EsLogFile *file;			/* the current one */
-static uint64 file_pos;			/* offset of the next group */
-static LogEnd encoded;			/* behind the last frame that has a place */
-static LogEnd written;			/* behind the last frame of the last group that was written */
-static bool writing = false;
-static char *group_buf;			/* aligned, group_size bytes */
-static void *group_alloc;
-static Size group_size;
-static Size group_len;			/* padded */
-static int	group_frames;
-static int	write_errno = 0;
-static TimestampTz write_retry_at = 0;
-static bool wants_file = false; /* the next group needs the next file */
-static bool urgent = false;		/* no gathering */
 
 /* syncing */
 static SyncState sync_state = SYNC_IDLE;
@@ -159,14 +86,13 @@ static EsLsn *floors;			/* es_shared->nslots */
 static uint32 nfloors;
 static uint64 sync_target;		/* frames to be written first */
 static EsLsn sync_unframed;
-static LogEnd sync_end;			/* what the sync covers */
+static EsLogEnd sync_end;		/* what the sync covers */
 static int	files_in_sync;
 static uint32 sync_request;		/* es_shard->sync_request when it began */
 static TimestampTz sync_started;
 static EsControl control;		/* the one being written */
 
 /* durable: what the last synced control block says */
-static LogEnd durable;
 static EsLsn restart_lsn;
 static EsOwnLsn first_file;
 static EsPosition reserved_below;
@@ -192,25 +118,14 @@ fill_control(EsControl *c)
 {
 	memset(c, 0, sizeof(*c));
 	c->flags = kept_flags;
-	c->identity = identity;
-	c->incarnation = my_incarnation;
-	c->durable_end = durable.lsn;
-	c->durable_crc = durable.crc;
+	c->identity = es_log.identity;
+	c->incarnation = es_log.incarnation;
+	c->durable_end = es_log.durable.lsn;
+	c->durable_crc = es_log.durable.crc;
 	c->first_file = first_file;
 	c->restart_lsn = restart_lsn;
 	c->reserved_below = reserved_below = known_reserve();
 	es_manifest_position(&c->manifest_generation, &c->manifest_len);
-}
-
-static void
-make_group_buffer(Size size)
-{
-	if (group_alloc != NULL)
-		pfree(group_alloc);
-	group_alloc = NULL;
-	group_alloc = MemoryContextAllocHuge(log_context, size + ES_WAL_BLOCK);
-	group_buf = (char *) TYPEALIGN(ES_WAL_BLOCK, group_alloc);
-	group_size = size;
 }
 
 /*
@@ -240,36 +155,34 @@ es_log_open(const EsShardFiles *files, uint64 incarnation)
 	EsControl	c;
 	uint32		floor;
 
-	Assert(!opened);
-	if (log_context == NULL)
-		log_context = AllocSetContextCreate(TopMemoryContext, "event_store log", ALLOCSET_DEFAULT_SIZES);
+	Assert(!es_log.opened);
+	if (es_log.context == NULL)
+		es_log.context = AllocSetContextCreate(TopMemoryContext, "event_store log", ALLOCSET_DEFAULT_SIZES);
 	if (!es_log_replayed)
 		es_log_replay(files, NULL); /* the files that count must be known */
 
-	identity = files->identity;
-	my_incarnation = Max(last->incarnation + 1, incarnation);
+	es_log.identity = files->identity;
+	es_log.incarnation = Max(last->incarnation + 1, incarnation);
 	kept_flags = last->flags & ES_CONTROL_RELEASED;
-	durable.ticket = 0;
-	durable.lsn = last->durable_end;
-	durable.crc = last->durable_crc;
+	es_log.durable.ticket = 0;
+	es_log.durable.lsn = last->durable_end;
+	es_log.durable.crc = last->durable_crc;
 	first_file = last->first_file;
 	reserved_below = last->reserved_below;
-	encoded = written = durable;
+	es_log.encoded = es_log.written = es_log.durable;
 	begin_restart_lsn(last);
 
 	floor = Max(ES_OWN_FILE(last->durable_end), ES_OWN_FILE(files->manifest.flushed_up_to));
 	floor = Max(floor, ES_OWN_FILE(last->first_file));
-	es_log_file_start(identity.shard, floor);
-	file = es_log_file_current();
-	file_pos = 0;
-	make_group_buffer(GROUP_MAX);
-	floors = MemoryContextAllocZero(log_context, sizeof(EsLsn) * es_shared->nslots);
+	es_log_file_start(es_log.identity.shard, floor);
+	es_log_writer_open();
+	floors = MemoryContextAllocZero(es_log.context, sizeof(EsLsn) * es_shared->nslots);
 
 	ES_FAULT("log-before-unclean");
 	fill_control(&c);
 	c.sequence = last->sequence;
-	es_control_replace(identity.shard, &c);
-	es_control_own(identity.shard, &c);
+	es_control_replace(es_log.identity.shard, &c);
+	es_control_own(es_log.identity.shard, &c);
 	ES_FAULT("log-unclean");
 	publish();
 	pg_memory_barrier();
@@ -278,10 +191,10 @@ es_log_open(const EsShardFiles *files, uint64 incarnation)
 	es_log_file_sweep();
 	last_sync = GetCurrentTimestamp();
 	last_sync_flushed = GetFlushRecPtr(NULL);
-	opened = true;
+	es_log.opened = true;
 }
 
-/* ---- frames ---- */
+/* ---- what is not durable ---- */
 
 static inline Undurable *
 undurable_entry(uint64 n)
@@ -289,13 +202,13 @@ undurable_entry(uint64 n)
 	return &undurable[n & (undurable_size - 1)];
 }
 
-static void
-remember_undurable(uint64 ticket, EsLsn start)
+void
+es_log_remember_undurable(uint64 ticket, EsLsn start)
 {
 	if (undurable_next - undurable_first == undurable_size)
 	{
 		uint64		size = undurable_size == 0 ? 1024 : undurable_size * 2;
-		Undurable  *grown = MemoryContextAllocHuge(log_context, size * sizeof(Undurable));
+		Undurable  *grown = MemoryContextAllocHuge(es_log.context, size * sizeof(Undurable));
 
 		for (uint64 n = undurable_first; n < undurable_next; n++)
 			grown[n & (size - 1)] = *undurable_entry(n);
@@ -310,63 +223,9 @@ remember_undurable(uint64 ticket, EsLsn start)
 }
 
 uint64
-es_log_append(EsFrameType type, EsFxid fxid, EsLsn pg_start, EsLsn pg_end,
-			  const void *payload, uint32 len)
-{
-	Frame	   *f;
-
-	Assert(opened);
-	if (len > ES_FRAME_MAX_PAYLOAD)
-		ereport(ERROR,
-				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
-				 errmsg("a frame of %u bytes is too large for the log of shard %d", len, es_shard_id)));
-	f = MemoryContextAllocHuge(log_context, offsetof(Frame, payload) + len);
-
-	/*
-	 * Carried-over frames hold nothing back: what they repeat is durable in an older
-	 * file, or waits further ahead in this queue.  Verdicts come from CLOG again.
-	 */
-	if (pg_start != 0 && (type == ES_FRAME_BATCH || type == ES_FRAME_FINISH))
-		remember_undurable(last_ticket + 1, pg_start);
-
-	memset(f, 0, offsetof(Frame, payload));
-	f->ticket = ++last_ticket;
-	f->appended = GetCurrentTimestamp();
-	f->staged = writing;
-	f->header.type = (uint8) type;
-	f->header.shard = identity.shard;
-	f->header.payload_len = len;
-	f->header.pg_start = pg_start;
-	f->header.pg_end = pg_end;
-	f->header.fxid = fxid;
-	if (len > 0)
-		memcpy(f->payload, payload, len);
-	if (queue_tail != NULL)
-		queue_tail->next = f;
-	else
-		queue_head = f;
-	queue_tail = f;
-	queued_bytes += es_frame_size(len);
-	newest_end = Max(newest_end, pg_end);
-	return f->ticket;
-}
-
-uint64
-es_log_last_ticket(void)
-{
-	return last_ticket;
-}
-
-uint64
 es_log_durable_ticket(void)
 {
-	return durable.ticket;
-}
-
-Size
-es_log_queued_bytes(void)
-{
-	return queued_bytes;
+	return es_log.durable.ticket;
 }
 
 EsLsn
@@ -375,325 +234,12 @@ es_log_restart_lsn(void)
 	return restart_lsn;
 }
 
-EsLsn
-es_log_flush_distance(EsLsn flushed)
-{
-	return newest_end > flushed ? newest_end - flushed : 0;
-}
-
 int
 es_log_stuck_errno(void)
 {
-	if (write_errno != 0)
-		return write_errno;
-	if (wants_file && es_log_file_errno() != 0)
-		return es_log_file_errno();
-	return es_control_stuck_errno();
-}
+	int			err = es_log_write_errno();
 
-/* ---- boundaries ---- */
-
-/*
- * Where the log stands behind the last frame that has a place.  While the current file has none
- * that is the file's start, so that a boundary leaves the older files behind it.
- */
-static EsOwnLsn
-encoded_place(void)
-{
-	return Max(encoded.lsn, ES_OWN_LSN(file->number, 0));
-}
-
-uint64
-es_log_boundary(void)
-{
-	Boundary   *b = MemoryContextAllocZero(log_context, sizeof(Boundary));
-
-	b->id = ++last_boundary;
-	b->ticket = last_ticket;
-	if (encoded.ticket == last_ticket)
-		b->lsn = encoded_place();
-	dlist_push_tail(&boundaries, &b->node);
-	return b->id;
-}
-
-EsOwnLsn
-es_log_boundary_lsn(uint64 id)
-{
-	dlist_mutable_iter iter;
-
-	dlist_foreach_modify(iter, &boundaries)
-	{
-		Boundary   *b = dlist_container(Boundary, node, iter.cur);
-
-		if (b->id == id)
-			return b->lsn != 0 && b->ticket <= durable.ticket ? b->lsn : 0;
-	}
-	return 0;
-}
-
-/* Nobody asks any more for what was answered a thousand boundaries ago. */
-static void
-forget_boundaries(void)
-{
-	while (!dlist_is_empty(&boundaries))
-	{
-		Boundary   *b = dlist_head_element(Boundary, node, &boundaries);
-
-		if (b->id + 1000 > last_boundary || b->lsn == 0 || b->ticket > durable.ticket)
-			break;
-		dlist_delete(&b->node);
-		pfree(b);
-	}
-}
-
-/* Ticket of the frame behind which the group must end, 0 = none. */
-static uint64
-next_boundary_ticket(void)
-{
-	dlist_iter	iter;
-
-	dlist_foreach(iter, &boundaries)
-	{
-		Boundary   *b = dlist_container(Boundary, node, iter.cur);
-
-		if (b->lsn == 0)
-			return b->ticket;
-	}
-	return 0;
-}
-
-static void
-place_boundaries(void)
-{
-	dlist_iter	iter;
-
-	dlist_foreach(iter, &boundaries)
-	{
-		Boundary   *b = dlist_container(Boundary, node, iter.cur);
-
-		if (b->lsn == 0 && b->ticket <= encoded.ticket)
-			b->lsn = encoded_place();
-	}
-}
-
-/* ---- groups ---- */
-
-static void group_written(void *arg, int result);
-
-static void
-issue_group(void)
-{
-	int			err = ES_FAULT_IO("wal-write");
-
-	write_retry_at = 0;
-	if (err != 0)
-		es_uring_result(-err, group_written, NULL);
-	else
-		es_uring_write(file->fd, group_buf, group_len, file_pos, group_written, NULL);
-}
-
-/* Encodes one frame at `at` in the buffer. */
-static Size
-encode(EsFrameHeader *header, const void *payload, Size at)
-{
-	header->own_lsn = ES_OWN_LSN(file->number, file_pos + at);
-	encoded.crc = es_frame_encode(header, payload, encoded.crc, group_buf + at);
-	at += es_frame_size(header->payload_len);
-	encoded.lsn = ES_OWN_LSN(file->number, file_pos + at);
-	return at;
-}
-
-/* The first frame of a file: what it is, and where the log ended before. */
-static Size
-encode_file_header(void)
-{
-	EsFrameHeader header;
-	EsWalFileHeader payload;
-
-	memset(&payload, 0, sizeof(payload));
-	payload.identity = identity;
-	payload.file_number = file->number;
-	payload.incarnation = my_incarnation;
-	payload.previous_end = encoded.lsn;
-	payload.previous_crc = encoded.crc;
-	memset(&header, 0, sizeof(header));
-	header.type = ES_FRAME_FILE;
-	header.shard = identity.shard;
-	header.payload_len = sizeof(payload);
-	encoded.crc = 0;
-	return encode(&header, &payload, 0);
-}
-
-static inline Size
-padded(Size len)
-{
-	return TYPEALIGN(ES_WAL_BLOCK, len);
-}
-
-/*
- * Takes frames off the queue, up to `limit` (ticket), and writes them.  False if the next
- * frame needs a file that is not ready.
- */
-static bool
-start_group(uint64 limit)
-{
-	Size		header_size = es_frame_size(sizeof(EsWalFileHeader));
-	Size		first = es_frame_size(queue_head->header.payload_len);
-	Size		room;
-	Size		at = 0;
-
-	if ((file_pos == 0 ? header_size : 0) + first > file->size - file_pos)
-	{
-		EsLogFile  *next = es_log_file_switch(header_size + first);
-
-		wants_file = next == NULL;
-		if (next == NULL)
-			return false;
-		file = next;
-		file_pos = 0;
-	}
-	wants_file = false;
-
-	room = Min(Max(GROUP_MAX, padded(header_size + first)), file->size - file_pos);
-	if (room > group_size || (group_size > GROUP_MAX && room <= GROUP_MAX))
-		make_group_buffer(Max(room, GROUP_MAX));
-
-	group_frames = 0;
-	if (file_pos == 0)
-		at = encode_file_header();
-	if (queue_head->staged)
-		ES_COUNT(wal_staged_writes, 1);
-	else
-		ES_COUNT(wal_direct_writes, 1);
-	while (queue_head != NULL && queue_head->ticket <= limit)
-	{
-		Frame	   *f = queue_head;
-		Size		size = es_frame_size(f->header.payload_len);
-
-		if (at + size > room)
-			break;
-		at = encode(&f->header, f->payload, at);
-		encoded.ticket = f->ticket;
-		file->max_start = Max(file->max_start, f->header.pg_start);
-		group_frames++;
-		queued_bytes -= size;
-		queue_head = f->next;
-		if (queue_head == NULL)
-			queue_tail = NULL;
-		pfree(f);
-	}
-	group_len = padded(at);
-	memset(group_buf + at, 0, group_len - at);
-	place_boundaries();
-
-	writing = true;
-	ES_FAULT("wal-before-write");
-	issue_group();
-	return true;
-}
-
-static void
-group_written(void *arg, int result)
-{
-	if (result == -EINVAL && file->direct)
-	{
-		/* it took O_DIRECT when it was opened, but does not mean it */
-		fcntl(file->fd, F_SETFL, fcntl(file->fd, F_GETFL) & ~O_DIRECT);
-		file->direct = false;
-		issue_group();
-		return;
-	}
-	if (result < 0)
-	{
-		if (write_errno == 0)
-			es_file_error(LOG, -result, "write", es_log_file_path(identity.shard, file->number));
-		write_errno = -result;
-		ES_COUNT(io_errors, 1);
-		write_retry_at = GetCurrentTimestamp() + RETRY_US;
-		return;
-	}
-	if (write_errno != 0)
-		ereport(LOG, (errmsg("shard %d writes its log again", es_shard_id)));
-	write_errno = 0;
-	ES_FAULT("wal-written");
-
-	writing = false;
-	written = encoded;
-	file_pos += group_len;
-	file->dirty = true;
-	ES_COUNT(wal_groups, 1);
-	ES_COUNT(wal_frames, group_frames);
-	ES_COUNT(wal_bytes, group_len);
-}
-
-/* Last ticket of the queue's prefix that may be written now, with its bytes; 0 = none. */
-static uint64
-eligible(EsLsn flushed, Size enough, Size *bytes)
-{
-	uint64		cut = next_boundary_ticket();
-	uint64		last = 0;
-
-	*bytes = 0;
-	for (Frame *f = queue_head; f != NULL && f->header.pg_end <= flushed; f = f->next)
-	{
-		last = f->ticket;
-		*bytes += es_frame_size(f->header.payload_len);
-		if (last == cut || *bytes >= enough)
-			break;
-	}
-	return last;
-}
-
-/*
- * Frames that wait for PostgreSQL's flush for long: asynchronous commits with nobody
- * behind them, or a walwriter that sleeps.  At a fast stop there is no walwriter.
- */
-static void
-nudge(EsLsn flushed, TimestampTz now, bool at_once)
-{
-	EsLsn		want;
-
-	if (queue_head == NULL || queue_head->header.pg_end <= flushed)
-		return;
-	if (!at_once && now - queue_head->appended < NUDGE_US)
-		return;
-	want = at_once ? newest_end : queue_head->header.pg_end;
-	if (es_shard_stopping)
-	{
-		XLogFlush(want);
-		return;
-	}
-	if (want <= nudged && now - nudged_at < NUDGE_US)
-		return;
-	XLogSetAsyncXactLSN(want);
-	nudged = want;
-	nudged_at = now;
-}
-
-static void
-write_tick(TimestampTz now)
-{
-	EsLsn		flushed;
-	uint64		limit;
-	Size		bytes;
-
-	if (write_retry_at != 0 && now >= write_retry_at)
-		issue_group();
-	if (queue_head == NULL)
-		return;
-
-	flushed = GetFlushRecPtr(NULL);
-	ES_SET(flush_distance, es_log_flush_distance(flushed));
-	nudge(flushed, now, waited_for);
-	if (writing)
-		return;
-	limit = eligible(flushed, GROUP_MAX, &bytes);
-	if (limit == 0)
-		return;
-	if (!urgent && !waited_for && bytes < GATHER_BYTES && now - queue_head->appended < GATHER_US &&
-		!(sync_state == SYNC_FIXED && written.ticket < sync_target))
-		return;
-	start_group(limit);
+	return err != 0 ? err : es_control_stuck_errno();
 }
 
 /* ---- syncs ---- */
@@ -703,7 +249,7 @@ es_log_want_sync(void)
 {
 	wanted = true;
 	waited_for = true;
-	wanted_ticket = last_ticket;
+	wanted_ticket = es_log.last_ticket;
 }
 
 uint64
@@ -728,11 +274,11 @@ first_needed(void)
 	{
 		EsLogFile  *f = dlist_container(EsLogFile, node, iter.cur);
 
-		if (f == file || f->dirty || f->number >= ES_OWN_FILE(released) ||
+		if (f == es_log.file || f->dirty || f->number >= ES_OWN_FILE(released) ||
 			f->max_start >= restart_lsn)
 			return f->number;
 	}
-	return file->number;
+	return es_log.file->number;
 }
 
 bool
@@ -742,7 +288,7 @@ es_log_sync_due(void)
 	EsLsn		flushed;
 	bool		active;
 
-	if (!opened)
+	if (!es_log.opened)
 		return false;
 	if (sync_state == SYNC_BEGUN)
 		return true;			/* the drain was not complete: begin again */
@@ -752,19 +298,18 @@ es_log_sync_due(void)
 		return true;
 
 	now = GetCurrentTimestamp();
-	if (waited_for && durable.ticket < wanted_ticket && now - last_sync >= WANT_US &&
-		(written.ticket > durable.ticket || writing ||
-		 (queue_head != NULL && queue_head->header.pg_end <= GetFlushRecPtr(NULL))))
+	if (waited_for && es_log.durable.ticket < wanted_ticket && now - last_sync >= WANT_US &&
+		(es_log.encoded.ticket > es_log.durable.ticket || es_log_can_write(GetFlushRecPtr(NULL))))
 		return true;
 
 	/* an interval that was set to less than the time a sync takes does not make it a busy loop */
 	if (now - last_sync < (int64) es_guc_wal_sync_interval * 1000)
 		return false;
-	active = written.ticket > durable.ticket || encoded.ticket > written.ticket;
+	active = es_log.encoded.ticket > es_log.durable.ticket;
 	if (active || first_needed() > ES_OWN_FILE(first_file))
 		return true;
 	flushed = GetFlushRecPtr(NULL);
-	if (queue_head != NULL && queue_head->header.pg_end <= flushed)
+	if (es_log_can_write(flushed))
 		return true;
 	return flushed - last_sync_flushed >= QUIET_BYTES ||
 		(flushed != last_sync_flushed && now - last_sync >= QUIET_US);
@@ -804,9 +349,7 @@ es_log_sync_fix(EsLsn oldest_unframed)
 	if (sync_state != SYNC_BEGUN)
 		return;
 	sync_unframed = oldest_unframed;
-	sync_target = encoded.ticket;
-	for (Frame *f = queue_head; f != NULL && f->header.pg_end <= sync_flushed; f = f->next)
-		sync_target = f->ticket;
+	sync_target = es_log_covered_by(sync_flushed);
 	sync_state = SYNC_FIXED;
 	ES_FAULT("sync-fixed");
 }
@@ -820,7 +363,7 @@ sync_files(void)
 	dlist_iter	iter;
 
 	sync_state = SYNC_FILES;
-	sync_end = written;
+	sync_end = es_log.written;
 	files_in_sync = 1;			/* ours: nothing below may end the state before all are asked */
 	sync_started = GetCurrentTimestamp();
 	ES_FAULT("wal-before-sync");
@@ -849,7 +392,7 @@ file_synced(void *arg, int result)
 
 	if (result < 0)
 		es_file_error(data_sync_elevel(PANIC), -result, "fsync",
-					  es_log_file_path(identity.shard, f->number));
+					  es_log_file_path(es_log.identity.shard, f->number));
 	es_count_fsync(sync_started);
 	ES_FAULT("wal-synced");
 	files_in_sync--;
@@ -886,21 +429,21 @@ write_control(void)
 static void
 control_done(void)
 {
-	durable = sync_end;
+	es_log.durable = sync_end;
 	restart_lsn = control.restart_lsn;
 	first_file = control.first_file;
 	while (undurable_first < undurable_next &&
-		   undurable_entry(undurable_first)->ticket <= durable.ticket)
+		   undurable_entry(undurable_first)->ticket <= es_log.durable.ticket)
 		undurable_first++;
 	publish();
 	ES_FAULT("restart-published");
 	es_log_file_retire(ES_OWN_FILE(first_file));
-	forget_boundaries();
+	es_log_forget_boundaries();
 
 	last_sync = GetCurrentTimestamp();
 	last_sync_flushed = sync_flushed;
 	syncs_done++;
-	if (!wanted && durable.ticket >= wanted_ticket)
+	if (!wanted && es_log.durable.ticket >= wanted_ticket)
 		waited_for = false;
 	pg_atomic_write_u32(&es_shard->sync_done, sync_request);
 	sync_state = SYNC_IDLE;
@@ -909,7 +452,7 @@ control_done(void)
 static void
 sync_tick(void)
 {
-	if (sync_state == SYNC_FIXED && written.ticket >= sync_target)
+	if (sync_state == SYNC_FIXED && es_log.written.ticket >= sync_target)
 		sync_files();
 	if (sync_state == SYNC_FILES && files_in_sync == 0)
 		write_control();
@@ -923,17 +466,25 @@ es_log_release(EsOwnLsn from)
 
 /* ---- the loop's calls ---- */
 
+/* Then groups do not wait for company. */
+static bool
+somebody_waits(void)
+{
+	return waited_for || closing ||
+		(sync_state == SYNC_FIXED && es_log.written.ticket < sync_target);
+}
+
 void
 es_log_tick(void)
 {
 	TimestampTz now;
 
-	if (!opened)
+	if (!es_log.opened)
 		return;
 	now = GetCurrentTimestamp();
 	es_control_tick();
 	es_log_file_tick();
-	write_tick(now);
+	es_log_write_tick(now, somebody_waits());
 	sync_tick();
 	ES_SET(wal_files, es_log_file_count());
 }
@@ -950,38 +501,28 @@ long
 es_log_timeout(void)
 {
 	TimestampTz now = GetCurrentTimestamp();
-	long		timeout = -1;
+	long		timeout;
 	long		prepare = es_log_file_timeout();
 
-	if (!opened)
+	if (!es_log.opened)
 		return -1;
-	if ((sync_state == SYNC_FIXED && written.ticket >= sync_target) ||
+	if ((sync_state == SYNC_FIXED && es_log.written.ticket >= sync_target) ||
 		(sync_state == SYNC_FILES && files_in_sync == 0))
 		return 0;
+	timeout = es_log_write_timeout(now, somebody_waits());
 	if (sync_state == SYNC_BEGUN)
-		timeout = 10;			/* the drain was not complete */
+		timeout = earlier(timeout, 10000);	/* the drain was not complete */
 	if (prepare >= 0)
 		timeout = earlier(timeout, prepare * 1000);
-	if (write_retry_at != 0)
-		timeout = earlier(timeout, write_retry_at - now);
 	if (es_control_stuck_errno() != 0)
 		timeout = earlier(timeout, 100000);
-	if (queue_head != NULL && !writing)
-	{
-		if (queue_head->header.pg_end > GetFlushRecPtr(NULL))
-			timeout = earlier(timeout, waited_for ? WANT_US : 50000);
-		else if (wants_file)
-			timeout = earlier(timeout, 50000);
-		else
-			timeout = earlier(timeout, queue_head->appended + GATHER_US - now);
-	}
 	if (sync_state == SYNC_IDLE)
 	{
 		if (wanted)
 			return 0;
 		if (waited_for)
 			timeout = earlier(timeout, last_sync + WANT_US - now);
-		if (written.ticket > durable.ticket || encoded.ticket > written.ticket || queue_head != NULL)
+		if (es_log.last_ticket > es_log.durable.ticket)
 			timeout = earlier(timeout,
 							  Max(last_sync + (int64) es_guc_wal_sync_interval * 1000 - now, 1000));
 		/* quiet: is there much new in PostgreSQL's WAL? */
@@ -1018,8 +559,8 @@ sync_everything(void)
 	TimestampTz give_up = GetCurrentTimestamp() + 10 * USECS_PER_SEC;
 
 	/* one that is under way may not cover the last frames */
-	while (sync_state != SYNC_IDLE || writing || queue_head != NULL || durable.ticket < last_ticket ||
-		   durable.lsn != written.lsn)
+	while (sync_state != SYNC_IDLE || !es_log_written_all() || es_log.durable.ticket < es_log.last_ticket ||
+		   es_log.durable.lsn != es_log.written.lsn)
 	{
 		if (sync_state == SYNC_IDLE || sync_state == SYNC_BEGUN)
 		{
@@ -1039,11 +580,11 @@ sync_everything(void)
 void
 es_log_close_clean(EsPosition next_position)
 {
-	if (!opened)
+	if (!es_log.opened)
 		return;
-	urgent = true;
-	if (newest_end != 0)
-		XLogFlush(newest_end);
+	closing = true;
+	if (es_log.newest_end != 0)
+		XLogFlush(es_log.newest_end);
 	if (!sync_everything())
 	{
 		ereport(LOG,
@@ -1063,11 +604,11 @@ es_log_close_clean(EsPosition next_position)
 	control.flags &= ~ES_CONTROL_RELEASED;
 	control.restart_lsn = Max(restart_lsn, GetFlushRecPtr(NULL));
 	control.next_position = next_position;
-	if (durable.lsn == 0 || released >= durable.lsn)
+	if (es_log.durable.lsn == 0 || released >= es_log.durable.lsn)
 		control.first_file = 0;
 	else
 		control.first_file = ES_OWN_LSN(first_needed(), 0);
-	sync_end = durable;
+	sync_end = es_log.durable;
 	sync_flushed = control.restart_lsn;
 	sync_state = SYNC_CONTROL;
 	es_control_write(&control, control_done);
@@ -1081,5 +622,5 @@ es_log_close_clean(EsPosition next_position)
 	pg_atomic_write_u32(&es_shard->clean, 1);
 	es_wake_keeper();
 	ES_FAULT("log-clean");
-	opened = false;
+	es_log.opened = false;
 }

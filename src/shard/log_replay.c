@@ -147,7 +147,11 @@ frame_at(Window *w, uint32 number, uint64 at, uint16 shard, uint32 prev_crc,
 						   crc, err);
 }
 
-/* The frame that says what a file is. */
+/*
+ * The frame that says what a file is.  System identifier and timeline are those of the cluster that
+ * wrote it: not this one's after an adoption.  The control block is checked for that, and the chain of
+ * checksums ties the files to it.
+ */
 static void
 check_file_header(const char *path, const EsFrameHeader *header, const void *payload,
 				  const EsFileIdentity *identity, uint32 number, EsWalFileHeader *file)
@@ -160,9 +164,10 @@ check_file_header(const char *path, const EsFrameHeader *header, const void *pay
 		es_corruption(ERROR, path, &err);
 	}
 	memcpy(file, payload, sizeof(*file));
-	if (memcmp(&file->identity, identity, sizeof(*identity)) != 0)
+	if (memcmp(file->identity.store_uuid, identity->store_uuid, ES_UUID_LEN) != 0 ||
+		file->identity.shard != identity->shard || file->identity.nshards != identity->nshards)
 	{
-		es_fail(&err, ES_ERR_FOREIGN, 0, "the file is of another store, cluster, timeline or shard");
+		es_fail(&err, ES_ERR_FOREIGN, 0, "the file is of another store or shard");
 		es_corruption(ERROR, path, &err);
 	}
 	if (file->file_number != number)

@@ -6,9 +6,9 @@
  *
  * Rows of undecided and aborted transactions are in it too: readers ask the
  * batch's transaction.  When a MemTable turns passive, the batches that may not go
- * into a segment yet (undecided, or commit record not flushed) are added to the new
- * active one as well and get moved_to = its id: a reader whose view has that MemTable
- * leaves them out of the older one.
+ * into a segment yet (undecided, or commit record not flushed) are added to the
+ * active one as well, a moment later and all at once, and get moved_to = its id: a reader who begins
+ * after that leaves them out of the older one.
  *
  *-------------------------------------------------------------------------
  */
@@ -49,6 +49,8 @@ typedef struct EsMemTable
 	TimestampTz created;
 	TimestampTz first_row;		/* when its first row came, 0 = none */
 	bool		passive;
+	bool		carried;		/* batches that may not go into a segment were added to a newer one:
+								 * their moved_to is set */
 	bool		listed;			/* in the list, which holds one ref */
 	struct EsMemTable *next;	/* newer one */
 } EsMemTable;

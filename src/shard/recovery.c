@@ -43,7 +43,6 @@
 #include "ipc/logmsg.h"
 #include "ipc/position.h"
 #include "shard/apply.h"
-#include "shard/control.h"
 #include "shard/files.h"
 #include "shard/log.h"
 #include "shard/pgwal.h"
@@ -331,46 +330,6 @@ read_pg_wal(void)
 
 /* ---- positions ---- */
 
-/* Another shard's control block; false if it cannot be read, which that shard reports itself. */
-static bool
-read_control_of(int shard, EsControl *control)
-{
-	MemoryContext caller = CurrentMemoryContext;
-	volatile bool done = false;
-
-	PG_TRY();
-	{
-		es_control_read(shard, control);
-		done = true;
-	}
-	PG_CATCH();
-	{
-		MemoryContextSwitchTo(caller);
-		FlushErrorState();
-	}
-	PG_END_TRY();
-	return done;
-}
-
-/*
- * Highest position counters in the control blocks of all shards.  Another shard may have
- * stopped after this one, and may have been the last to see positions.
- */
-static void
-ask_other_shards(EsPosition *next)
-{
-	for (int i = 0; i < es_shared->nshards; i++)
-	{
-		EsControl	control;
-
-		if (i == es_shard_id || !read_control_of(i, &control))
-			continue;
-		*next = Max(*next, (control.flags & ES_CONTROL_CLEAN) ?
-					control.next_position : control.reserved_below);
-		reserved_below = Max(reserved_below, control.reserved_below);
-	}
-}
-
 static void
 recover_positions(const EsControl *control, bool clean)
 {
@@ -379,12 +338,13 @@ recover_positions(const EsControl *control, bool clean)
 	/*
 	 * While the server lives its counter does.  At its start the counter
 	 * begins where nobody can have been: at the exact value that a clean stop
-	 * has noted, or after a crash above everything that was reserved.
+	 * has noted (the highest of all shards: one may have stopped after this one), or
+	 * after a crash above everything that was reserved.
 	 */
 	if (pg_atomic_read_u64(&es_shared->position_counter) == 0)
 	{
 		next = Max(next, clean ? control->next_position : reserved_below);
-		ask_other_shards(&next);
+		next = Max(next, pg_atomic_read_u64(&es_shared->position_start));
 	}
 	es_positions_recovered(next, Max(reserved_below, next));
 }

@@ -51,7 +51,7 @@ typedef struct EsScanMem
 	EsMemStore *store;
 	EsMemBatch **own;			/* each with a reference */
 	uint32		nbatches;
-	bool		newest;			/* no newer MemTable in the view: batches carried over are taken here */
+	bool		carried;		/* its batches with moved_to are in a newer MemTable of the view */
 } EsScanMem;
 
 typedef struct EsScanFilter
@@ -198,7 +198,7 @@ struct EsScan
 	EsBatchBuilder *builder;
 	EsBatchMeta builder_meta;
 	EsColumnDesc *descs;		/* natts: of the builder */
-	int			ndescs;			/* columns that its sources had */
+	int			ndescs;			/* its columns: those of the rows' source */
 	bool		builder_own;
 	uint32		next_check;		/* rows at which the size is looked at again */
 	uint64		counted;		/* count only: rows not sent */
@@ -220,11 +220,11 @@ extern bool es_scan_open_segment(EsScan *scan, EsScanSegment *s);
 extern void es_scan_damage(EsScan *scan, EsSegmentRef *ref, const EsError *err);
 /* Are the rows of this batch (of a MemTable) visible?  Own ones: to be judged by cid. */
 extern bool es_scan_batch_visible(EsScan *scan, const EsMemBatch *b);
-/* Is the batch taken from this MemTable, or from a newer one that it was carried over to? */
+/* Is the batch read from this MemTable, not from a newer one that it was carried over to? */
 static inline bool
 es_scan_batch_here(const EsScanMem *m, const EsMemBatch *b)
 {
-	return m->memtable == NULL || m->newest || b->moved_to <= m->memtable->id;
+	return !m->carried || b->moved_to == 0;
 }
 extern void es_scan_skip(EsScan *scan, EsFxid fxid);
 /* Sorts and uniques scan->skipped. */

@@ -125,7 +125,7 @@ es_chunk_of_batch(EsChunk *chunk, const EsMemBatch *b, bool own)
 
 	chunk->kind = ES_CHUNK_MEM;
 	chunk->own = own;
-	chunk->ncols = h->ncols - ((h->flags & ES_BATCH_HAS_CONTENT_HASH) ? 1 : 0);
+	chunk->ncols = es_batch_table_columns(&b->view);
 	chunk->roles = &h->roles;
 	chunk->relid = h->relid;
 	chunk->batch = b;

@@ -4,10 +4,10 @@
  *	  From chunks to answers.
  *
  * Rows go into a batch builder until the batch has about the size that the reader wants.
- * The builder's columns are those that the sources so far had: a table's columns grow
- * with ALTER TABLE, and an older source has fewer, which are NULL.  When a source comes
- * whose columns do not fit, or own rows follow committed ones (an answer holds
- * either), the batch is sent as it is and a builder is made anew.
+ * The builder has the columns of the rows' source, which are fewer than the table's if
+ * columns were added since: the reader knows by their number which values are missing.  When
+ * a source with other columns comes, or own rows follow committed ones (an answer
+ * holds either), the batch is sent as it is and a builder is made anew.
  *
  *-------------------------------------------------------------------------
  */
@@ -36,7 +36,7 @@ builder_fits(const EsScan *scan, const EsChunk *chunk)
 {
 	if (scan->builder == NULL || scan->builder_own != chunk->own)
 		return false;
-	if (Min(chunk->ncols, scan->natts) > scan->ndescs)
+	if (Min(chunk->ncols, scan->natts) != scan->ndescs)
 		return false;
 	for (int i = 0; i < scan->ncolumns; i++)
 	{
@@ -57,26 +57,15 @@ static void
 make_builder(EsScan *scan, const EsChunk *chunk)
 {
 	EsBatchMeta meta = {0};
-	bool	   *wanted;
 
 	es_batch_free(scan->builder);
 	scan->builder = NULL;
 	if (scan->descs == NULL)
-	{
 		scan->descs = MemoryContextAlloc(scan->task.context, Max(scan->natts, 1) * sizeof(EsColumnDesc));
-		for (int i = 0; i < scan->natts; i++)
-			scan->descs[i] = (EsColumnDesc) {.len = -1,.align = 4};
-	}
-	for (int i = 0; i < scan->natts && i < chunk->ncols; i++)
-		scan->descs[i] = *source_desc(chunk, i);
-	scan->ndescs = Max(scan->ndescs, Min(chunk->ncols, scan->natts));
-
-	/* what no source had yet is NULL, and so is an absent column */
-	wanted = palloc0(Max(scan->natts, 1) * sizeof(bool));
+	scan->ndescs = Min(chunk->ncols, scan->natts);
 	for (int i = 0; i < scan->ndescs; i++)
-		wanted[i] = scan->wanted[i];
-	scan->builder = es_batch_create(scan->descs, scan->natts, wanted);
-	pfree(wanted);
+		scan->descs[i] = *source_desc(chunk, i);
+	scan->builder = es_batch_create(scan->descs, scan->ndescs, scan->wanted);
 	if (scan->builder == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_OUT_OF_MEMORY),

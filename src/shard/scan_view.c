@@ -12,12 +12,10 @@
  * finishes after OPEN was running for the snapshot.  Hence a pending
  * segment of another transaction that has no FINISH yet is left out at once.
  *
- * A batch whose transaction was undecided when its MemTable turned passive is in the next MemTable
- * too, and moved_to says so.  A batch only moves on when the MemTable that has it turns
- * passive; so of the MemTables in a view it is in the newest one to which it moved, and for
- * any but the active one "moved_to is larger than this MemTable's number" says that the
- * view's next one has it.  For the one that was active at OPEN moved_to says nothing: it
- * may have been set since.
+ * A batch that may not go into a segment when its MemTable is flushed is added to the active
+ * MemTable as well (memtable.h), all of them at once.  Who opens after that finds them there and
+ * leaves them out of the older one; who opens before reads them where they were,
+ * whatever happens meanwhile.
  *
  * Visibility is PostgreSQL's: es_row_visibility with the verdict of the row's transaction.  One
  * answer holds for all rows of a transaction, except its own reader's, which go by
@@ -140,7 +138,6 @@ open_own(EsScan *scan)
 	m = &scan->mems[scan->nmems];
 	memset(m, 0, sizeof(*m));
 	m->own = palloc(n * sizeof(EsMemBatch *));
-	m->newest = true;
 	dlist_foreach(iter, &txn->staged)
 	{
 		EsMemBatch *b = dlist_container(EsMemBatch, node, iter.cur);
@@ -217,6 +214,9 @@ judge_segment(EsScan *scan, EsScanSegment *s)
 	const EsManifestSegment *m = &ref->entry.segment;
 	EsFxid		own = scan->snapshot.own;
 
+	/* finished without a live row: it goes when its transaction is decided */
+	if (ref->finished && ref->entry.nlive == 0)
+		return false;
 	if (ref->txn != NULL || ref->entry.pending)
 	{
 		/* one transaction */
@@ -312,7 +312,7 @@ es_scan_open_view(EsScan *scan)
 			.memtable = mt,
 			.store = store,
 			.nbatches = store->nbatches,
-			.newest = mt == es_memtable_active
+			.carried = mt->carried
 		};
 	}
 	open_own(scan);

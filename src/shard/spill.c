@@ -164,12 +164,20 @@ group_staged(EsTxn *txn, Staged **staged, Group **groups)
 	{
 		Group		group = {.first = i};
 		uint64		nrows = 0;
+		bool		full = false;
 
-		/* rows beyond segment_rows are the next spill's */
+		/*
+		 * Rows beyond segment_rows are the next spill's; and so are those from behind ADD COLUMN,
+		 * since readers must know that the ones before lack the column.
+		 */
 		for (; i < n && same_group(s[group.first].batch, s[i].batch); i++)
 		{
 			nrows += s[i].batch->view.header->nrows;
-			if (i > group.first && nrows > es_guc_segment_rows)
+			full = full || (i > group.first &&
+							(nrows > es_guc_segment_rows ||
+							 es_batch_table_columns(&s[i].batch->view) !=
+							 es_batch_table_columns(&s[group.first].batch->view)));
+			if (full)
 				continue;
 			group.n++;
 			group.bytes += s[i].batch->memory;

@@ -326,7 +326,7 @@ read_controls(const EsStoreFile *store, ShardFound *found)
 
 /*
  * Files of another cluster or timeline: refused, or taken over if that was asked for and
- * every shard was stopped cleanly with nothing left in its own WAL.
+ * every shard was stopped cleanly.
  */
 static void
 check_cluster(EsStoreFile *store, ShardFound *found)
@@ -362,8 +362,7 @@ check_cluster(EsStoreFile *store, ShardFound *found)
 	}
 
 	for (int i = 0; i < es_shared->nshards; i++)
-		if (!found[i].readable || !(found[i].control.flags & ES_CONTROL_CLEAN) ||
-			found[i].control.first_file != 0)
+		if (!found[i].readable || !(found[i].control.flags & ES_CONTROL_CLEAN))
 			ereport(ERROR,
 					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 					 errmsg("the event store of system identifier %llu cannot be adopted",
@@ -431,6 +430,11 @@ publish(const EsStoreFile *store, const ShardFound *found, bool live)
 
 		pg_atomic_write_u64(&s->restart_lsn, found[i].readable ? found[i].control.restart_lsn : 0);
 		pg_atomic_write_u32(&s->clean, clean ? 1 : 0);
+
+		/* the shard that stopped last has seen the highest position */
+		if (found[i].readable)
+			es_counter_max(&es_shared->position_start,
+						   clean ? found[i].control.next_position : found[i].control.reserved_below);
 	}
 }
 

@@ -43,6 +43,7 @@
 #include "utils/wait_event.h"
 
 #include "guc.h"
+#include "shard/shard.h"
 #include "shard/uring.h"
 
 #define QUEUE_DEPTH		64
@@ -155,6 +156,8 @@ es_uring_init(void)
 
 	Assert(!initialized);
 	initialized = true;
+	if (es_shard != NULL)
+		pg_atomic_write_u32(&es_shard->uses_uring, 0);
 	if (es_guc_io_method == ES_IO_SYNC)
 		return;
 
@@ -162,6 +165,8 @@ es_uring_init(void)
 	if (err == 0)
 	{
 		use_ring = true;
+		if (es_shard != NULL)
+			pg_atomic_write_u32(&es_shard->uses_uring, 1);
 		return;
 	}
 	errno = err;

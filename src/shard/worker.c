@@ -62,6 +62,8 @@
 #define POLL_INTERVAL	1000
 /* ms until a shard that must not open tries again */
 #define RETRY_INTERVAL	10000
+/* ms that a stopping server is kept waiting for the last flush: own WAL has it all anyway */
+#define LAST_FLUSH		15000
 /* ms after which a sync no longer waits for a complete drain */
 #define SYNC_PATIENCE	1000
 
@@ -265,8 +267,7 @@ go_on(void)
 bool
 es_worker_overloaded(void)
 {
-	return pg_atomic_read_u64(&es_shard->counters.staged_bytes) > (Size) es_guc_staging_size * 2048 ||
-		pg_atomic_read_u64(&es_shard->counters.memtable_bytes) > (Size) es_guc_memtable_size * 4096 ||
+	return es_flush_overloaded() ||
 		es_log_queued_bytes() > (Size) es_guc_memtable_size * 1024;
 }
 
@@ -428,6 +429,7 @@ turn(bool *idle)
 	if (busy)
 		return 0;
 	timeout = earlier(timeout, es_log_timeout());
+	timeout = earlier(timeout, es_manifest_timeout());
 	timeout = earlier(timeout, es_flush_timeout());
 	if (es_verdicts_unflushed())
 		timeout = earlier(timeout, 10);
@@ -461,6 +463,8 @@ is_walsender(int pid)
  * database: backends, parallel and autovacuum workers, background workers of other
  * libraries; all were told to end.  Walsenders stay until after the last
  * checkpoint and are waited for only as long as they have a transaction.
+ * A PGPROC that nobody owns any more may still name its last owner, so the process
+ * array is asked.
  */
 static bool
 backends_left(void)
@@ -470,7 +474,8 @@ backends_left(void)
 		PGPROC	   *proc = GetPGProcByNumber(i);
 		int			pid = proc->pid;
 
-		if (pid == 0 || proc == MyProc || !OidIsValid(proc->databaseId))
+		if (pid == 0 || proc == MyProc || !OidIsValid(proc->databaseId) ||
+			BackendPidGetProc(pid) != proc)
 			continue;
 		if (TransactionIdIsValid(proc->xid) || !is_walsender(pid))
 			return true;
@@ -481,12 +486,27 @@ backends_left(void)
 	return false;
 }
 
+/* A turn of the loop and the wait behind it, while nobody is left to be served. */
+static void
+last_turn(void)
+{
+	bool		idle;
+	long		timeout;
+
+	ResetLatch(MyLatch);
+	timeout = turn(&idle);
+	MemoryContextReset(turn_context);
+	if (timeout != 0)
+		wait_for_events(timeout);
+}
+
 /* Everything is taken: makes it durable and says so.  Then there is nothing to recover. */
 static void
 stop_cleanly(void)
 {
+	TimestampTz give_up = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LAST_FLUSH);
 	EsPosition	next = pg_atomic_read_u64(&es_shared->position_counter);
-	uint64		syncs;
+	dlist_mutable_iter iter;
 
 	/* the walwriter may be gone by now */
 	if (es_apply_highest_end > 0)
@@ -494,36 +514,20 @@ stop_cleanly(void)
 	es_flushed_lsn_refresh();
 	es_apply_poll_verdicts(true);
 
-	if (!dlist_is_empty(&es_txn_unframed))
+	while (!es_flush_idle() && GetCurrentTimestamp() < give_up)
+		last_turn();
+
+	/* of transactions that are not decided: only a walsender's can be left */
+	dlist_foreach_modify(iter, &es_txn_unframed)
 	{
-		dlist_mutable_iter iter;
+		EsMemBatch *b = dlist_container(EsMemBatch, unframed_node, iter.cur);
 
-		/* of transactions that are not decided: only a walsender's can be left */
-		dlist_foreach_modify(iter, &es_txn_unframed)
-		{
-			EsMemBatch *b = dlist_container(EsMemBatch, unframed_node, iter.cur);
-
-			b->unframed = false;
-			dlist_delete(&b->unframed_node);
-			b->ticket = es_log_append(ES_FRAME_BATCH, b->txn->fxid, b->start, b->end,
-									  b->view.base, b->view.header->total_len);
-		}
+		b->unframed = false;
+		dlist_delete(&b->unframed_node);
+		b->ticket = es_log_append(ES_FRAME_BATCH, b->txn->fxid, b->start, b->end,
+								  b->view.base, b->view.header->total_len);
 	}
 
-	syncs = es_log_syncs_begun() + 1;
-	es_log_want_sync();
-	while (es_log_durable_ticket() < es_log_last_ticket() || es_log_syncs_done() < syncs ||
-		   es_uring_in_flight() > 0)
-	{
-		bool		idle;
-		long		timeout;
-
-		ResetLatch(MyLatch);
-		timeout = turn(&idle);
-		if (timeout != 0)
-			wait_for_events(timeout);
-		MemoryContextReset(turn_context);
-	}
 	ES_FAULT("stop-before-clean");
 	es_log_close_clean(next);
 	es_uring_shutdown();

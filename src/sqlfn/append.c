@@ -366,7 +366,7 @@ es_append(PG_FUNCTION_ARGS)
 	bool		has_expected = !PG_ARGISNULL(3);
 	int64		expected = has_expected ? PG_GETARG_INT64(3) : 0;
 	int64		actual = 0;
-	int64		version = 0;
+	volatile int64 version = 0; /* set before PG_TRY, read behind it */
 	bool		locked;
 	bool		stored;
 

@@ -136,7 +136,7 @@ es_wait_for_events(PG_FUNCTION_ARGS)
 	Wait	   *w;
 	Datum		value;
 	bool		null = false;
-	bool		found;
+	volatile bool found;
 	HeapTuple	tuple;
 
 	if (!nonatomic)

@@ -11,6 +11,7 @@
 #include "funcapi.h"
 #include "miscadmin.h"
 #include "portability/instr_time.h"
+#include "utils/builtins.h"
 #include "utils/memutils.h"
 
 #include "event_store_test.h"
@@ -19,11 +20,13 @@
 PG_FUNCTION_INFO_V1(est_echo);
 PG_FUNCTION_INFO_V1(est_echo_window);
 PG_FUNCTION_INFO_V1(est_send_only);
+PG_FUNCTION_INFO_V1(est_send_without_waiting);
 PG_FUNCTION_INFO_V1(est_hint);
 PG_FUNCTION_INFO_V1(est_reconnect);
 PG_FUNCTION_INFO_V1(est_channel);
 PG_FUNCTION_INFO_V1(est_pause_shard);
 PG_FUNCTION_INFO_V1(est_shard_pid);
+PG_FUNCTION_INFO_V1(est_shard_counter);
 
 /* Bytes whose neighbours differ, so that a piece in the wrong place shows. */
 static char *
@@ -126,6 +129,20 @@ est_echo_window(PG_FUNCTION_ARGS)
 	PG_RETURN_FLOAT8(times / seconds_since(start));
 }
 
+/* CLOSE of ids that the shard has never heard of. */
+static void
+send_many(int shard, const char *body, Size len, int times)
+{
+	for (int i = 0; i < times; i++)
+	{
+		EsRequest	req = {.type = ES_REQ_CLOSE,.id = es_request_id()};
+		EsPart		parts[2] = {{&req, sizeof(req)}, {body, len}};
+
+		es_channel_wait_room(shard, sizeof(req) + len);
+		es_channel_send(shard, &req, parts, 2, true);
+	}
+}
+
 Datum
 est_send_only(PG_FUNCTION_ARGS)
 {
@@ -134,21 +151,26 @@ est_send_only(PG_FUNCTION_ARGS)
 	int			times = PG_GETARG_INT32(2);
 	char	   *body = make_body(len);
 	instr_time	start;
+	uint64		id;
 
 	es_channel_connect(shard);
 	INSTR_TIME_SET_CURRENT(start);
-	for (int i = 0; i < times; i++)
-	{
-		/* CLOSE of an id that the shard has never heard of */
-		EsRequest	req = {.type = ES_REQ_CLOSE,.id = es_request_id()};
-		EsPart		parts[2] = {{&req, sizeof(req)}, {body, len}};
-
-		es_channel_wait_room(shard, sizeof(req) + len);
-		es_channel_send(shard, &req, parts, 2, true);
-	}
+	send_many(shard, body, len, times);
 	/* until all of it was taken */
-	(void) es_channel_answer(shard, send_echo(shard, body, 0));
+	id = send_echo(shard, body, 0);
+	(void) es_channel_answer(shard, id);
+	es_channel_forget(shard, id);
 	PG_RETURN_FLOAT8(times / seconds_since(start));
+}
+
+Datum
+est_send_without_waiting(PG_FUNCTION_ARGS)
+{
+	int			shard = est_shard(PG_GETARG_INT32(0));
+	Size		len = PG_GETARG_INT64(1);
+
+	send_many(shard, make_body(len), len, PG_GETARG_INT32(2));
+	PG_RETURN_VOID();
 }
 
 Datum
@@ -213,4 +235,32 @@ est_shard_pid(PG_FUNCTION_ARGS)
 	pid = s->pid;
 	SpinLockRelease(&s->mutex);
 	PG_RETURN_INT32(pid);
+}
+
+Datum
+est_shard_counter(PG_FUNCTION_ARGS)
+{
+	EsShardCounters *counters = &es_shared->shards[est_shard(PG_GETARG_INT32(0))].counters;
+	char	   *name = text_to_cstring(PG_GETARG_TEXT_PP(1));
+	const struct
+	{
+		const char *name;
+		pg_atomic_uint64 *counter;
+	}			known[] = {
+		{"messages", &counters->messages},
+		{"queue_depth", &counters->queue_depth},
+		{"queue_high_water", &counters->queue_high_water},
+		{"queue_full_waits", &counters->queue_full_waits},
+		{"queue_full_wait_us", &counters->queue_full_wait_us},
+		{"queue_timeouts", &counters->queue_timeouts}
+	};
+
+	for (int i = 0; i < (int) lengthof(known); i++)
+	{
+		if (strcmp(known[i].name, name) == 0)
+			PG_RETURN_INT64((int64) pg_atomic_read_u64(known[i].counter));
+	}
+	ereport(ERROR,
+			(errcode(ERRCODE_UNDEFINED_OBJECT),
+			 errmsg("there is no counter \"%s\"", name)));
 }

@@ -47,6 +47,11 @@ CREATE FUNCTION send_only(shard integer, bytes bigint, times integer DEFAULT 1) 
 COMMENT ON FUNCTION send_only(integer, bigint, integer) IS
 	'sends messages that have no answer (hints about unknown transactions); messages per second';
 
+CREATE FUNCTION send_without_waiting(shard integer, bytes bigint, times integer DEFAULT 1) RETURNS void
+	AS 'MODULE_PATHNAME', 'est_send_without_waiting' LANGUAGE C STRICT;
+COMMENT ON FUNCTION send_without_waiting(integer, bigint, integer) IS
+	'the same, and does not care whether they are taken';
+
 CREATE FUNCTION hint(shard integer) RETURNS boolean
 	AS 'MODULE_PATHNAME', 'est_hint' LANGUAGE C STRICT;
 COMMENT ON FUNCTION hint(integer) IS 'sends a hint if there is a channel and room; whether it was sent';
@@ -68,6 +73,11 @@ COMMENT ON FUNCTION pause_shard(integer, boolean) IS 'makes the shard take nothi
 CREATE FUNCTION shard_pid(shard integer) RETURNS integer
 	AS 'MODULE_PATHNAME', 'est_shard_pid' LANGUAGE C STRICT;
 COMMENT ON FUNCTION shard_pid(integer) IS 'process of the shard, 0 = none';
+
+CREATE FUNCTION shard_counter(shard integer, name text) RETURNS bigint
+	AS 'MODULE_PATHNAME', 'est_shard_counter' LANGUAGE C STRICT VOLATILE;
+COMMENT ON FUNCTION shard_counter(integer, text) IS
+	'messages, queue_depth, queue_high_water, queue_full_waits, queue_full_wait_us or queue_timeouts';
 
 -- ---- positions and horizon ----
 

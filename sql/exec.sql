@@ -1,0 +1,123 @@
+-- Promise: whatever the executor does with a table it does with an event table: cursors, triggers, foreign keys, COPY, prepared
+-- statements, parallel plans, joins that come back for rows.
+CREATE TABLE x (position bigint, context_id text, version bigint, n int) USING event_store;
+INSERT INTO x (context_id, n) SELECT 'c' || i % 5, i FROM generate_series(1, 100) i;
+-- cursors, also backwards, also over a flush
+BEGIN;
+DECLARE c SCROLL CURSOR FOR SELECT n FROM x;
+FETCH 3 FROM c;
+FETCH BACKWARD 2 FROM c;
+SELECT event_store.flush('x');
+FETCH FORWARD 2 FROM c;
+MOVE FORWARD ALL IN c;
+FETCH BACKWARD 2 FROM c;
+FETCH FIRST FROM c;
+FETCH ABSOLUTE 50 FROM c;
+FETCH LAST FROM c;
+FETCH NEXT FROM c;
+FETCH PRIOR FROM c;
+COMMIT;
+BEGIN;
+DECLARE h CURSOR WITH HOLD FOR SELECT n FROM x ORDER BY n;
+FETCH 2 FROM h;
+COMMIT;
+FETCH 2 FROM h;
+CLOSE h;
+-- triggers
+CREATE TABLE log (what text, n int, has_version bool);
+CREATE FUNCTION trig() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF TG_LEVEL = 'STATEMENT' THEN INSERT INTO log SELECT TG_WHEN || ' ' || TG_LEVEL || ' ' || (SELECT count(*) FROM new_rows); RETURN NULL; END IF;
+  IF TG_WHEN = 'BEFORE' THEN
+    IF NEW.n = -1 THEN RETURN NULL; END IF;
+    NEW.n := NEW.n + 1000;
+  END IF;
+  INSERT INTO log VALUES (TG_WHEN || ' ' || TG_LEVEL, NEW.n, NEW.version IS NOT NULL);
+  RETURN NEW;
+END $$;
+CREATE TRIGGER b BEFORE INSERT ON x FOR EACH ROW EXECUTE FUNCTION trig();
+CREATE TRIGGER a AFTER INSERT ON x FOR EACH ROW EXECUTE FUNCTION trig();
+CREATE TRIGGER s AFTER INSERT ON x REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION trig();
+CREATE CONSTRAINT TRIGGER d AFTER INSERT ON x DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION trig();
+BEGIN;
+INSERT INTO x (context_id, n) VALUES ('t', 1), ('t', -1), ('t', 2) RETURNING n, version;
+SELECT * FROM log;
+COMMIT;
+SELECT * FROM log;
+SELECT version, n FROM x WHERE context_id = 't' ORDER BY version;
+TRUNCATE log;
+BEGIN;
+SAVEPOINT s;
+INSERT INTO x (context_id, n) VALUES ('t', 5);
+ROLLBACK TO s;
+INSERT INTO x (context_id, n) VALUES ('t', 6);
+COMMIT;
+SELECT * FROM log;
+DROP TRIGGER b ON x; DROP TRIGGER a ON x; DROP TRIGGER s ON x; DROP TRIGGER d ON x;
+-- foreign keys to heap tables
+CREATE TABLE customer (id int PRIMARY KEY);
+INSERT INTO customer VALUES (1), (2);
+CREATE TABLE fk (context_id text, customer int REFERENCES customer, later int REFERENCES customer DEFERRABLE INITIALLY DEFERRED) USING event_store;
+INSERT INTO fk VALUES ('a', 1, 2);
+INSERT INTO fk VALUES ('a', 3, 2);
+INSERT INTO fk VALUES ('a', 1, 3);
+BEGIN;
+INSERT INTO fk VALUES ('a', 1, 3);
+INSERT INTO customer VALUES (3);
+COMMIT;
+DELETE FROM customer WHERE id = 1;
+SELECT * FROM fk ORDER BY later;
+-- COPY both ways
+COPY (SELECT context_id, n FROM x WHERE n <= 3 ORDER BY n) TO STDOUT;
+COPY x (context_id, n) FROM STDIN;
+copied	1
+copied	2
+\.
+SELECT version, n FROM x WHERE context_id = 'copied' ORDER BY version;
+-- prepared statements
+PREPARE ins (text, int) AS INSERT INTO x (context_id, n) VALUES ($1, $2);
+EXECUTE ins ('prep', 1);
+EXECUTE ins ('prep', 2);
+PREPARE sel (text) AS SELECT n, version FROM x WHERE context_id = $1 ORDER BY version;
+EXECUTE sel ('prep');
+-- joins that refetch a row by its ctid; own and committed
+CREATE TABLE target (n int, v text);
+INSERT INTO target VALUES (1, 'old'), (2, 'old');
+UPDATE target SET v = x.context_id FROM x WHERE x.n = target.n AND x.context_id <> 'copied' AND x.context_id <> 'prep' RETURNING target.n, target.v;
+SELECT n FROM x WHERE ctid = (SELECT ctid FROM x WHERE n = 42);
+-- parallel plans see the transaction's own rows, also inside a savepoint
+SET parallel_setup_cost = 0; SET parallel_tuple_cost = 0; SET min_parallel_table_scan_size = 0;
+SET max_parallel_workers_per_gather = 2;
+BEGIN;
+INSERT INTO x (context_id, n) SELECT 'par', 10000 + i FROM generate_series(1, 1000) i;
+SAVEPOINT s1;
+INSERT INTO x (context_id, n) SELECT 'par', 20000 + i FROM generate_series(1, 1000) i;
+SELECT count(*), sum(n) FROM x WHERE n >= 10000;
+ROLLBACK TO s1;
+SAVEPOINT s2;
+INSERT INTO x (context_id, n) SELECT 'par', 30000 + i FROM generate_series(1, 10) i;
+SELECT count(*), sum(n) FROM x WHERE n >= 10000;
+COMMIT;
+SELECT count(*), sum(n), max(version) FROM x WHERE context_id = 'par';
+RESET ALL;
+-- sampling, counting, statistics
+ANALYZE x;
+SELECT reltuples = (SELECT count(*) FROM x) AS reltuples FROM pg_class WHERE relname = 'x';
+SELECT n_distinct FROM pg_stats WHERE tablename = 'x' AND attname = 'context_id';
+SELECT count(*) BETWEEN 1 AND 1300 AS sampled FROM x TABLESAMPLE BERNOULLI (50) REPEATABLE (1);
+SELECT count(*) = (SELECT count(*) FROM x) AS all_sampled FROM x TABLESAMPLE SYSTEM (100);
+EXPLAIN (COSTS OFF) SELECT * FROM x WHERE n = 1;
+SELECT event_store.relation_size('x') > 8192 AS has_size;
+-- writable CTEs, INSERT ... SELECT from itself, self joins, correlated subqueries
+WITH w AS (INSERT INTO x (context_id, n) VALUES ('cte', 1), ('cte', 2) RETURNING n) SELECT sum(n) FROM w;
+INSERT INTO x (context_id, n) SELECT context_id, n + 10 FROM x WHERE context_id = 'cte';
+SELECT a.n, (SELECT max(b.n) FROM x b WHERE b.context_id = a.context_id) AS m FROM x a WHERE a.context_id = 'cte' ORDER BY 1;
+-- an error in a deferred constraint at COMMIT
+CREATE TABLE uniq (n int UNIQUE DEFERRABLE INITIALLY DEFERRED);
+BEGIN;
+INSERT INTO x (context_id, n) VALUES ('deferred', 1);
+INSERT INTO uniq VALUES (1), (1);
+COMMIT;
+SELECT count(*) FROM x WHERE context_id = 'deferred';
+DROP TABLE x, log, fk, customer, target, uniq;
+DROP FUNCTION trig;

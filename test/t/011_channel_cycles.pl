@@ -1,0 +1,111 @@
+# Connecting, sending and disconnecting leaves nothing behind: no shared memory, no mapping, no memory in the
+# shard, and nothing that was sent before the end of a session is lost.
+
+use strict;
+use warnings;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $sessions = $ENV{ES_LONG} ? 10000 : 1000;
+my $node     = PostgreSQL::Test::Cluster->new('cycles');
+$node->init;
+$node->append_conf('postgresql.conf', <<CONF);
+shared_preload_libraries = 'event_store'
+wal_level = replica
+event_store.shards = 4
+max_worker_processes = 16
+max_connections = 40
+CONF
+$node->start;
+$node->safe_psql('postgres', 'CREATE SCHEMA event_store_test; CREATE EXTENSION event_store_test');
+
+my @pids = map { $node->safe_psql('postgres', "SELECT event_store_test.shard_pid($_)") } 0 .. 3;
+
+# Mapped DSM segments and resident kilobytes of a process; of mmap'ed files only those of this server show.
+sub mappings
+{
+	return scalar(grep { m{/dev/shm/PostgreSQL\.|/pg_dynshmem/} } split(/\n/, slurp_file("/proc/$_[0]/maps")));
+}
+
+sub resident
+{
+	return slurp_file("/proc/$_[0]/status") =~ /^RssAnon:\s+(\d+) kB/m ? $1 : die "no RssAnon";
+}
+
+# All shards have let go of sessions that have ended.
+sub settle
+{
+	my ($want) = @_;
+
+	for (1 .. 100)
+	{
+		last if !grep { mappings($_) > $want } @pids;
+		select(undef, undef, undef, 0.1);
+	}
+	return join(' ', map { mappings($_) } @pids);
+}
+
+my $all = "SELECT event_store_test.echo(s, 100) FROM generate_series(0, 3) s;\n";
+my $dir = PostgreSQL::Test::Utils::tempdir();
+append_to_file("$dir/all.sql",  $all);
+append_to_file("$dir/send.sql", "SELECT event_store_test.send_without_waiting(0, 500, 20);\n");
+
+# ---- sessions
+
+$node->command_ok([ 'pgbench', '-n', '-C', '-c', '8', '-t', '20', '-f', "$dir/all.sql", 'postgres' ], 'warm up');
+my $idle  = settle(3);
+my @before = map { resident($_) } @pids;
+
+$node->command_ok(
+	[ 'pgbench', '-n', '-C', '-c', '8', '-t', $sessions / 8, '-f', "$dir/all.sql", 'postgres' ],
+	"$sessions sessions connect, send and disconnect");
+is(settle(3), $idle, 'no segment stays mapped');
+for my $i (0 .. 3)
+{
+	my $grown = resident($pids[$i]) - $before[$i];
+
+	cmp_ok($grown, '<', 2000, "shard $i has not grown ($grown kB)");
+}
+
+# ---- a backend takes five segments at most, and slots are used again
+
+my $one = $node->background_psql('postgres');
+$one->query_safe($all);
+is( join(' ', map { mappings($_) } @pids),
+	join(' ', map { $_ + 1 } split(/ /, $idle)),
+	'each shard maps one segment of a session');
+$one->quit;
+is(settle(3), $idle, 'until it ends');
+is($node->safe_psql('postgres', $all . 'SELECT count(*) FROM generate_series(0, 3) s WHERE (event_store_test.channel(s)).usable')
+	=~ s/.*\n//sr, '4', 'one session with all shards');
+
+# ---- 10,000 generations of one channel
+
+is( $node->safe_psql(
+		'postgres', "SELECT max(event_store_test.reconnect(1)) - min(event_store_test.reconnect(2)) <> 0 FROM generate_series(1, 5000)"),
+	't', '10,000 reconnects of one session');
+is(settle(3), $idle, 'no segment stays mapped');
+
+# ---- what was sent before a session ended is taken although nobody waits for it
+
+$node->safe_psql('postgres', 'SELECT event_store_test.pause_shard(0, true)');
+my $messages = $node->safe_psql('postgres', "SELECT event_store_test.shard_counter(0, 'messages')");
+
+# a channel cannot be made while the shard takes nothing: it is made before
+my @sessions = map { $node->background_psql('postgres') } 1 .. 5;
+$node->safe_psql('postgres', 'SELECT event_store_test.pause_shard(0, false)');
+$_->query_safe('SELECT event_store_test.echo(0, 1)') for @sessions;
+$node->safe_psql('postgres', 'SELECT event_store_test.pause_shard(0, true)');
+$_->query_safe('SELECT event_store_test.send_without_waiting(0, 500, 100)') for @sessions;
+$_->quit for @sessions;
+is($node->safe_psql('postgres', "SELECT event_store_test.shard_counter(0, 'messages') - $messages"),
+	'5', 'the shard is paused');
+$node->safe_psql('postgres', 'SELECT event_store_test.pause_shard(0, false)');
+$node->poll_query_until('postgres', "SELECT event_store_test.shard_counter(0, 'messages') >= $messages + 505");
+is($node->safe_psql('postgres', "SELECT event_store_test.shard_counter(0, 'messages') - $messages"),
+	'505', 'everything that they had sent was taken after they were gone');
+is(settle(3), $idle, 'no segment stays mapped');
+
+$node->stop;
+done_testing();
