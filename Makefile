@@ -237,7 +237,6 @@ $(OBJS): .build-flags
 # ---------------------------------------------------------------------------------------------------------
 # src/core/ without a server: unit tests, fuzzers, tools. CRC-32C is PostgreSQL's, from its static libraries.
 
-CORE_C = $(CORE_OBJS:.o=.c)
 # A failed build of one program must not hide the others, so each is on its own.
 UNIT = $(patsubst test/unit/%.c,build/unit/%,$(wildcard test/unit/test_*.c))
 FUZZ = $(patsubst test/fuzz/%.c,build/fuzz/%,$(wildcard test/fuzz/fuzz_*.c))

@@ -126,7 +126,10 @@ source_int64(const Source *s, int attno, uint32 row)
 static inline EsPosition
 row_position(const Builder *b, const Source *s, uint32 row)
 {
-	if (s->given_positions)
+	int			column = s->view.header->roles.position - 1;
+
+	/* a rewrite copies rows of its own transaction, too, and they have none yet */
+	if (s->given_positions && !es_batch_is_null(&s->view, column, row))
 		return (EsPosition) source_int64(s, s->view.header->roles.position, row);
 	return s->base + es_batch_ordinal(&s->view, row);
 }

@@ -169,9 +169,9 @@ fail_version(PrepareTask *p, const EsPrepareRow *row, int64 actual)
 
 	snprintf(message, sizeof(message), "version " INT64_FORMAT " is not the next one of context \"%s\"",
 			 row->version, context);
-	snprintf(detail, sizeof(detail), "context \"%s\": expected version " INT64_FORMAT ", actual version " INT64_FORMAT,
-			 context, row->version, actual);
-	fail(p, ERRCODE_UNIQUE_VIOLATION, message, detail, "");
+	snprintf(detail, sizeof(detail), "Its actual version is " INT64_FORMAT ", so the next one is " INT64_FORMAT ".",
+			 actual, actual + 1);
+	fail(p, ERRCODE_UNIQUE_VIOLATION, message, detail, "Replay the context and decide again.");
 }
 
 static void

@@ -368,10 +368,12 @@ es_membatch_position(const EsMemBatch *b, uint32 row)
 		int			column = b->view.header->roles.position - 1;
 		int64		given;
 
-		if (column < 0 || es_batch_is_null(&b->view, column, row))
-			return 0;
-		memcpy(&given, es_batch_value(&b->view, column, row), sizeof(given));
-		return (EsPosition) given;
+		/* a rewrite copies rows of its own transaction, too, and they have none yet */
+		if (column >= 0 && !es_batch_is_null(&b->view, column, row))
+		{
+			memcpy(&given, es_batch_value(&b->view, column, row), sizeof(given));
+			return (EsPosition) given;
+		}
 	}
 	return b->base + es_batch_ordinal(&b->view, row);
 }
@@ -379,6 +381,8 @@ es_membatch_position(const EsMemBatch *b, uint32 row)
 int64
 es_membatch_version(const EsMemBatch *b, uint32 row)
 {
+	if (b->versions_local)
+		return b->versions_local[row];
 	if (b->finish_flags & ES_FINISH_GIVEN_VERSIONS)
 	{
 		int			column = b->view.header->roles.version - 1;
@@ -389,7 +393,7 @@ es_membatch_version(const EsMemBatch *b, uint32 row)
 		memcpy(&given, es_batch_value(&b->view, column, row), sizeof(given));
 		return given;
 	}
-	return b->versions_local ? b->versions_local[row] : 0;
+	return 0;
 }
 
 bool

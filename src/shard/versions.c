@@ -224,7 +224,10 @@ es_assign_versions(EsTxn *txn, const EsFinishTableView *view, EsLive *live, uint
 	contexts_hash *others = NULL;
 	Context		only;			/* the one context, as long as there is no second */
 	Context    *current = NULL;
+	int			pass = 0;
+	bool		missing = false;
 
+again:
 	for (uint32 i = 0; i < nlive; i++)
 	{
 		EsMemBatch *b = live[i].batch;
@@ -280,14 +283,26 @@ es_assign_versions(EsTxn *txn, const EsFinishTableView *view, EsLive *live, uint
 					current->key = key;
 					current->position = 0;
 					current->version = 0;
-					current->version = given ? 0 : version_before(&w, &key);
+					current->version = version_before(&w, &key);
 				}
 			}
 
 			if (given)
 			{
-				int64		version = es_membatch_version(b, row);
+				int			column = b->view.header->roles.version - 1;
+				bool		is_null = es_batch_is_null(&b->view, column, row);
+				int64		version = 0;
 
+				if (is_null == (pass == 0))
+				{
+					missing |= is_null;
+					continue;
+				}
+				if (is_null)
+					version = current->version + 1;
+				else
+					memcpy(&version, es_batch_value(&b->view, column, row), sizeof(version));
+				live[i].versions[row] = version;
 				if (version >= current->version)
 				{
 					current->version = version;
@@ -300,6 +315,13 @@ es_assign_versions(EsTxn *txn, const EsFinishTableView *view, EsLive *live, uint
 				current->position = es_membatch_position(b, row);
 			}
 		}
+	}
+
+	/* rows that came without a version follow all that came with one (a rewrite's own rows) */
+	if (missing && pass == 0)
+	{
+		pass = 1;
+		goto again;
 	}
 
 	if (others == NULL)

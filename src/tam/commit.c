@@ -210,7 +210,7 @@ prepare(uint32 shards, const EsPrepareAnswer **answers)
 	const void *payload;
 	size_t		len;
 
-	build_sections(shards, true, 0, 0, NULL, &payload, &len);
+	build_sections(shards, true, 0, es_xact->next_ordinal, NULL, &payload, &len);
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
 		const EsSectionHeader *section = es_finish_section(payload, s);
@@ -240,6 +240,35 @@ prepare(uint32 shards, const EsPrepareAnswer **answers)
 		answers[s] = (const EsPrepareAnswer *) copy;
 		es_channel_forget(s, ids[s]);
 	}
+}
+
+/*
+ * Positions are given only to restore what was: above everything that the table holds.  Asked
+ * at the first such row, and again at COMMIT, under the table's gate.
+ */
+void
+es_check_given(const EsXactTable *t)
+{
+	EsPosition	highest = 0;
+
+	for (int s = 0; s < es_shared->nshards; s++)
+	{
+		EsStatRequest req = {.req = {.type = ES_REQ_STAT},.table = t->key,.kind = ES_STAT_TABLE};
+		EsPart		part = {&req, sizeof(req)};
+		EsAnswer   *answer = es_channel_call(s, &req.req, &part, 1);
+		const EsTableStat *stat = (const EsTableStat *) (answer + 1);
+
+		if (answer->len >= sizeof(EsAnswer) + sizeof(EsTableStat))
+			highest = Max(highest, stat->max_position);
+		pfree(answer);
+	}
+	if (t->given_lowest <= highest)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("position " UINT64_FORMAT " is not above the last one of the table, " UINT64_FORMAT,
+						t->given_lowest, highest),
+				 errdetail("Positions can be given only to restore events into an empty table, or behind all that it holds."),
+				 errhint("Leave \"position\" out: the store fills it at commit.  Restore a dump made with --inserts in one transaction (psql -1).")));
 }
 
 /*
@@ -344,7 +373,7 @@ es_xact_precommit(void)
 			if (!table_has_shard(t, s))
 				continue;
 			live |= UINT32_C(1) << s;
-			locking |= t->locking;
+			locking |= t->locking || t->given;
 			if (t->unchecked || (t->given && t->locking))
 				check |= UINT32_C(1) << s;
 		}
@@ -362,6 +391,13 @@ es_xact_precommit(void)
 	if (locking)
 		es_lock_precommit();
 	ES_FAULT_ERROR("commit-after-locks");
+	dlist_foreach(iter, &x->tables)
+	{
+		EsXactTable *t = dlist_container(EsXactTable, node, iter.cur);
+
+		if (t->given)
+			es_check_given(t);
+	}
 	if (check != 0)
 		prepare(check, answers);
 	ES_FAULT_ERROR("commit-after-prepare");

@@ -193,6 +193,12 @@ es_tuple_lock(Relation rel, ItemPointer tid, Snapshot snapshot, TupleTableSlot *
 			  CommandId cid, LockTupleMode mode, LockWaitPolicy wait_policy, uint8 flags,
 			  TM_FailureData *tmfd)
 {
+	/* what FOR KEY SHARE asks for holds for ever; foreign keys that point to a heap table do ask */
+	if (mode == LockTupleKeyShare)
+	{
+		tmfd->traversed = false;
+		return es_fetch_row(rel, tid, snapshot, slot) ? TM_Ok : TM_Deleted;
+	}
 	refuse(rel, "lock rows of", "Events are immutable; to serialise writers of a context use an expected version.");
 }
 

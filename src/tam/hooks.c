@@ -133,7 +133,9 @@ es_executor_start(QueryDesc *query, int eflags)
 		PlanRowMark *mark = lfirst_node(PlanRowMark, lc);
 		Oid			relid;
 
-		if (mark->isParent || !RowMarkRequiresRowShareLock(mark->markType))
+		/* FOR KEY SHARE keeps others from deleting a row, which nobody can: foreign keys ask for it */
+		if (mark->isParent || mark->markType == ROW_MARK_KEYSHARE ||
+			!RowMarkRequiresRowShareLock(mark->markType))
 			continue;
 		relid = rt_fetch(mark->rti, stmt->rtable)->relid;
 		if (OidIsValid(relid) && es_relid_is_event_table(relid))
@@ -276,8 +278,9 @@ warn_about_publication(const char *name)
 					 " pg_catalog.format('%%I.%%I', p.schemaname, p.tablename)::pg_catalog.regclass"
 					 " WHERE p.pubname OPERATOR(pg_catalog.=) %s AND c.relam OPERATOR(pg_catalog.=) %u",
 					 quote_literal_cstr(name), am);
+	CommandCounterIncrement();
 	SPI_connect();
-	if (SPI_execute(query.data, true, 1) == SPI_OK_SELECT && SPI_processed == 1)
+	if (SPI_execute(query.data, false, 1) == SPI_OK_SELECT && SPI_processed == 1)
 	{
 		bool		isnull;
 		int64		n = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));

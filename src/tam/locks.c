@@ -14,7 +14,8 @@
  *	 big	takes the gate exclusively, so that no slot can be taken any more, and
  *			no slots; if somebody still holds one of those it needs, it opens
  *			the gate again, waits for that transaction, and starts over.
- * A statement (append) holds the gate only while it takes its slot.  So nobody
+ * A transaction that gives positions (a restore) behaves like a big one: it is alone in its table while it
+ * commits.  A statement (append) holds the gate only while it takes its slot.  So nobody
  * waits for the gate behind an idle transaction, and nobody upgrades.
  *
  *-------------------------------------------------------------------------
@@ -154,7 +155,13 @@ lock_big(EsXactTable *t)
 
 		SetInvalidVirtualTransactionId(holder);
 		lock_slot(t, 0, ExclusiveLock);
-		for (int w = 0; w < BITMAP_WORDS && !VirtualTransactionIdIsValid(holder); w++)
+		for (uint32 i = 0; t->slot_bitmap == NULL && i < t->nslots; i++)
+		{
+			holder = slot_holder(t, t->slots[i]);
+			if (VirtualTransactionIdIsValid(holder))
+				break;
+		}
+		for (int w = 0; t->slot_bitmap != NULL && w < BITMAP_WORDS && !VirtualTransactionIdIsValid(holder); w++)
 		{
 			for (uint64 bits = t->slot_bitmap[w]; bits != 0; bits &= bits - 1)
 			{
@@ -191,7 +198,7 @@ es_lock_precommit(void)
 	{
 		EsXactTable *t = dlist_container(EsXactTable, node, iter.cur);
 
-		if (t->locking && (t->nslots > 0 || t->big))
+		if ((t->locking && (t->nslots > 0 || t->big)) || t->given)
 			tables[n++] = t;
 	}
 	qsort(tables, n, sizeof(EsXactTable *), compare_tables);
@@ -200,7 +207,7 @@ es_lock_precommit(void)
 	{
 		EsXactTable *t = tables[i];
 
-		if (t->big)
+		if (t->big || t->given)
 		{
 			lock_big(t);
 			continue;

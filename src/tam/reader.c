@@ -52,7 +52,6 @@ struct EsReader
 	Snapshot	snapshot;		/* registered if it is ours */
 	bool		own_snapshot;
 	EsReaderSpec spec;
-	int			natts;
 	bool		serializable;
 	uint64		given_out;
 	int			nstreams;
@@ -173,7 +172,6 @@ es_reader_begin_with(Relation rel, Snapshot snapshot, const EsReaderSpec *spec,
 	r->rel = rel;
 	r->context = CurrentMemoryContext;
 	r->spec = *spec;
-	r->natts = RelationGetNumberOfAttributes(rel);
 
 	if (snapshot == NULL || !IsMVCCSnapshot(snapshot))
 	{
@@ -358,7 +356,8 @@ es_reader_version(const EsReader *r)
 bool
 es_reader_next(EsReader *r, TupleTableSlot *slot)
 {
-	TupleDesc	desc = RelationGetDescr(r->rel);
+	/* the slot's: ALTER TABLE reads with the columns as they were, when the catalog has the new ones */
+	TupleDesc	desc = slot->tts_tupleDescriptor;
 	const EsBatchView *v;
 	uint32		row;
 
@@ -368,7 +367,7 @@ es_reader_next(EsReader *r, TupleTableSlot *slot)
 	v = r->row_view;
 	row = r->row;
 
-	for (int i = 0; i < r->natts; i++)
+	for (int i = 0; i < desc->natts; i++)
 	{
 		Form_pg_attribute att = TupleDescAttr(desc, i);
 		const void *value;

@@ -413,6 +413,35 @@ es_parallelscan_reinitialize(Relation rel, ParallelTableScanDesc pscan)
 
 /* ---- one row by its TID ---- */
 
+/* An own uncommitted row that no trigger wanted to be kept: looks through all of them. */
+static bool
+fetch_own_row(Relation rel, ItemPointer tid, TupleTableSlot *slot)
+{
+	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "event_store fetch", ALLOCSET_DEFAULT_SIZES);
+	MemoryContext old = MemoryContextSwitchTo(context);
+	TupleTableSlot *row = MakeSingleTupleTableSlot(RelationGetDescr(rel), &TTSOpsVirtual);
+	EsReaderSpec spec;
+	EsReader   *reader;
+	bool		found = false;
+
+	es_reader_spec_init(&spec);
+	spec.order = ES_ORDER_POSITION_DESC;	/* own rows come first */
+	reader = es_reader_begin(rel, NULL, &spec);
+	MemoryContextSwitchTo(old);
+	while (!found && es_reader_next(reader, row) && es_reader_position(reader) == 0)
+		found = ItemPointerEquals(&row->tts_tid, tid);
+	if (found)
+	{
+		ExecCopySlot(slot, row);
+		slot->tts_tid = *tid;
+		slot->tts_tableOid = RelationGetRelid(rel);
+	}
+	ExecDropSingleTupleTableSlot(row);
+	es_reader_end(reader);
+	MemoryContextDelete(context);
+	return found;
+}
+
 bool
 es_fetch_row(Relation rel, ItemPointer tid, Snapshot snapshot, TupleTableSlot *slot)
 {
@@ -431,7 +460,7 @@ es_fetch_row(Relation rel, ItemPointer tid, Snapshot snapshot, TupleTableSlot *s
 		EsTableKey	key = es_table_info(rel)->key;
 		EsXactTable *t = es_xact_table(&key);
 
-		return t != NULL && es_kept_fetch(t, n, slot);
+		return t != NULL && (es_kept_fetch(t, n, slot) || fetch_own_row(rel, tid, slot));
 	}
 
 	es_reader_spec_init(&spec);

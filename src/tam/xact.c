@@ -345,8 +345,13 @@ note_position(EsXactTable *t, bool is_null, int64 position)
 				 errmsg("position " INT64_FORMAT " is out of range", position),
 				 errdetail("Positions begin with 1."),
 				 errhint("Leave \"position\" out: the store fills it at commit.")));
-	t->given = true;
-	if (t->given_lowest == 0 || (uint64) position < t->given_lowest)
+	if (!t->given)
+	{
+		t->given_lowest = t->given_highest = position;
+		es_check_given(t);
+		t->given = true;
+	}
+	if ((uint64) position < t->given_lowest)
 		t->given_lowest = position;
 	if ((uint64) position > t->given_highest)
 		t->given_highest = position;

@@ -191,6 +191,8 @@ extern void es_lock_precommit(void);	/* all contexts of the transaction */
 /* ---- commit.c ---- */
 
 extern void es_xact_precommit(void);
+/* ERROR unless the positions given so far are above all that the table holds. */
+extern void es_check_given(const EsXactTable *t);
 extern void es_xact_commit(void);
 extern void es_xact_abort(void);
 

@@ -151,7 +151,7 @@ for my $step (1 .. $steps)
 	}
 	elsif ($r < 0.51 && $s->{open} && $s->{savepoints} > 0)
 	{
-		run($s, 'ROLLBACK TO p' . $s->{savepoints});
+		run($s, 'ROLLBACK TO p' . $s->{savepoints} . '; CLOSE ALL');
 		$s->{cursor} = 0;
 	}
 	elsif ($r < 0.53 && $s->{open} && $s->{savepoints} > 0)

@@ -107,4 +107,21 @@ CREATE FUNCTION log_message(bytes bigint, OUT start pg_lsn, OUT "end" pg_lsn)
 	AS 'MODULE_PATHNAME', 'est_log_message' LANGUAGE C STRICT;
 COMMENT ON FUNCTION log_message(bigint) IS 'writes a BATCH message with so many bytes (no batch) into PostgreSQL''s WAL; roll back after it';
 
+-- ---- scans ----
+
+CREATE FUNCTION scan(store regclass, filters text[] DEFAULT '{}', ord text DEFAULT 'any', after bigint DEFAULT 0, below bigint DEFAULT 0,
+		max_rows bigint DEFAULT 0, context text DEFAULT NULL, batch_bytes integer DEFAULT 0, wanted integer[] DEFAULT NULL,
+		count_only boolean DEFAULT false, OUT "position" bigint, OUT version bigint, OUT own boolean) RETURNS SETOF record
+	AS 'MODULE_PATHNAME', 'est_scan' LANGUAGE C VOLATILE;
+COMMENT ON FUNCTION scan(regclass, text[], text, bigint, bigint, bigint, text, integer, integer[], boolean) IS
+	'rows as the shards answer them, one shard behind the other; a filter is "column op kind value ...", op eq in lt le gt ge isnull notnull, kind i or b (hex)';
+
+CREATE FUNCTION scan_stats(store regclass, filters text[] DEFAULT '{}', ord text DEFAULT 'any', after bigint DEFAULT 0, below bigint DEFAULT 0,
+		max_rows bigint DEFAULT 0, context text DEFAULT NULL, batch_bytes integer DEFAULT 0, wanted integer[] DEFAULT NULL,
+		count_only boolean DEFAULT false, times integer DEFAULT 1,
+		OUT rows bigint, OUT answers bigint, OUT scanned bigint, OUT pruned bigint, OUT largest bigint, OUT us float8)
+	AS 'MODULE_PATHNAME', 'est_scan_stats' LANGUAGE C VOLATILE;
+COMMENT ON FUNCTION scan_stats(regclass, text[], text, bigint, bigint, bigint, text, integer, integer[], boolean, integer) IS
+	'the same without the rows: what was answered, looked at and left out, and the time of one scan';
+
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA event_store_test FROM PUBLIC;

@@ -1,0 +1,175 @@
+# A shard that dies at any step of recovery, of applying a message or of stopping loses nothing and doubles nothing;
+# one that has no shared memory goes on when there is some; a paused one keeps its log durable.
+
+use strict;
+use warnings;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes qw(sleep time);
+
+my $node = PostgreSQL::Test::Cluster->new('faults');
+$node->init;
+$node->append_conf('postgresql.conf', <<'CONF');
+shared_preload_libraries = 'event_store'
+wal_level = replica
+event_store.shards = 1
+event_store.spill_after = 256kB
+event_store.wal_sync_interval = 20s
+max_worker_processes = 16
+restart_after_crash = on
+fsync = on
+CONF
+$node->start;
+$node->safe_psql('postgres', <<'SQL');
+CREATE EXTENSION event_store;
+CREATE SCHEMA event_store_test;
+CREATE EXTENSION event_store_test;
+CREATE TABLE e (position bigint, context_id text, version bigint, n int, filler text) USING event_store;
+CREATE TABLE h (context_id text, n int);
+SQL
+
+if ($node->safe_psql('postgres', 'SELECT event_store_test.fault_points_compiled()') ne 't')
+{
+	$node->stop;
+	plan skip_all => 'built without fault points';
+}
+
+sub consistent
+{
+	my ($name) = @_;
+	is($node->safe_psql('postgres', <<'SQL'), '', $name);
+SELECT 'differs: ' || (SELECT count(*) FROM e) || ' <> ' || (SELECT count(*) FROM h)
+WHERE (SELECT (count(*), count(DISTINCT position), sum(hashtext(context_id || n)::bigint))::text FROM e)
+   <> (SELECT (count(*), count(*), sum(hashtext(context_id || n)::bigint))::text FROM h)
+UNION ALL
+SELECT 'versions of ' || context_id FROM e GROUP BY context_id
+HAVING count(*) <> max(version) OR min(version) <> 1 OR count(DISTINCT version) <> count(*)
+UNION ALL
+SELECT 'order of ' || context_id FROM (SELECT context_id, version,
+	row_number() OVER (PARTITION BY context_id ORDER BY position) AS rank FROM e) x
+WHERE version <> rank
+SQL
+	return;
+}
+
+# A psql that is turned away while its input is written makes IPC::Run die: try again.
+sub up
+{
+	for my $try (1 .. 600)
+	{
+		my $state = eval {
+			($node->psql('postgres', q{SELECT string_agg(state, ',') FROM event_store.stat_shards}))[1];
+		};
+		return 1 if defined $state && $state eq 'open';
+		sleep 0.1;
+	}
+	return 0;
+}
+
+my $small = join("\n", map { "INSERT INTO h SELECT 's$_', g FROM generate_series(1, 3) g; "
+	  . "INSERT INTO e (context_id, n) SELECT 's$_', g FROM generate_series(1, 3) g;" } 1 .. 20);
+my $large = q{BEGIN; INSERT INTO h SELECT 'b' || g % 10, g FROM generate_series(1, 9000) g;
+	INSERT INTO e (context_id, n, filler) SELECT 'b' || g % 10, g, repeat('f', 60) FROM generate_series(1, 9000) g; COMMIT;};
+my $many = join("\n", map { "BEGIN; $_ COMMIT;" } split(/\n/, $small));
+my $undecided = 'BEGIN; ' . ($large =~ s/^BEGIN;|COMMIT;$//gr);
+
+# psql whose statements may fail: the server dies under it.  Each statement is a transaction of its own or in one.
+sub attempt
+{
+	my ($sql) = @_;
+	eval { $node->psql('postgres', $sql, timeout => 60, timed_out => \my $timed_out); };
+	return;
+}
+
+consistent('nothing');
+
+# ---- killed while applying ----
+
+foreach my $point (qw(apply-batch finish-before-frame finish-applied verdict-logged))
+{
+	foreach my $nth (1, 7)
+	{
+		$node->safe_psql('postgres', "SELECT event_store_test.inject_fault('$point', 'kill', $nth)");
+		attempt("BEGIN; $small COMMIT;") if $nth == 1;
+		attempt($_) for ($large, "BEGIN; $small COMMIT;", map { "BEGIN; $_ COMMIT;" } split(/\n/, $small));
+		ok(up(), "up after a kill at $point ($nth)");
+		$node->safe_psql('postgres', 'SELECT event_store_test.disarm_faults()');
+		consistent("killed at $point ($nth)");
+	}
+}
+
+# ---- killed while recovering ----
+
+foreach my $point (qw(recovery-files-open recovery-own-wal-read recovery-log-open recovery-reading recovery-pg-wal-read))
+{
+	# the last 20 s are in PostgreSQL's WAL only
+	$node->safe_psql('postgres', $many) for 1 .. 15;
+	$node->safe_psql('postgres', $large);
+	my $session = $node->background_psql('postgres', on_error_stop => 0);
+	$session->query_safe($undecided);
+	$node->safe_psql('postgres', "SELECT event_store_test.inject_fault('$point', 'kill')");
+	attempt(q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'event_store shard 0'});
+	sleep 2.5;
+	ok(up(), "up after a kill at $point");
+	eval { $session->quit };
+	consistent("killed at $point");
+	$node->safe_psql('postgres', "SELECT event_store.flush(); $small");
+	consistent("flushed after a kill at $point");
+}
+
+# ---- killed just before the clean stop is noted ----
+
+$node->safe_psql('postgres', "$small SELECT event_store_test.inject_fault('stop-before-clean', 'kill')");
+$node->stop('fast', fail_ok => 1);
+$node->stop('immediate', fail_ok => 1);
+$node->start;
+ok(up(), 'up after a kill at stop-before-clean');
+consistent('killed at stop-before-clean');
+
+# ---- no shared memory ----
+
+$node->safe_psql('postgres', q{SELECT event_store_test.inject_fault('arena-alloc', 'enospc always')});
+my $session = $node->background_psql('postgres', on_error_stop => 0);
+$session->{stdin} .= "$large \\echo done\n";
+$session->{run}->pump_nb();
+sleep 1.5;
+$node->safe_psql('postgres', 'SELECT event_store_test.disarm_faults()');
+$session->query_safe('SELECT 1');
+$session->quit;
+consistent('went on after memory was short');
+
+# ---- paused ----
+
+$node->safe_psql('postgres', 'SELECT event_store.pause_shard(0)');
+my $writer = $node->background_psql('postgres', on_error_stop => 0);
+$writer->{stdin} .= "BEGIN; INSERT INTO h SELECT 'paused', g FROM generate_series(1, 10) g;"
+  . " INSERT INTO e (context_id, n) SELECT 'paused', g FROM generate_series(1, 10) g; COMMIT;\n";
+$writer->{run}->pump_nb();
+sleep 1;
+is($node->safe_psql('postgres', q{SELECT count(*) FROM h WHERE context_id = 'paused'}), '0',
+	'a commit with versions waits for a paused shard');
+$node->safe_psql('postgres', 'SELECT event_store.resume_shard(0)');
+$writer->query_safe('SELECT 1');
+$writer->quit;
+is($node->safe_psql('postgres', q{SELECT count(*) FROM h WHERE context_id = 'paused'}), '10', 'and goes on after it');
+consistent('paused and resumed');
+
+# ---- it must not open ----
+
+$node->safe_psql('postgres', $small);
+$node->stop('immediate');
+my $control = $node->data_dir . '/event_store/shard_0/control';
+foreach my $i (0, 1) { rename("$control.$i", "$control.$i.kept") or die; }
+$node->start;
+ok($node->poll_query_until('postgres', q{SELECT state = 'failed' FROM event_store.stat_shards}),
+	'a shard without control blocks is failed');
+my ($status, $out, $err) = $node->psql('postgres', 'SELECT count(*) FROM e');
+like($err, qr/control/, 'and says why');
+foreach my $i (0, 1) { rename("$control.$i.kept", "$control.$i") or die; }
+$node->reload;
+ok(up(), 'it opens when the reason is gone');
+consistent('opened after a refusal');
+
+$node->stop;
+done_testing();
