@@ -133,23 +133,45 @@ index_page_of(const EsSegment *seg, uint64_t hash)
 	return lo;
 }
 
-/* First entry of an index page with at least this hash. */
+/*
+ * First entry of an index page with at least this hash.  The first value of a block
+ * of the vector is at hand, others cost the block; so blocks are searched first.
+ */
 static uint32_t
 lower_bound(const EsPage *page, uint64_t hash)
 {
+	uint64_t values[ES_INTVEC_BLOCK];
+	uint32_t n = page->ints.n;
 	uint32_t lo = 0;
-	uint32_t hi = page->ints.n;
+	uint32_t hi = (n + ES_INTVEC_BLOCK - 1) / ES_INTVEC_BLOCK;
+	uint32_t first;
 
+	/* blocks before lo begin below the hash, those from hi on do not */
 	while (lo < hi)
 	{
 		uint32_t mid = (lo + hi) / 2;
 
-		if (es_intvec_get(&page->ints, mid) < hash)
+		if (es_intvec_get(&page->ints, mid * ES_INTVEC_BLOCK) < hash)
 			lo = mid + 1;
 		else
 			hi = mid;
 	}
-	return lo;
+	if (lo == 0)
+		return 0;
+	first = (lo - 1) * ES_INTVEC_BLOCK;
+	hi = n - first < ES_INTVEC_BLOCK ? n - first : ES_INTVEC_BLOCK;
+	es_intvec_decode(&page->ints, first, hi, values);
+	lo = 0;
+	while (lo < hi)
+	{
+		uint32_t mid = (lo + hi) / 2;
+
+		if (values[mid] < hash)
+			lo = mid + 1;
+		else
+			hi = mid;
+	}
+	return first + lo;
 }
 
 /* Rows of an entry; the next one may be on the next page. */

@@ -17,6 +17,22 @@ ES_FAULT_POINT("channel-mid-message", ES_FAULT_MAY_THROW, "backend")	/* between 
 ES_FAULT_POINT("channel-before-ready", 0, "backend")	/* in the queue, ready bit not set */
 ES_FAULT_POINT("log-between-pieces", ES_FAULT_MAY_THROW, "backend")
 
+/* ---- tam: sending batches ---- */
+ES_FAULT_POINT("append-before-log", ES_FAULT_MAY_THROW, "backend")	/* there is room in the queue */
+ES_FAULT_POINT("append-after-log", ES_FAULT_MAY_THROW, "backend")	/* logged, not sent */
+ES_FAULT_POINT("append-after-send", ES_FAULT_MAY_THROW, "backend")	/* sent, floor not cleared */
+
+/* ---- tam: the end of a transaction ---- */
+ES_FAULT_POINT("commit-before-locks", ES_FAULT_MAY_THROW, "backend")	/* all batches are sent */
+ES_FAULT_POINT("commit-after-locks", ES_FAULT_MAY_THROW, "backend")
+ES_FAULT_POINT("commit-after-prepare", ES_FAULT_MAY_THROW, "backend")	/* versions checked */
+ES_FAULT_POINT("commit-after-reserve", ES_FAULT_MAY_THROW, "backend")	/* slot set, positions taken */
+ES_FAULT_POINT("commit-after-log", ES_FAULT_MAY_THROW, "backend")	/* FINISH logged, not sent */
+ES_FAULT_POINT("commit-between-sends", ES_FAULT_MAY_THROW, "backend")	/* one shard has FINISH, others not */
+ES_FAULT_POINT("commit-after-send", ES_FAULT_MAY_THROW, "backend")	/* all have it; no commit record */
+ES_FAULT_POINT("commit-after-commit", 0, "backend") /* committed, no hint sent, slot set */
+ES_FAULT_POINT("abort", 0, "backend")	/* in the abort callback */
+
 /* ---- ipc: positions and horizon ---- */
 ES_FAULT_POINT("reserve-after-publish", ES_FAULT_MAY_THROW, "backend")	/* slot set, no position taken */
 ES_FAULT_POINT("reserve-after-take", ES_FAULT_MAY_THROW, "backend") /* positions taken */
@@ -40,6 +56,10 @@ ES_FAULT_POINT("recovery-own-wal-read", 0, "shard")
 ES_FAULT_POINT("recovery-log-open", 0, "shard") /* "not clean" is synced, MARK not logged */
 ES_FAULT_POINT("recovery-reading", 0, "shard")	/* in the middle of PostgreSQL's WAL */
 ES_FAULT_POINT("recovery-pg-wal-read", 0, "shard")	/* all applied, positions not recovered */
+
+/* ---- shard: segment files ---- */
+ES_FAULT_POINT("segment-unlink", 0, "shard")
+ES_FAULT_POINT("segment-read", ES_FAULT_MAY_FAIL, "shard")
 
 /* ---- shard: applying ---- */
 ES_FAULT_POINT("arena-alloc", ES_FAULT_MAY_FAIL, "shard")	/* no shared memory */

@@ -70,7 +70,7 @@ $node->start;
 my $log = substr(slurp_file($node->logfile), $offset);
 like($log, qr/WARNING:  event_store does not run on standbys/, 'synchronous_standby_names');
 like($log, qr/WARNING:  max_slot_wal_keep_size is 100 MB/,     'max_slot_wal_keep_size');
-is( $node->safe_psql('postgres', "SELECT string_agg(backend_type, ', ' ORDER BY 1) FROM pg_stat_activity WHERE backend_type ~ 'event_store'"),
+is( $node->safe_psql('postgres', "SELECT string_agg(backend_type, ', ' ORDER BY backend_type) FROM pg_stat_activity WHERE backend_type ~ 'event_store'"),
 	'event_store keeper, event_store maintenance 0, event_store shard 0, event_store shard 1',
 	'the processes show in pg_stat_activity');
 $node->safe_psql('postgres', 'CREATE EXTENSION event_store');
@@ -98,7 +98,6 @@ IPC::Run::run(
 like($stdout, qr/one = "1"/, 'single-user mode works');
 like($stdout . $stderr, qr/ERROR:  events are not available in single-user mode/, 'without events');
 
-$node->_set_pg_version if $node->can('_set_pg_version');
 PostgreSQL::Test::Utils::system_or_bail('pg_ctl', '-w', '-D', $node->data_dir, '-l', $node->logfile, '-o', "-b -k ${\$node->host}", 'start');
 $node->_update_pid(1);
 is($node->safe_psql('postgres', "SELECT count(*) FROM pg_stat_activity WHERE backend_type ~ 'event_store'"),
