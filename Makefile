@@ -27,10 +27,13 @@ TOP_OBJS = \
 CORE_OBJS = \
 	src/core/arith.o \
 	src/core/batch.o \
+	src/core/batch_build.o \
 	src/core/filter.o \
+	src/core/finish.o \
 	src/core/format.o \
 	src/core/intvec.o \
 	src/core/manifest.o \
+	src/core/manifest_edit.o \
 	src/core/message.o \
 	src/core/metapage.o \
 	src/core/page.o \

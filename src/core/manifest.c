@@ -1,12 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * manifest.c
- *	  Codec of manifest records and the state that they build.
- *
- * Building.  An edit is the record itself, growing: room for its header, then the
- * parts.  Each part is checked when it is added by the same functions that check
- * it when it is read, so that no record is written which a later start
- * would refuse.
+ *	  Reading manifest records and the state that they build; manifest_edit.c makes them.
  *
  * Applying.  Parts change the state one after the other, because a later part of a
  * record may need an earlier one (a segment in the place of those it was merged
@@ -27,45 +22,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/manifest.h"
-#include "core/segment.h"
-
-#define MAX_RECORD		UINT32_C(0x7fffffff)
-
-/* ---- what makes a part valid by itself ---- */
-
-static inline uint64_t
-bitmap_len(uint64_t nrows)
-{
-	return (nrows + 63) / 64 * 8;
-}
-
-/* A segment that never was pending. */
-static bool
-segment_valid(const EsManifestSegment *s)
-{
-	return s->id != 0 && s->table.reserved == 0 && (s->flags & ES_SEGMENT_PENDING) == 0 &&
-		s->nrows <= ES_MAX_POSITION &&
-		s->min_position <= s->max_position && s->max_position <= ES_MAX_POSITION &&
-		s->min_fxid <= s->max_fxid;
-}
-
-static bool
-pending_valid(const EsManifestSegment *s)
-{
-	return s->id != 0 && s->table.reserved == 0 && (s->flags & ES_SEGMENT_PENDING) != 0 &&
-		s->nrows <= ES_MAX_POSITION &&
-		s->min_position == 0 && s->max_position == 0 &&
-		s->min_fxid == s->max_fxid && s->min_fxid != 0;
-}
-
-static bool
-adopt_valid(const EsManifestAdopt *a)
-{
-	return a->id != 0 && a->dead_bitmap_len % 8 == 0 &&
-		a->base <= ES_MAX_POSITION && a->min_position <= a->max_position &&
-		a->max_position <= ES_MAX_POSITION;
-}
+#include "core/manifest_internal.h"
 
 /* Does the adoption fit the segment that it is for? */
 static bool
@@ -77,178 +34,11 @@ adopt_fits(const EsManifestAdopt *a, const uint8_t *dead_bitmap, const EsManifes
 		return false;
 	if (a->dead_bitmap_len == 0)
 		return a->nlive == e->segment.nrows;
-	if (a->dead_bitmap_len != bitmap_len(e->segment.nrows))
+	if (a->dead_bitmap_len != es_manifest_bitmap_len(e->segment.nrows))
 		return false;
 	for (uint64_t row = 0; row < e->segment.nrows; row++)
 		ndead += (dead_bitmap[row / 8] >> (row % 8)) & 1;
 	return a->nlive == e->segment.nrows - ndead;
-}
-
-/* ---- building a record ---- */
-
-struct EsManifestEdit
-{
-	char	   *buffer;
-	size_t		len;
-	size_t		cap;
-	uint32_t	nparts;
-};
-
-static void
-edit_restart(EsManifestEdit *e)
-{
-	e->len = sizeof(EsManifestRecord);
-	e->nparts = 0;
-}
-
-EsManifestEdit *
-es_manifest_edit_create(void)
-{
-	EsManifestEdit *e = calloc(1, sizeof(*e));
-
-	if (e == NULL)
-		return NULL;
-	e->cap = 512;
-	e->buffer = malloc(e->cap);
-	if (e->buffer == NULL)
-	{
-		free(e);
-		return NULL;
-	}
-	edit_restart(e);
-	return e;
-}
-
-void
-es_manifest_edit_free(EsManifestEdit *e)
-{
-	if (e == NULL)
-		return;
-	free(e->buffer);
-	free(e);
-}
-
-/* Adds a part that consists of a struct and up to two arrays. */
-static EsStatus
-edit_part(EsManifestEdit *e, EsManifestPartType type, const void *fixed, size_t fixed_len,
-		  const void *array1, size_t len1, const void *array2, size_t len2)
-{
-	EsManifestPart part = {.type = type};
-	size_t		len = sizeof(part) + fixed_len + len1 + len2;
-
-	if (e->nparts == UINT16_MAX || len > MAX_RECORD - e->len)
-		return ES_ERR_TOO_LARGE;
-	if (e->len + len > e->cap)
-	{
-		size_t		cap = e->cap * 2 > e->len + len ? e->cap * 2 : e->len + len;
-		char	   *grown = realloc(e->buffer, cap);
-
-		if (grown == NULL)
-			return ES_ERR_NOMEM;
-		e->buffer = grown;
-		e->cap = cap;
-	}
-	part.len = (uint32_t) len;
-	memcpy(e->buffer + e->len, &part, sizeof(part));
-	e->len += sizeof(part);
-	memcpy(e->buffer + e->len, fixed, fixed_len);
-	e->len += fixed_len;
-	if (len1 > 0)
-		memcpy(e->buffer + e->len, array1, len1);
-	e->len += len1;
-	if (len2 > 0)
-		memcpy(e->buffer + e->len, array2, len2);
-	e->len += len2;
-	e->nparts++;
-	return ES_OK;
-}
-
-EsStatus
-es_manifest_edit_segment(EsManifestEdit *e, const EsManifestSegment *s)
-{
-	if (!segment_valid(s))
-		return ES_ERR_ARGUMENT;
-	return edit_part(e, ES_PART_SEGMENT, s, sizeof(*s), NULL, 0, NULL, 0);
-}
-
-EsStatus
-es_manifest_edit_pending(EsManifestEdit *e, const EsManifestPending *p, const uint64_t *starts)
-{
-	if (!pending_valid(&p->segment) || p->reserved != 0)
-		return ES_ERR_ARGUMENT;
-	return edit_part(e, ES_PART_PENDING, p, sizeof(*p), starts, p->nstarts * sizeof(uint64_t), NULL, 0);
-}
-
-EsStatus
-es_manifest_edit_adopt(EsManifestEdit *e, const EsManifestAdopt *a, const uint8_t *dead_bitmap,
-					   const int64_t *first_versions)
-{
-	if (!adopt_valid(a))
-		return ES_ERR_ARGUMENT;
-	return edit_part(e, ES_PART_ADOPT, a, sizeof(*a), dead_bitmap, a->dead_bitmap_len,
-					 first_versions, a->nfirst_versions * sizeof(int64_t));
-}
-
-EsStatus
-es_manifest_edit_drop(EsManifestEdit *e, uint64_t id)
-{
-	EsManifestDrop d = {.id = id};
-
-	if (id == 0)
-		return ES_ERR_ARGUMENT;
-	return edit_part(e, ES_PART_DROP, &d, sizeof(d), NULL, 0, NULL, 0);
-}
-
-EsStatus
-es_manifest_edit_flushed(EsManifestEdit *e, EsOwnLsn up_to)
-{
-	EsManifestFlushed f = {.up_to = up_to};
-
-	return edit_part(e, ES_PART_FLUSHED, &f, sizeof(f), NULL, 0, NULL, 0);
-}
-
-EsStatus
-es_manifest_edit_drop_storage(EsManifestEdit *e, const EsTableKey *table)
-{
-	if (table->reserved != 0)
-		return ES_ERR_ARGUMENT;
-	return edit_part(e, ES_PART_DROP_STORAGE, table, sizeof(*table), NULL, 0, NULL, 0);
-}
-
-/* CRC of a record, its own field taken as 0, and of the CRC before it. */
-static uint32_t
-record_crc(const char *record, size_t len, uint32_t prev_crc)
-{
-	EsManifestRecord h;
-	uint32_t	crc;
-
-	memcpy(&h, record, sizeof(h));
-	h.crc = 0;
-	crc = es_crc32c(0, &h, sizeof(h));
-	crc = es_crc32c(crc, record + sizeof(h), len - sizeof(h));
-	return es_crc32c(crc, &prev_crc, sizeof(prev_crc));
-}
-
-EsStatus
-es_manifest_edit_record(EsManifestEdit *e, uint32_t prev_crc, const void **record,
-						size_t *len, uint32_t *crc)
-{
-	EsManifestRecord h = {
-		.magic = ES_MANIFEST_MAGIC,
-		.version = ES_FORMAT_VERSION,
-		.nparts = (uint16_t) e->nparts,
-		.len = (uint32_t) e->len
-	};
-
-	if (e->nparts == 0)
-		return ES_ERR_ARGUMENT;
-	memcpy(e->buffer, &h, sizeof(h));
-	h.crc = record_crc(e->buffer, e->len, prev_crc);
-	memcpy(e->buffer, &h, sizeof(h));
-	*record = e->buffer;
-	*len = e->len;
-	*crc = h.crc;
-	return ES_OK;
 }
 
 /* ---- the state ---- */
@@ -568,7 +358,7 @@ apply_part(Applier *a, uint32_t type, const void *body, size_t len, bool head_al
 				const EsManifestSegment *s = body;
 				EsManifestEntry entry = {0};
 
-				if (len != sizeof(*s) || !segment_valid(s))
+				if (len != sizeof(*s) || !es_manifest_segment_valid(s))
 					break;
 				entry.segment = *s;
 				entry.nlive = s->nrows;
@@ -578,7 +368,7 @@ apply_part(Applier *a, uint32_t type, const void *body, size_t len, bool head_al
 			{
 				const EsManifestPending *p = body;
 
-				if (len < sizeof(*p) || !pending_valid(&p->segment) || p->reserved != 0 ||
+				if (len < sizeof(*p) || !es_manifest_pending_valid(&p->segment) || p->reserved != 0 ||
 					len - sizeof(*p) != p->nstarts * sizeof(uint64_t))
 					break;
 				return apply_pending(a, p);
@@ -587,7 +377,7 @@ apply_part(Applier *a, uint32_t type, const void *body, size_t len, bool head_al
 			{
 				const EsManifestAdopt *adopt = body;
 
-				if (len < sizeof(*adopt) || !adopt_valid(adopt) ||
+				if (len < sizeof(*adopt) || !es_manifest_adopt_valid(adopt) ||
 					len - sizeof(*adopt) != adopt->dead_bitmap_len + adopt->nfirst_versions * sizeof(int64_t))
 					break;
 				return apply_adopt(a, adopt);
@@ -673,7 +463,7 @@ header_fits(const char *buf, size_t len)
 	const EsManifestRecord *h = (const EsManifestRecord *) buf;
 
 	return len >= sizeof(*h) && h->magic == ES_MANIFEST_MAGIC && h->len >= sizeof(*h) &&
-		h->len <= MAX_RECORD && h->len % 8 == 0 && h->len <= len;
+		h->len <= ES_MANIFEST_MAX_RECORD && h->len % 8 == 0 && h->len <= len;
 }
 
 /*
@@ -721,7 +511,7 @@ es_manifest_read(EsManifestState *state, const void *file, size_t len, uint64_t 
 		bool		fits = header_fits(base + at, len - at);
 
 		if (fits)
-			crc = record_crc(base + at, h->len, prev_crc);
+			crc = es_manifest_record_crc(base + at, h->len, prev_crc);
 		if (!fits || crc != h->crc)
 		{
 			if (at > 0 && at >= durable_len)
@@ -780,7 +570,7 @@ image_append(Image *image, EsManifestEdit *e)
 	}
 	memcpy(image->data + image->len, record, len);
 	image->len += len;
-	edit_restart(e);
+	es_manifest_edit_restart(e);
 	return ES_OK;
 }
 
@@ -806,7 +596,7 @@ edit_entry(EsManifestEdit *e, const EsManifestEntry *entry)
 			.min_position = entry->segment.min_position,
 			.max_position = entry->segment.max_position,
 			.nlive = entry->nlive,
-			.dead_bitmap_len = entry->dead_bitmap ? (uint32_t) bitmap_len(entry->segment.nrows) : 0,
+			.dead_bitmap_len = entry->dead_bitmap ? (uint32_t) es_manifest_bitmap_len(entry->segment.nrows) : 0,
 			.nfirst_versions = entry->nfirst_versions
 		};
 
@@ -824,7 +614,7 @@ es_manifest_rewrite(const EsManifestState *state, void **file, size_t *len, uint
 
 	if (e == NULL)
 		return ES_ERR_NOMEM;
-	status = edit_part(e, ES_PART_HEAD, &state->head, sizeof(state->head), NULL, 0, NULL, 0);
+	status = es_manifest_edit_part(e, ES_PART_HEAD, &state->head, sizeof(state->head), NULL, 0, NULL, 0);
 	if (status == ES_OK && state->flushed_up_to != 0)
 		status = es_manifest_edit_flushed(e, state->flushed_up_to);
 	if (status == ES_OK)

@@ -71,8 +71,9 @@ typedef struct EsSegmentSpec
 	const EsColumnDesc *columns;	/* the table's attributes */
 	int			ncols;
 	bool		has_content_hash;
-	EsCodec		codec;
-	int			zstd_level;
+	EsCodec		codec;			/* of each page that it makes smaller */
+	int			zstd_level;		/* with LZ4: 0 = LZ4 only, else a page is Zstandard's of this
+								 * level where that saves a quarter over LZ4 */
 } EsSegmentSpec;
 
 typedef struct EsSegmentRow
@@ -141,7 +142,7 @@ extern const EsSegmentInfo *es_segment_info(const EsSegment *seg);
 extern size_t es_segment_memory(const EsSegment *seg);
 
 /* Bounds the decoded pages that the segment keeps for its next reads (bytes, least
- * recently used goes first; 0 = keep none). */
+ * recently used goes first; 0 = keep none; 1 MB until it is called). */
 extern void es_segment_set_cache(EsSegment *seg, size_t bytes);
 
 typedef struct EsZoneInfo
@@ -158,7 +159,11 @@ typedef struct EsZoneInfo
 
 extern EsZoneInfo es_segment_zone(const EsSegment *seg, uint32_t zone);
 
-/* Per zone and column (from 0): null count, and min/max as int64 if known. */
+/*
+ * Per zone and column (from 0): null count, and min/max as int64 if known.  Those of the
+ * role columns position and version are of the hidden columns' values (version 0 is NULL);
+ * of a pending segment they say nothing (0 NULLs, no min/max): do not prune by them.
+ */
 typedef struct EsZoneColumnStats
 {
 	uint32_t	nnulls;

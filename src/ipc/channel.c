@@ -17,8 +17,8 @@
  * once.  A sender who needs more sets room_wanted and the ready bit; the shard then takes
  * what is there, publishes all, and sets his latch once.
  *
- * Sending.  See piece.h for long messages.  sent_messages moves after the bytes, the ready bit
- * after that: a shard that takes the bit finds the message.  What is in the queue of a
+ * Sending.  See piece.h for long messages.  Counts and ready bit move before the bytes are
+ * flushed, and so before the message counts as sent.  What is in the queue of a
  * dead incarnation is lost, and may be: it was logged before that one's
  * successor logged its MARK, so it is found in PostgreSQL's WAL; or else the sender has seen the
  * new generation and sends it there (the shard's generation moves before the MARK).
@@ -45,6 +45,7 @@ MemoryContext es_channel_context = NULL;
 static EsChannel channels[ES_MAX_SHARDS];
 
 static int	ngroups = 0;
+static int	npairs_made = 0;
 static dsm_segment *group_segment = NULL;	/* the last one */
 static int	group_left = 0;		/* pairs in it that have no channel yet */
 
@@ -150,7 +151,7 @@ poke(const EsChannel *ch)
 static void
 make_group(void)
 {
-	int			npairs = group_sizes[Min(ngroups, lengthof(group_sizes) - 1)];
+	int			npairs = Min(group_sizes[ngroups], es_shared->nshards - npairs_made);
 	Size		size = mul_size(npairs, pair_memory());
 	MemoryContext context = CurrentMemoryContext;
 	dsm_segment *volatile segment = NULL;
@@ -184,6 +185,7 @@ make_group(void)
 	dsm_pin_mapping(segment);
 	group_segment = segment;
 	group_left = npairs;
+	npairs_made += npairs;
 	ngroups++;
 }
 
@@ -402,21 +404,28 @@ wait_for_room(EsChannel *ch, Size need)
 
 /* ---- sending ---- */
 
-/* Sends one shm_mq message for which there is room.  False: the channel is broken. */
+/*
+ * Sends one shm_mq message for which there is room.  False: the channel is broken.
+ *
+ * The flush is what wakes the shard, so that the count and the ready bit come before
+ * it, and one wake-up is enough.  A shard that is awake and finds the bit before the bytes
+ * keeps the bit.
+ */
 static bool
 send_piece(EsChannel *ch, shm_mq_iovec *iov, int niov, Size len)
 {
+	ch->sent_bytes += es_ring_bytes(len);
+	ch->sent_messages++;
+	pg_atomic_write_u64(&ch->shared->sent_bytes, ch->sent_bytes);
+	pg_atomic_write_u64(&ch->shared->sent_messages, ch->sent_messages);
+	es_set_ready(ch->shard, es_my_slot_number());
+	ES_FAULT("channel-before-flush");
 	if (shm_mq_sendv(ch->requests, iov, niov, true, true) != SHM_MQ_SUCCESS)
 	{
 		/* detached; or half of it is in the queue, which our counting excludes */
 		ch->broken = true;
 		return false;
 	}
-	ch->sent_bytes += es_ring_bytes(len);
-	ch->sent_messages++;
-	pg_atomic_write_u64(&ch->shared->sent_bytes, ch->sent_bytes);
-	pg_write_barrier();
-	pg_atomic_write_u64(&ch->shared->sent_messages, ch->sent_messages);
 	es_counter_max(&es_shared->shards[ch->shard].counters.queue_high_water,
 				   request_ring() - room_left(ch));
 	return true;
@@ -434,7 +443,6 @@ abandon(EsChannel *ch)
 	if (!send_piece(ch, &iov, 1, sizeof(piece)))
 		return false;
 	ch->half_sent = false;
-	poke(ch);
 	return true;
 }
 
@@ -469,8 +477,6 @@ send_pieces(EsChannel *ch, const EsPart *parts, int nparts, Size len, shm_mq_iov
 		offset += bytes;
 		if (offset == len)
 			ch->half_sent = false;
-		else
-			poke(ch);
 	}
 	return true;
 }
@@ -554,10 +560,6 @@ es_channel_send(int shard, EsRequest *req, const EsPart *parts, int nparts, bool
 		if (sent)
 		{
 			es_answer_sent(ch, req);
-			ES_FAULT("channel-before-ready");
-			es_set_ready(shard, es_my_slot_number());
-			if (wake)
-				es_wake_shard(shard);
 			break;
 		}
 
@@ -590,9 +592,6 @@ es_channel_hint(int shard, EsRequest *req, const EsPart *parts, int nparts, bool
 	if (!send_piece(ch, iov, es_parts_slice(message, nparts, 0, len, iov), len))
 		return false;
 	es_answer_sent(ch, req);
-	es_set_ready(shard, es_my_slot_number());
-	if (wake)
-		es_wake_shard(shard);
 	return true;
 }
 

@@ -9,9 +9,11 @@
  * so that a backend takes at most five DSM slots.  on_dsm_detach detaches the
  * queues, after the transaction is over.
  *
- * A half-sent message is only abandoned by detaching: an ERROR in the middle of one
- * marks the channel broken and the next use builds the pair anew, with the
- * next generation number, after the shard has let go of the old one.
+ * A message that is larger than the ring is sent in pieces (piece.h).  An ERROR in the
+ * middle of one costs the shard nothing but the pieces: the next use of the channel
+ * tells it to forget them.  A channel that shm_mq has broken, or whose shard was
+ * restarted, is built anew with the next generation number, after the shard has let go of
+ * the old one.
  *
  * PROTOCOL.md 2.1 in terms of these functions:
  *		es_channel_wait_room(...)	may throw, nothing logged yet
@@ -48,11 +50,12 @@ extern bool es_channel_has_room(int shard, Size len);
 
 /*
  * Sends one message (parts joined; the first begins with EsRequest, whose len it
- * fills), flushes it into the queue, sets the ready bit and wakes the shard if
- * `wake`.  If the shard's generation has changed since the channel was
- * made, it connects anew first (so a message that was logged before the new generation's
- * MARK comes twice, which the shard drops).  Messages that fit never block after wait_room;
- * larger ones stream, taking interrupts.
+ * fills), sets the ready bit and flushes it into the queue, which wakes the shard (shm_mq
+ * does so with each flush, whatever `wake` says).  Parts may have any length; zeros fill
+ * the message up to a multiple of 8.  If the shard's generation has changed since the
+ * channel was made, it connects anew first (so a message that was logged before the new
+ * generation's MARK comes twice, which the shard drops).  Messages that fit never block
+ * after wait_room; larger ones stream, taking interrupts.
  */
 extern void es_channel_send(int shard, EsRequest *req, const EsPart *parts, int nparts,
 							bool wake);

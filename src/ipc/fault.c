@@ -5,7 +5,9 @@
  *	  one session breaks another process.
  *
  * A point that is passed while nothing is armed costs a call and a load.  A killed
- * process takes the server down and with it the table: after that nothing is armed.
+ * process takes the server down and with it the table: after that nothing is armed, but for
+ * what the environment of the postmaster says: ES_FAULTS="point:action:nth,...", for what is
+ * passed before anybody can connect.  (A test that uses it sets restart_after_crash = off.)
  *
  *-------------------------------------------------------------------------
  */
@@ -84,6 +86,32 @@ es_fault_shmem_request(void)
 	RequestAddinShmemSpace(sizeof(FaultTable));
 }
 
+static void
+arm_from_environment(void)
+{
+	const char *setting = getenv("ES_FAULTS");
+	char	   *copy;
+	char	   *rest = NULL;
+
+	if (setting == NULL)
+		return;
+	copy = pstrdup(setting);
+	for (char *item = strtok_r(copy, ",", &rest); item != NULL; item = strtok_r(NULL, ",", &rest))
+	{
+		char	   *action = strchr(item, ':');
+		char	   *nth = action ? strchr(action + 1, ':') : NULL;
+
+		if (nth == NULL)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("ES_FAULTS has \"%s\" where point:action:nth should be", item)));
+		*action++ = '\0';
+		*nth++ = '\0';
+		es_fault_arm(item, action, atoi(nth));
+	}
+	pfree(copy);
+}
+
 void
 es_fault_shmem_startup(void)
 {
@@ -95,6 +123,7 @@ es_fault_shmem_startup(void)
 		memset(faults, 0, sizeof(FaultTable));
 		pg_atomic_init_u32(&faults->narmed, 0);
 		SpinLockInit(&faults->mutex);
+		arm_from_environment();
 	}
 }
 

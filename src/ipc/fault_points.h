@@ -14,7 +14,7 @@
 ES_FAULT_POINT("channel-before-publish", ES_FAULT_MAY_THROW, "backend")	/* queues made, shard not told */
 ES_FAULT_POINT("channel-before-attach", ES_FAULT_MAY_THROW, "backend")	/* shard told, not waited for */
 ES_FAULT_POINT("channel-mid-message", ES_FAULT_MAY_THROW, "backend")	/* between pieces of a long message */
-ES_FAULT_POINT("channel-before-ready", 0, "backend")	/* in the queue, ready bit not set */
+ES_FAULT_POINT("channel-before-flush", 0, "backend")	/* ready bit set, nothing in the queue yet */
 ES_FAULT_POINT("log-between-pieces", ES_FAULT_MAY_THROW, "backend")
 
 /* ---- tam: sending batches ---- */
@@ -43,6 +43,7 @@ ES_FAULT_POINT("horizon-before-push", 0, "backend") /* visible, slot set */
 ES_FAULT_POINT("horizon-after-push", 0, "backend")	/* in the ring, slot still set */
 
 /* ---- ipc: the shard's end ---- */
+ES_FAULT_POINT("server-between-words", 0, "shard")	/* a part of the ready bitmap is taken */
 ES_FAULT_POINT("server-before-attach", 0, "shard")	/* a backend waits for the shard to attach */
 ES_FAULT_POINT("server-before-message", 0, "shard") /* taken from the queue, not handled */
 

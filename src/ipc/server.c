@@ -383,9 +383,15 @@ take_messages(EsConnection *c)
 		count += take_one(c, &more);
 
 	if (c->failed || (detached && c->held == NULL))
+	{
 		close_connection(c);
-	else
-		give_room(c, &count);
+		return count;
+	}
+	give_room(c, &count);
+
+	/* its sender has announced it and is about to flush it, which sets our latch */
+	if (c->held == NULL && c->taken_messages < limit)
+		es_set_ready(es_server_shard, c->conn.slot);
 	return count;
 }
 
@@ -410,8 +416,11 @@ take_bitmap(void)
 
 	for (int w = 0; w < ES_READY_WORDS(es_shared->nslots); w++)
 	{
-		uint64		bits = pg_atomic_read_u64(&shard_shared->ready[w]);
+		uint64		bits;
 
+		if (w > 0)
+			ES_FAULT("server-between-words");
+		bits = pg_atomic_read_u64(&shard_shared->ready[w]);
 		if (bits == 0)
 			continue;
 		bits = pg_atomic_exchange_u64(&shard_shared->ready[w], 0);

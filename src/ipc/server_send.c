@@ -33,13 +33,6 @@ typedef struct Parked
 
 static dlist_head parked_list = DLIST_STATIC_INIT(parked_list);
 
-static void
-piece_sent(EsConnection *c)
-{
-	pg_atomic_write_u64(&c->shared->answers, ++c->answers_sent);
-	es_server_wake(c);
-}
-
 /*
  * Sends the message from *offset on, as far as there is room; true if all of it
  * is gone.
@@ -65,10 +58,12 @@ send_from(EsConnection *c, const EsPart *parts, int nparts, Size len, Size *offs
 			iov[n++].len = sizeof(piece);
 		}
 		n += es_parts_slice(parts, nparts, *offset, bytes, iov + n);
+		/* announced first: the flush wakes the reader, who then finds both; see send_piece() */
+		pg_atomic_write_u64(&c->shared->answers, c->answers_sent + 1);
 		if (shm_mq_sendv(c->answers, iov, n, true, true) != SHM_MQ_SUCCESS)
 			return false;
+		c->answers_sent++;
 		*offset += bytes;
-		piece_sent(c);
 	} while (*offset < len);
 	return true;
 }

@@ -90,6 +90,7 @@ init_shard(EsShardShared *s, pg_atomic_uint64 *ready)
 	pg_atomic_init_u32(&s->generation, 0);
 	pg_atomic_init_u32(&s->paused, 0);
 	pg_atomic_init_u32(&s->release_wal, 0);
+	pg_atomic_init_u32(&s->stuck_errno, 0);
 	pg_atomic_init_u32(&s->sync_request, 0);
 	pg_atomic_init_u32(&s->sync_done, 0);
 	ConditionVariableInit(&s->changed);

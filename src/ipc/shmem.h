@@ -103,6 +103,8 @@ typedef struct EsShardShared
 									 * queues of older generations are dead */
 	pg_atomic_uint32 paused;	/* 1 = takes nothing from its queues; any superuser */
 	pg_atomic_uint32 release_wal;	/* 1 = asked to open without the WAL it needs; superuser */
+	pg_atomic_uint32 stuck_errno;	/* why it cannot write its files now, 0 = it can: writers
+									 * refuse before they log; shard */
 	pg_atomic_uint32 sync_request;	/* +1 = force everything to own files now; anybody */
 	pg_atomic_uint32 sync_done; /* value of sync_request that was served; shard */
 	ConditionVariable changed;	/* broadcast when state changes */
@@ -144,15 +146,15 @@ typedef struct EsChannelShared
 	dsm_handle	segment;		/* owner, before generation */
 	Size		offset;			/* owner, before generation */
 	Size		length;			/* of request queue and answer queue; owner, before generation */
-	pg_atomic_uint64 sent_messages; /* pieces flushed into the request queue (a message that fits
-									 * is one); owner */
+	pg_atomic_uint64 sent_messages; /* pieces put into the request queue (a message that fits is
+									 * one), the last perhaps not flushed yet; owner */
 	pg_atomic_uint64 sent_bytes;	/* ring bytes of those; owner */
 	pg_atomic_uint64 taken_bytes;	/* ring bytes that the shard has given back; shard */
 	pg_atomic_uint32 room_wanted;	/* 1 = the owner sleeps until taken_bytes moves; set by the
 									 * owner, cleared by the shard, which then sets its latch */
 	pg_atomic_uint32 answers_parked;	/* 1 = answers wait for room in the answer queue, 2 = and the
 										 * owner has read since; shard, but 1 -> 2 by the owner */
-	pg_atomic_uint64 answers;	/* pieces flushed into the answer queue; shard */
+	pg_atomic_uint64 answers;	/* pieces put into the answer queue, likewise; shard */
 } EsChannelShared;
 
 #define ES_SLOT_TABLES	4

@@ -277,34 +277,13 @@ es_collect_syncs(void)
 
 /* ---- requests ---- */
 
-/*
- * While the disk is full, a transaction is told so when it asks whether it may
- * commit: that costs it an error, and the shard no memory.
- */
-static bool
-refuse_prepare(EsConn *conn, const EsRequest *req)
-{
-	int			err = es_log_stuck_errno();
-	char		message[160];
-
-	if (err == 0)
-		return false;
-	snprintf(message, sizeof(message), "shard %d cannot write its files: %s", es_shard_id, strerror(err));
-	es_conn_send_error(conn, req->type, req->id,
-					   err == ENOSPC || err == EDQUOT ? ERRCODE_DISK_FULL : ERRCODE_IO_ERROR,
-					   message, "It tries again each second; reads go on.",
-					   "Free disk space, or check the device, of the data directory.");
-	return true;
-}
-
 static void
 handle(EsConn *conn, const EsRequest *req, Size len)
 {
 	switch ((EsRequestType) req->type)
 	{
 		case ES_REQ_PREPARE:
-			if (!refuse_prepare(conn, req))
-				es_handle_prepare(conn, (const EsPrepareRequest *) req, len);
+			es_handle_prepare(conn, (const EsPrepareRequest *) req, len);
 			break;
 		case ES_REQ_HEAD:
 			es_handle_head(conn, (const EsHeadRequest *) req, len);

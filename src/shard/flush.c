@@ -50,6 +50,7 @@
 #define MAX_ASKED		8
 #define VERDICT_GRACE	100		/* ms until a transaction in progress is carried over */
 #define VERDICT_POLL	10		/* ms between two looks at verdicts */
+#define FLUSH_PATIENCE	(2 * ES_FLUSH_RETRY)	/* ms until a FLUSH is answered with what keeps it from going on */
 
 typedef enum FlushStage
 {
@@ -89,6 +90,7 @@ typedef struct Waiter
 	uint64		id;
 	uint64		memtable;		/* this one and all older ones must be in segments */
 	uint64		active;			/* ... and pending segments adopted that finished up to this one */
+	TimestampTz since;
 } Waiter;
 
 static dlist_head flushes = DLIST_STATIC_INIT(flushes);	/* oldest first */
@@ -536,7 +538,7 @@ trouble(int *sqlerrcode, char *detail, Size len)
 }
 
 static void
-answer_waiters(void)
+answer_waiters(TimestampTz now)
 {
 	dlist_mutable_iter iter;
 	int			sqlerrcode;
@@ -555,7 +557,13 @@ answer_waiters(void)
 
 		snprintf(message, sizeof(message), "shard %d cannot write its events to segments", es_shard_id);
 		dlist_foreach_modify(iter, &waiters)
-			answer(dlist_container(Waiter, node, iter.cur), sqlerrcode, message, detail);
+		{
+			Waiter	   *w = dlist_container(Waiter, node, iter.cur);
+
+			/* what failed before the request came is tried once more for it */
+			if (TimestampDifferenceExceeds(w->since, now, FLUSH_PATIENCE))
+				answer(w, sqlerrcode, message, detail);
+		}
 	}
 }
 
@@ -581,6 +589,7 @@ es_handle_flush(EsConn *conn, const EsFlushRequest *req)
 	w->id = req->req.id;
 	w->memtable = ask();
 	w->active = es_memtable_active->id;
+	w->since = GetCurrentTimestamp();
 	dlist_push_tail(&waiters, &w->node);
 	es_flush_tick();
 }
@@ -618,7 +627,7 @@ es_flush_tick(void)
 	while (!dlist_is_empty(&flushes) &&
 		   advance(dlist_head_element(Flush, node, &flushes), now))
 		;
-	answer_waiters();
+	answer_waiters(now);
 }
 
 long

@@ -29,6 +29,7 @@
 
 #include "utils/memutils.h"
 
+#include "ipc/fault.h"
 #include "shard/prepare.h"
 #include "shard/shard.h"
 
@@ -184,8 +185,8 @@ fail_restored_version(PrepareTask *p, const EsPrepareRow *row, int64 version, in
 	snprintf(message, sizeof(message), "version " INT64_FORMAT " of context \"%s\" is there already",
 			 version, context);
 	if (version <= head)
-		snprintf(detail, sizeof(detail), "context \"%s\": expected version above " INT64_FORMAT ", actual version " INT64_FORMAT,
-				 context, head, version);
+		snprintf(detail, sizeof(detail), "Its actual version is " INT64_FORMAT "; restored rows must be above it.",
+				 head);
 	else
 		snprintf(detail, sizeof(detail), "Two restored rows of the context have it.");
 	fail(p, ERRCODE_UNIQUE_VIOLATION, message, detail, "");
@@ -599,6 +600,7 @@ run_prepare(EsTask *task, int64 deadline)
 	answer.ntables = p->ntables;
 	parts[0] = (EsPart) {&answer, sizeof(answer)};
 	parts[1] = (EsPart) {p->answer, p->answer_len};
+	ES_FAULT("prepare-before-answer");
 	es_conn_send(task->conn, &answer.answer, parts, 2);
 	return ES_TASK_DONE;
 }

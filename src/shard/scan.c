@@ -143,7 +143,9 @@ parse_request(EsScan *scan, const EsOpenRequest *req, Size len)
 	scan->table = req->table;
 	scan->table.reserved = 0;
 	scan->flags = req->flags;
-	scan->ordered = req->order != ES_ORDER_ANY || (req->flags & ES_OPEN_HAS_CONTEXT) != 0;
+	/* a number has no order */
+	scan->ordered = (req->order != ES_ORDER_ANY && !(req->flags & ES_OPEN_COUNT_ONLY)) ||
+		(req->flags & ES_OPEN_HAS_CONTEXT) != 0;
 	scan->descending = req->order == ES_ORDER_POSITION_DESC;
 	scan->after = req->after;
 	scan->below = req->below != 0 ? req->below : UINT64_MAX;

@@ -394,7 +394,7 @@ es_scan_open_segment(EsScan *scan, EsScanSegment *s)
 	versions = info->roles.version > 0 &&
 		((scan->ordered && !(scan->flags & ES_OPEN_COUNT_ONLY)) ||
 		 column_needed(scan, info->roles.version - 1));
-	if (!(scan->flags & ES_OPEN_COUNT_ONLY) || scan->bounded ||
+	if (!(scan->flags & ES_OPEN_COUNT_ONLY) || scan->bounded || scan->ordered ||
 		(info->roles.position > 0 && column_needed(scan, info->roles.position - 1)))
 		s->hidden |= ES_WANT_POSITION;
 	if (versions)

@@ -25,6 +25,7 @@
 #include "shard/scan.h"
 
 #define FIRST_WINDOW	256		/* rows */
+#define FOLLOWER_WINDOW	(16 * 1024) /* who says how many rows he wants gets them in one window */
 #define LAST_WINDOW		(256 * 1024)
 #define MIN_WINDOW_BYTES (1024 * 1024)
 #define MAX_WINDOW_BYTES (32 * 1024 * 1024)
@@ -411,6 +412,8 @@ es_stream_of_segment(EsScan *scan, EsScanSegment *segment)
 
 	s->s = segment;
 	s->size = FIRST_WINDOW;
+	if (scan->nfilters == 0 && scan->max_rows != UINT64_MAX)
+		s->size = (uint32) Max(FIRST_WINDOW, Min(scan->max_rows, FOLLOWER_WINDOW));
 	s->stream.fill = fill_from_segment;
 	s->stream.release = release_segment;
 	/* a bound; positions of 0 say that they are not known */

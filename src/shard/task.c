@@ -19,7 +19,7 @@
 #include "portability/instr_time.h"
 #include "utils/memutils.h"
 
-#include "shard/engine.h"
+#include "ipc/fault.h"
 #include "shard/shard.h"
 #include "shard/task.h"
 
@@ -78,6 +78,7 @@ run_slice(EsTask *task, int64 slice)
 	MemoryContextSwitchTo(task->context);
 	PG_TRY();
 	{
+		ES_FAULT_ERROR("scan-before-slice");
 		state = task->run(task, es_task_clock() + slice);
 	}
 	PG_CATCH();

@@ -40,6 +40,7 @@
 #include "storage/procarray.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
+#include "utils/timestamp.h"
 
 #include "compat.h"
 #include "shard/arena.h"
@@ -47,6 +48,9 @@
 #include "shard/segments.h"
 #include "shard/shard.h"
 #include "shard/txn.h"
+
+/* ms */
+#define NUDGE_INTERVAL	50
 
 typedef struct TxnEntry
 {
@@ -224,6 +228,22 @@ es_txn_set_verdict(EsTxn *txn, bool committed, EsLsn commit_end)
 	txn->verdict_durable = true;
 }
 
+/*
+ * Asks the WAL writer to flush.  The committing backend has done so already; this is
+ * for a WAL writer that did not listen, so now and then is enough.
+ */
+static void
+nudge_flush(EsLsn end)
+{
+	static TimestampTz nudged = 0;
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (!TimestampDifferenceExceeds(nudged, now, NUDGE_INTERVAL))
+		return;
+	nudged = now;
+	XLogSetAsyncXactLSN(end);
+}
+
 bool
 es_txn_verdict_durable(EsTxn *txn)
 {
@@ -244,7 +264,7 @@ es_txn_verdict_durable(EsTxn *txn)
 		txn->verdict_durable = true;
 		return true;
 	}
-	XLogSetAsyncXactLSN(txn->commit_end);
+	nudge_flush(txn->commit_end);
 	return false;
 }
 

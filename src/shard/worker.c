@@ -101,6 +101,7 @@ on_exit_unpublish(int code, Datum arg)
 
 	publish_process(NULL);
 	pg_atomic_write_u32(&es_shard->arena, DSM_HANDLE_INVALID);
+	pg_atomic_write_u32(&es_shard->stuck_errno, 0);
 	pg_atomic_fetch_sub_u32(&es_shared->table_waiters, es_wait_count);
 	if (state != ES_SHARD_CLEAN && state != ES_SHARD_FAILED)
 		set_state(ES_SHARD_ABSENT);
@@ -349,6 +350,15 @@ earlier(long a, long b)
 	return b < 0 ? a : Min(a, b);
 }
 
+/* Why nothing can be written, 0 = it can. */
+static int
+stuck_errno(void)
+{
+	int			err = es_log_stuck_errno();
+
+	return err != 0 ? err : es_manifest_stuck_errno();
+}
+
 /* What everybody may read of us without asking. */
 static void
 publish(void)
@@ -357,6 +367,7 @@ publish(void)
 	static EsPosition position = 0;
 
 	pg_atomic_write_u64(&es_shard->oldest_undecided, es_txn_oldest_undecided());
+	pg_atomic_write_u32(&es_shard->stuck_errno, (uint32) stuck_errno());
 	ES_SET(flush_distance, es_log_flush_distance(es_flushed_lsn()));
 	if (es_log_durable_ticket() >= position_ticket)
 	{
@@ -371,6 +382,7 @@ static void
 poll(TimestampTz now)
 {
 	static TimestampTz next_publish = 0;
+	static EsLsn polled = 0;	/* PostgreSQL's flush pointer then */
 
 	if (now >= next_poll)
 	{
@@ -381,8 +393,11 @@ poll(TimestampTz now)
 		es_segments_tick();
 		next_poll = TimestampTzPlusMilliseconds(now, POLL_INTERVAL);
 	}
-	else if (es_verdicts_unflushed())
+	else if (es_verdicts_unflushed() && es_flushed_lsn() > polled)
+	{
+		polled = es_flushed_lsn();
 		es_apply_poll_verdicts(false);
+	}
 	if (es_verdicts_changed())
 		es_wait_notice();
 	if (now >= next_publish)

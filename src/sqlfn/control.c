@@ -143,7 +143,9 @@ es_release_wal(PG_FUNCTION_ARGS)
 {
 	int			shard = shard_arg(fcinfo, "release_wal");
 
-	if (pg_atomic_read_u32(&es_shared->shards[shard].state) != ES_SHARD_FAILED)
+	/* the keeper refuses the whole store if it sees that WAL which shards need was not kept */
+	if (pg_atomic_read_u32(&es_shared->shards[shard].state) != ES_SHARD_FAILED &&
+		pg_atomic_read_u32(&es_shared->store_failed) == 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("shard %d does not need to give up any WAL", shard),
@@ -152,6 +154,7 @@ es_release_wal(PG_FUNCTION_ARGS)
 			(errmsg("shard %d opens without the WAL it still needs: events in it are lost", shard)));
 	pg_atomic_write_u32(&es_shared->shards[shard].release_wal, 1);
 	es_wake_shard(shard);
+	es_wake_keeper();
 	PG_RETURN_VOID();
 }
 

@@ -412,6 +412,7 @@ es_xact_precommit(void)
 			continue;
 		es_channel_connect(s);
 		es_channel_wait_room(s, sizeof(EsFinishRequest) + section->len);
+		es_send_wait_writable(s);
 	}
 
 	base = reserve_positions();

@@ -125,14 +125,26 @@ es_send_unsent(void)
 }
 
 /*
- * Writers stop before PostgreSQL would have to give up WAL that a shard needs: half
- * of max_slot_wal_keep_size is theirs, the rest is for everybody else's WAL.
+ * May events be logged for the shard?  Not while it cannot write its files: nothing
+ * would ever leave its memory.  And writers stop before PostgreSQL would have to give
+ * up WAL that a shard needs: half of max_slot_wal_keep_size is theirs, the rest is for
+ * everybody else's WAL.
  */
-static void
-wait_wal_room(int shard)
+void
+es_send_wait_writable(int shard)
 {
 	TimestampTz start = 0;
+	int			err = (int) pg_atomic_read_u32(&es_shared->shards[shard].stuck_errno);
 
+	if (err != 0)
+	{
+		errno = err;
+		ereport(ERROR,
+				(errcode(err == ENOSPC || err == EDQUOT ? ERRCODE_DISK_FULL : ERRCODE_IO_ERROR),
+				 errmsg("shard %d cannot write its files: %m", shard),
+				 errdetail("It tries again each second; reads go on."),
+				 errhint("Free disk space, or check the device, of the data directory.")));
+	}
 	if (max_slot_wal_keep_size_mb < 0)
 		return;
 	for (;;)
@@ -167,7 +179,7 @@ send_batch(EsXactTable *t, EsXactBatch *b)
 	Assert(!b->logged && !b->dead);
 	es_channel_connect(b->shard);
 	es_channel_wait_room(b->shard, sizeof(EsBatchRequest) + b->size);
-	wait_wal_room(b->shard);
+	es_send_wait_writable(b->shard);
 
 	ES_FAULT_ERROR("append-before-log");
 	es_floor_set();

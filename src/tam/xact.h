@@ -173,6 +173,7 @@ extern uint32 es_xact_dead_starts(const EsTableKey *key, int shard, EsLsn **star
 extern void es_close_builder(EsXactTable *t, int shard);	/* builder -> EsXactBatch */
 extern void es_send_shard(EsXactTable *t, int shard);	/* all that is pending for it */
 extern void es_send_unsent(void);	/* logged ones that an ERROR kept from being sent */
+extern void es_send_wait_writable(int shard);	/* before anything is logged for it */
 extern void es_floor_set(void);
 extern void es_floor_clear(void);
 

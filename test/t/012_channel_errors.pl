@@ -247,10 +247,10 @@ SKIP:
 		is_usable("error after $n pieces");
 		run('SELECT disarm_faults()');
 	}
-	run("SELECT inject_fault('channel-before-ready', 'sleep')");
+	run("SELECT inject_fault('channel-before-flush', 'sleep')");
 	$s->query_until(qr/begin/, "\\echo begin\nSELECT echo(0, 10) > 0;\n\\echo end\n");
 	select(undef, undef, undef, 0.3);
-	is(run("SELECT fault_hits('channel-before-ready')"), 1, 'a session sleeps between sending and the ready bit');
+	is(run("SELECT fault_hits('channel-before-flush')"), 1, 'a session sleeps between the ready bit and the flush');
 	is(run('SELECT echo(0, 100, 100) > 0'), 't', 'others do not notice');
 	run('SELECT disarm_faults()');
 	like($s->query_until(qr/end/, ''), qr/^t$/m, 'and it goes on');

@@ -92,7 +92,7 @@ SKIP:
 	is( $node->safe_psql('postgres', 'SELECT string_agg(p, \' \' ORDER BY p COLLATE "C") FROM event_store_test.fault_points() p'),
 		join(' ', sort keys %listed),
 		'fault_points() lists them');
-	for my $bad ([ 'nowhere', 'kill' ], [ 'channel-before-ready', 'error' ], [ 'channel-mid-message', 'enospc' ], [ 'channel-mid-message', 'explode' ])
+	for my $bad ([ 'nowhere', 'kill' ], [ 'channel-before-flush', 'error' ], [ 'channel-mid-message', 'enospc' ], [ 'channel-mid-message', 'explode' ])
 	{
 		my ($status, $out, $err) = $node->psql('postgres', "SELECT event_store_test.inject_fault('$bad->[0]', '$bad->[1]')");
 

@@ -8,8 +8,8 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-my $steps = $ENV{ES_READ_STEPS} // 400;
-my $seed  = $ENV{ES_SEED}       // time();
+my $steps = $ENV{ES_READ_STEPS} || 400;
+my $seed  = $ENV{ES_SEED}       || time();
 srand($seed);
 note("ES_SEED=$seed");
 

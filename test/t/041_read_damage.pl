@@ -8,7 +8,7 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-my $seed = $ENV{ES_SEED} // time();
+my $seed = $ENV{ES_SEED} || time();
 srand($seed);
 note("ES_SEED=$seed");
 

@@ -276,6 +276,8 @@ check_column(Column *c, EsPageEncoder *enc, EsPageDecoder *dec, size_t *stored, 
 			return -1;
 		CHECK(page.nrows > 0 && page.nrows <= c->n - row);
 		CHECK(page.raw_len <= ES_PAGE_RAW_MAX && page.stored_len <= page.raw_len);
+		CHECK(page.nrows == 1 || (page.encoding & ES_PAGE_ENCODING) != ES_ENCODING_PLAIN ||
+			  page.raw_len <= ES_PAGE_RAW);
 		buf = seal_page(&page, row, &len);
 		*stored += len;
 		(*npages)++;
@@ -486,6 +488,18 @@ test_flips(void)
 		CHECK(es_page_check(buf, len, ES_PAGE_DATA, SEGMENT_ID, OFFSET + 8, &h, &err) == ES_ERR_CORRUPT);
 		CHECK(es_page_check(buf, len, ES_PAGE_INDEX, SEGMENT_ID, OFFSET, &h, &err) == ES_ERR_CORRUPT);
 		CHECK(es_page_check(buf, len, ES_PAGE_DATA, SEGMENT_ID, OFFSET, &h, &err) == ES_OK);
+
+		/* A length that is wrong although the checksum, over what is there, is right. */
+		{
+			uint64_t place[2] = {SEGMENT_ID, OFFSET};
+
+			h.crc = 0;
+			h.stored_len++;
+			h.crc = es_crc32c(es_crc32c(es_crc32c(0, place, sizeof(place)), &h, sizeof(h)), buf + sizeof(h),
+							  len - sizeof(h));
+			memcpy(buf, &h, sizeof(h));
+			CHECK(es_page_check(buf, len, ES_PAGE_DATA, SEGMENT_ID, OFFSET, &h, &err) == ES_ERR_CORRUPT);
+		}
 		free(buf);
 		column_free(&c);
 	}

@@ -309,6 +309,34 @@ test_collisions(void)
 	model_free(&m);
 }
 
+static void
+test_one_hash(void)
+{
+	PROMISE(
+		"more contexts of one hash than a filter page has keys still make a segment that opens and finds them");
+	Model			 m = model_create(1, ES_FILTER_PAGE_KEYS + 100, ES_FILTER_PAGE_KEYS + 100, 0, 1);
+	MemFile			 file = {0};
+	EsSegmentSummary summary;
+	EsSegment		*seg;
+	EsError			 err;
+	uint64_t		 first;
+	uint64_t		 nrows;
+	uint32_t		 entry;
+
+	CHECK(model_write(&m, &file, &summary, &err) == ES_OK);
+	seg = open_file(&file, &err);
+	if (CHECK(seg != NULL))
+	{
+		for (uint32_t r = 0; r < m.nrows; r += 1500)
+			CHECK(es_segment_find_context(seg, 0, m.rows[r].context, m.rows[r].context_len, &first, &nrows,
+										  &entry, &err) == ES_OK &&
+				  first == r && nrows == 1 && entry == r);
+		es_segment_close(seg);
+	}
+	mem_free(&file);
+	model_free(&m);
+}
+
 /* A model of a text context and one varlena column with the lengths given. */
 static Model
 overflow_model(const size_t *lens, uint32_t n)
@@ -332,6 +360,29 @@ overflow_model(const size_t *lens, uint32_t n)
 	return m;
 }
 
+/* Raw bytes of the largest data page. */
+static uint32_t
+largest_data_page(const Model *m)
+{
+	MemFile			 file = {0};
+	EsSegmentSummary summary;
+	EsSegmentTrailer t;
+	EsPageHeader	 h;
+	EsError			 err;
+	uint32_t		 largest = 0;
+
+	CHECK(model_write(m, &file, &summary, &err) == ES_OK);
+	memcpy(&t, file.data + file.len - sizeof(t), sizeof(t));
+	for (uint64_t o = sizeof(EsSegmentHeader); o < t.footer_offset; o += sizeof(h) + h.stored_len)
+	{
+		memcpy(&h, file.data + o, sizeof(h));
+		if (h.kind_codec >> 4 == ES_PAGE_DATA && h.raw_len > largest)
+			largest = h.raw_len;
+	}
+	mem_free(&file);
+	return largest;
+}
+
 static void
 test_overflow(void)
 {
@@ -341,6 +392,7 @@ test_overflow(void)
 	Model				m = overflow_model(lens, sizeof(lens) / sizeof(lens[0]));
 
 	check_model(&m, 40);
+	CHECK(largest_data_page(&m) <= ES_PAGE_RAW + 8);
 	model_free(&m);
 }
 
@@ -618,6 +670,7 @@ main(void)
 	test_many_contexts();
 	test_one_context();
 	test_collisions();
+	test_one_hash();
 	test_overflow();
 	test_overflow_context();
 	test_pending();

@@ -16,7 +16,7 @@ use EventStore::Workload;
 use PostgreSQL::Test::Utils;
 use Time::HiRes qw(time);
 
-my @tables = qw(ev pl st hp);
+my @tables = EventStore::Workload::tables();
 my $most = 8;    # problems of one kind that are told
 
 sub new
@@ -26,10 +26,19 @@ sub new
 		units => {},        # tid => unit
 		positions => {},    # position => "table tid ord"
 		followed => {},     # table => { last => position, seen => { position => "tid ord" } }
-		contexts => 40,
+		contexts => 200,
 		checked => 0,
 		%self
 	}, $class;
+}
+
+# All tables were emptied: what was in them is over, but positions stay used.
+sub forget
+{
+	my ($self) = @_;
+	$self->{units} = {};
+	$self->{followed} = {};
+	return;
 }
 
 # A unit that is given to a client. $synchronous: an acknowledgement promises that it outlives a crash.
@@ -156,11 +165,10 @@ sub query_of
 		  . "(context_id LIKE 'race%' OR context_id = 's' || context_of((payload->>'tid')::bigint, (payload->>'ord')::int, $k)) "
 		  . "AND event_id = id_of((payload->>'tid')::bigint, (payload->>'ord')::int) "
 		  . "AND payload->>'filler' = filler_of((payload->>'tid')::bigint, (payload->>'ord')::int) FROM event_store.events",
+		bg => "SELECT 'bg', tid, ord, position, -1, context_id, context_id = 'b' || context_of(tid, ord, $k) AND filler = big_of(tid, ord) FROM bg",
 		hp => "SELECT 'hp', tid, ord, -1, -1, '', n = 1 FROM hp"
 	}->{$table};
 }
-
-sub relation_of { return { st => 'event_store.events' }->{ $_[0] } // $_[0]; }
 
 # Reads everything in one snapshot and compares. Units that are under way must be drained before, or lost.
 sub check
@@ -173,7 +181,7 @@ sub check
 	my $sql = "BEGIN ISOLATION LEVEL REPEATABLE READ;\n";
 
 	$sql .= "COPY (" . $self->query_of($_) . ") TO STDOUT;\n" foreach @tables;
-	$sql .= "SELECT 'horizon', '$_', event_store.horizon('" . relation_of($_) . "');\n" foreach qw(ev pl st);
+	$sql .= "SELECT 'horizon', '$_', event_store.horizon('" . EventStore::Workload::relation_of($_) . "');\n" foreach grep { $_ ne 'hp' } @tables;
 	$sql .= "COMMIT;\n";
 	open(my $in, '>', "$file.sql") or die $!;
 	print $in $sql;

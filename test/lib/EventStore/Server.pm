@@ -28,6 +28,8 @@ max_connections = 120
 restart_after_crash = on
 fsync = on
 log_checkpoints = off
+log_statement = none
+deadlock_timeout = 20ms
 log_line_prefix = '%m [%p] %b '
 # a server under valgrind or on a busy machine is slow, not broken
 event_store.startup_timeout = '120s'
@@ -56,7 +58,7 @@ sub io_methods
 sub faults_compiled
 {
 	my ($node) = @_;
-	return $node->safe_psql('postgres', 'SELECT fault_points_compiled()') eq 't';
+	return $node->safe_psql('postgres', 'SELECT event_store_test.fault_points_compiled()') eq 't';
 }
 
 # Seeds rand with ES_SEED or something new, and says with what.
@@ -117,12 +119,15 @@ sub try_sql
 {
 	my ($node, $sql, %params) = @_;
 	my ($out, $err) = ('', '');
-	my $status = $node->psql(
-		$params{dbname} // 'postgres', $sql,
-		stdout => \$out, stderr => \$err, on_error_die => 0,
-		extra_params => [ '-v', 'VERBOSITY=verbose', @{ $params{extra_params} // [] } ],
-		%{ $params{psql} // {} });
-	return ($status, $out, $err);
+	# psql() dies if psql ends before it has read its standard input
+	my $status = eval {
+		$node->psql(
+			$params{dbname} // 'postgres', $sql,
+			stdout => \$out, stderr => \$err, on_error_die => 0,
+			extra_params => [ '-v', 'VERBOSITY=verbose', @{ $params{extra_params} // [] } ],
+			%{ $params{psql} // {} });
+	};
+	return ($status // 2, $out // '', $err // '');
 }
 
 sub sql

@@ -11,7 +11,7 @@ use strict;
 use warnings;
 
 # Tables: ev with versions and text contexts, pl with integer contexts and no version, st = event_store.events by
-# append() with event ids, hp on the heap.
+# append() with event ids, bg with values that need many messages, hp on the heap.
 sub setup
 {
 	my ($node) = @_;
@@ -19,7 +19,11 @@ sub setup
 	$node->safe_psql('postgres', <<'SQL');
 CREATE TABLE ev (position bigint, context_id text, version bigint, tid bigint, ord int, filler text) USING event_store;
 CREATE TABLE pl (context_id int, tid bigint, ord int, filler text, position bigint) USING event_store;
+CREATE TABLE bg (context_id text, tid bigint, ord int, filler text, position bigint) USING event_store;
 CREATE TABLE hp (tid bigint, ord int, n int);
+-- a megabyte that does not shrink
+CREATE FUNCTION big_of(tid bigint, ord int) RETURNS text IMMUTABLE PARALLEL SAFE LANGUAGE sql AS
+	$$ SELECT string_agg(translate(md5(tid || ':' || ord || ':' || g), '01234567', chr(65 + g % 26) || 'ghijklmn'), '') FROM generate_series(1, 33000) g $$;
 CREATE FUNCTION context_of(tid bigint, ord int, contexts int) RETURNS int IMMUTABLE PARALLEL SAFE LANGUAGE sql AS
 	$$ SELECT ((tid * 7919 + ord * 104729) % contexts)::int $$;
 CREATE FUNCTION filler_of(tid bigint, ord int) RETURNS text IMMUTABLE PARALLEL SAFE LANGUAGE sql AS
@@ -35,7 +39,7 @@ sub new
 {
 	my ($class, %self) = @_;
 	# contexts: of each table; large: most rows of a bulk statement
-	return bless { tid => 0, contexts => 40, large => 1500, weights => undef, %self }, $class;
+	return bless { tid => 0, contexts => 200, large => 1500, weights => undef, %self }, $class;
 }
 
 sub context_of
@@ -76,6 +80,15 @@ sub insert_pl
 	my ($from, $to) = add_rows($unit, 'pl', $n);
 	return "INSERT INTO pl (context_id, tid, ord, filler) SELECT context_of($unit->{tid}, g, $self->{contexts}), "
 	  . "$unit->{tid}, g, filler_of($unit->{tid}, g) FROM generate_series($from, $to) g;\n";
+}
+
+# One row of a megabyte.
+sub insert_bg
+{
+	my ($self, $unit) = @_;
+	my ($from) = add_rows($unit, 'bg', 1);
+	return "INSERT INTO bg (context_id, tid, ord, filler) SELECT 'b' || context_of($unit->{tid}, $from, $self->{contexts}), "
+	  . "$unit->{tid}, $from, big_of($unit->{tid}, $from);\n";
 }
 
 sub insert_hp
@@ -206,6 +219,17 @@ my %makers = (
 		$unit->{sql} .= $self->append($unit) foreach 0 .. int(rand(25));
 		$unit->{sql} .= $self->insert_hp($unit);
 	},
+	huge => sub {
+		my ($self, $unit) = @_;
+		$unit->{block} = 1;
+		$unit->{sql} = $self->insert_bg($unit) . $self->insert_hp($unit);
+	},
+	many_streams => sub {
+		# more contexts of one table than slots of a small transaction
+		my ($self, $unit) = @_;
+		$unit->{block} = 1;
+		$unit->{sql} = $self->insert_ev($unit, 40 + int(rand(60))) . $self->insert_hp($unit);
+	},
 	race => sub {
 		# everybody wants the same next version: one may have it
 		my ($self, $unit) = @_;
@@ -235,9 +259,20 @@ my %makers = (
 
 my %default_weights = (
 	single => 10, append_alone => 8, mixed => 14, savepoints => 10, copy_alone => 4, bulk => 2, streams => 4, race => 4,
+	many_streams => 2,
 	rollback => 4, failing => 2);
 
 sub kinds { return sort keys %makers; }
+sub tables { return qw(ev pl st bg hp); }
+sub relation_of { return $_[0] eq 'st' ? 'event_store.events' : $_[0]; }
+
+# Empties all tables; the oracle begins anew with them.
+sub truncate_all
+{
+	my ($node) = @_;
+	$node->safe_psql('postgres', 'TRUNCATE ' . join(', ', map { relation_of($_) } tables()));
+	return;
+}
 
 # A random unit, or one of the given kind.
 sub unit

@@ -1,0 +1,129 @@
+# A full disk or a failing device costs no event: what could not be written is written again at the same place,
+# the reason is told, and all resumes by itself. A failed sync is never asked again.
+
+use strict;
+use warnings;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $node = PostgreSQL::Test::Cluster->new('errors');
+$node->init;
+$node->append_conf('postgresql.conf', <<CONF);
+shared_preload_libraries = 'event_store'
+wal_level = replica
+fsync = on
+max_worker_processes = 16
+restart_after_crash = on
+event_store.shards = 1
+event_store.wal_file_size = '1MB'
+event_store.memtable_size = '2MB'
+event_store.startup_timeout = '30s'
+CONF
+$node->append_conf('postgresql.conf', "event_store.io_method = '$ENV{ES_IO_METHOD}'") if $ENV{ES_IO_METHOD};
+$node->start;
+$node->safe_psql('postgres', <<'SQL');
+CREATE EXTENSION event_store;
+CREATE SCHEMA event_store_test;
+CREATE EXTENSION event_store_test;
+SQL
+if ($node->safe_psql('postgres', 'SELECT event_store_test.fault_points_compiled()') ne 't')
+{
+	plan skip_all => 'built without fault points';
+}
+$node->safe_psql('postgres', 'CREATE TABLE t (context_id text, position bigint, x int, filler text) USING event_store');
+
+my $rows = 0;
+
+# Returns 1 if it committed.
+sub insert_rows
+{
+	my ($n) = @_;
+	my ($status) = $node->psql('postgres',
+		"INSERT INTO t SELECT 'c' || g % 100, NULL, 1, md5(random()::text) FROM generate_series(1, $n) g");
+
+	$rows += $n if $status == 0;
+	return $status == 0;
+}
+
+sub ask
+{
+	my ($status, $out, $err) = $node->psql('postgres', 'SELECT count(*), sum(x), count(DISTINCT position) FROM t');
+
+	return $status == 0 ? $out : $err;
+}
+
+sub is_complete { is(ask(), "$rows|$rows|$rows", $_[0]); return; }
+
+sub crash
+{
+	$node->stop('immediate');
+	$node->start;
+	is_complete($_[0]);
+	return;
+}
+
+sub inject { $node->safe_psql('postgres', "SELECT event_store_test.inject_fault('$_[0]', '$_[1]')"); return; }
+sub disarm { $node->safe_psql('postgres', 'SELECT event_store_test.disarm_faults()'); return; }
+
+ok(insert_rows(1000), 'a table with rows');
+
+# ---- writes
+
+for my $point ('wal-write', 'control-write', 'manifest-write', 'wal-prepare-write', 'wal-prepare-sync', 'directory-sync',
+	'file-write', 'file-sync')
+{
+	for my $error ('enospc', 'eio')
+	{
+		my $name   = "$point $error";
+		my $offset = -s $node->logfile;
+
+		# once
+		inject($point, $error);
+		insert_rows(3000);
+		is_complete("$name: once");
+		$node->safe_psql('postgres', 'SELECT event_store.sync(), event_store.flush()');
+		is_complete("$name: durable after all");
+
+		# for a while; writers may be refused meanwhile, readers never are
+		inject($point, "$error always");
+		insert_rows(20000) for 1 .. 3;
+		is_complete("$name: what was committed can be read");
+		disarm();
+		insert_rows(100);
+		my $took = time();
+		$node->safe_psql('postgres', 'SELECT event_store.sync(), event_store.flush()');
+		cmp_ok(time() - $took, '<', 20, "$name: resumes by itself");
+		ok(insert_rows(1000), "$name: takes writes again");
+
+		# and a crash while nothing can be written
+		inject($point, "$error always");
+		insert_rows(20000);
+		crash("$name: crash meanwhile");
+		if ($point =~ /^(wal|control|manifest)-write$/)
+		{
+			my $says = $error eq 'enospc' ? 'No space left on device' : 'Input/output error';
+			like(substr(slurp_file($node->logfile), $offset), qr/could not write file "event_store\/shard_0\/\S+": $says/,
+				"$name: said in the log");
+		}
+	}
+}
+
+# ---- syncs
+
+for my $point ('wal-sync', 'control-sync', 'manifest-sync')
+{
+	my $offset = -s $node->logfile;
+
+	insert_rows(2000);
+	inject($point, 'eio');
+	$node->psql('postgres', 'SELECT event_store.sync(), event_store.flush()');
+	$node->wait_for_log(qr/PANIC: .*could not fsync file/, $offset);
+	ok($node->poll_query_until('postgres', "SELECT count(*) = $rows FROM t"), "$point: recovers after the crash");
+	is_complete("$point: nothing is missing");
+	ok(insert_rows(1000), "$point: and goes on");
+}
+crash('at the end');
+$node->stop;
+
+done_testing();
