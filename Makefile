@@ -70,9 +70,11 @@ SHARD_OBJS = \
 	src/shard/collect.o \
 	src/shard/control.o \
 	src/shard/drop.o \
+	src/shard/event_filter.o \
 	src/shard/event_ids.o \
 	src/shard/files.o \
 	src/shard/finish.o \
+	src/shard/finish_pending.o \
 	src/shard/flush.o \
 	src/shard/heads.o \
 	src/shard/keeper.o \

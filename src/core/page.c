@@ -275,6 +275,8 @@ es_page_decode(EsPageDecoder *d, const EsPageHeader *h, const uint8_t *stored, c
 	p->zone = h->zone;
 	p->first_row = h->first_row;
 	p->nrows = h->nrows;
+	p->column = h->column;
+	p->kind = h->kind_codec >> 4;
 	p->encoding = h->encoding & ES_PAGE_ENCODING;
 	p->raw = raw;
 	if (has_nulls)

@@ -127,6 +127,8 @@ typedef struct EsPage
 	uint32_t	zone;			/* as in EsPageHeader */
 	uint16_t	first_row;
 	uint16_t	nrows;
+	uint16_t	column;
+	uint8_t		kind;			/* EsPageKind */
 	uint8_t		encoding;		/* EsPageEncoding */
 	bool		has_overflow;	/* some value is an EsOverflowRef */
 	EsColumnDesc desc;

@@ -50,15 +50,19 @@ link_newest(EsPageCache *c, EsPage *p)
 	c->newest = p;
 }
 
+/*
+ * What is at an offset must also be what is wanted: a footer with a right checksum could
+ * name the same place twice, for pages of different shapes.
+ */
 static EsPage *
-cache_find(EsPageCache *c, uint64_t offset)
+cache_find(EsPageCache *c, uint64_t offset, EsPageKind kind, uint32_t zone, uint32_t column)
 {
 	EsPage *p;
 
 	if (c->npages == 0)
 		return NULL;
 	for (p = c->buckets[bucket_of(c, offset)]; p != NULL; p = p->hash_next)
-		if (p->offset == offset)
+		if (p->offset == offset && p->kind == (uint8_t) kind && p->zone == zone && p->column == column)
 			break;
 	if (p != NULL && p != c->newest)
 	{
@@ -235,7 +239,7 @@ es_segment_data_pages(EsSegment *seg, uint32_t zone, uint32_t column, uint32_t f
 		uint32_t count = 1;
 
 		page_place(seg, chunk, first + done, &start, &len);
-		pages[done] = cache_find(&seg->cache, start);
+		pages[done] = cache_find(&seg->cache, start, ES_PAGE_DATA, zone, column);
 		if (pages[done] != NULL)
 		{
 			es_page_ref(pages[done]);
@@ -247,7 +251,8 @@ es_segment_data_pages(EsSegment *seg, uint32_t zone, uint32_t column, uint32_t f
 		for (total = len; done + count < n; count++, total += len)
 		{
 			page_place(seg, chunk, first + done + count, &offset, &len);
-			if (total + len > ES_SEGMENT_READ_LEN || cache_find(&seg->cache, offset) != NULL)
+			if (total + len > ES_SEGMENT_READ_LEN ||
+				cache_find(&seg->cache, offset, ES_PAGE_DATA, zone, column) != NULL)
 				break;
 		}
 		status = read_bytes(seg, start, total, err);
@@ -274,7 +279,7 @@ plain_page(EsSegment *seg, EsPageKind kind, uint32_t number, uint64_t offset, ui
 	EsPageHeader h;
 	EsStatus	 status;
 
-	*page = cache_find(&seg->cache, offset);
+	*page = cache_find(&seg->cache, offset, kind, number, 0);
 	if (*page != NULL)
 	{
 		es_page_ref(*page);
@@ -283,7 +288,7 @@ plain_page(EsSegment *seg, EsPageKind kind, uint32_t number, uint64_t offset, ui
 	status = read_bytes(seg, offset, len, err);
 	if (status == ES_OK)
 		status = es_page_check(seg->io, len, kind, seg->info.id, offset, &h, err);
-	if (status == ES_OK && h.zone != number)
+	if (status == ES_OK && (h.zone != number || h.column != 0))
 		status = es_fail(err, ES_ERR_CORRUPT, offset, "segment page has number %u where %u belongs", h.zone,
 						 number);
 	if (status == ES_OK)

@@ -71,6 +71,7 @@ static dlist_head expected = DLIST_STATIC_INIT(expected);
 static dlist_head closing = DLIST_STATIC_INIT(closing); /* forgotten, but CLOSE found no room */
 
 static uint64 last_id = 0;
+static bool sending_close = false;	/* CLOSE is ours */
 static uint32 wait_answer = 0;
 
 uint64
@@ -119,8 +120,12 @@ static bool
 send_close(Expected *e)
 {
 	EsRequest	req = {.type = ES_REQ_CLOSE,.id = e->id};
+	bool		sent;
 
-	return es_channel_hint(e->shard, &req, NULL, 0, true);
+	sending_close = true;
+	sent = es_channel_hint(e->shard, &req, NULL, 0, true);
+	sending_close = false;
+	return sent;
 }
 
 static void
@@ -158,10 +163,13 @@ es_answer_may_send(const EsChannel *ch, const EsRequest *req)
 {
 	Expected   *e;
 
-	if (req->type != ES_REQ_FETCH && req->type != ES_REQ_CLOSE)
+	if ((req->type != ES_REQ_FETCH && req->type != ES_REQ_CLOSE) || sending_close)
 		return true;
-	/* a scan of a dead incarnation: whoever waits for its answers will be told */
 	e = find_expected(req->id);
+	/* there is nothing to close, or forget() has done it */
+	if (req->type == ES_REQ_CLOSE && (e == NULL || !e->open))
+		return false;
+	/* a scan of a dead incarnation: whoever waits for its answers will be told */
 	return e == NULL || e->generation == 0 || e->generation == ch->generation;
 }
 

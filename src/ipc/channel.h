@@ -83,13 +83,18 @@ extern void es_channel_expect(int shard, uint64 id);
 extern const EsAnswer *es_channel_answer(int shard, uint64 id);
 /* The same with a time limit in ms (-1 = none); NULL on time-out. */
 extern const EsAnswer *es_channel_answer_timeout(int shard, uint64 id, long timeout_ms);
+
+/*
+ * If OPEN or WAIT was sent under this id and its last answer has not come, the shard is
+ * told to CLOSE it, now or when there is room.  (A CLOSE that somebody sends for an
+ * id that is not open is left out.)  Never throws.
+ */
 extern void es_channel_forget(int shard, uint64 id);
 
 /* One request, one answer, the id forgotten after; the answer is palloc'd. */
 extern EsAnswer *es_channel_call(int shard, EsRequest *req, const EsPart *parts, int nparts);
 
-/* At the end of a transaction: forget all ids that are still expected. CLOSE is
- * sent as a hint for those marked as scans. */
+/* At the end of a transaction: forgets all ids that are still expected.  Never throws. */
 extern void es_channel_end_transaction(void);
 
 #endif							/* ES_IPC_CHANNEL_H */

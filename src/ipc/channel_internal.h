@@ -59,7 +59,8 @@ extern void es_channel_abandon_all(void);
 
 /* ---- answer.c, for channel.c ---- */
 
-/* A request is about to be sent: false if it belongs to a scan of a dead incarnation of the shard. */
+/* A request is about to be sent: false if it belongs to a scan of a dead incarnation of the shard, or closes
+ * what is not open. */
 extern bool es_answer_may_send(const EsChannel *ch, const EsRequest *req);
 /* It was sent. */
 extern void es_answer_sent(const EsChannel *ch, const EsRequest *req);

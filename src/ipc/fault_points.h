@@ -62,6 +62,10 @@ ES_FAULT_POINT("recovery-pg-wal-read", 0, "shard")	/* all applied, positions not
 ES_FAULT_POINT("segment-unlink", 0, "shard")
 ES_FAULT_POINT("segment-read", ES_FAULT_MAY_FAIL, "shard")
 
+/* ---- shard: answering ---- */
+ES_FAULT_POINT("scan-before-slice", ES_FAULT_MAY_THROW, "shard")	/* of a scan, PREPARE or VERIFY */
+ES_FAULT_POINT("prepare-before-answer", 0, "shard")	/* checked, the backend does not know */
+
 /* ---- shard: applying ---- */
 ES_FAULT_POINT("arena-alloc", ES_FAULT_MAY_FAIL, "shard")	/* no shared memory */
 ES_FAULT_POINT("apply-batch", 0, "shard")	/* staged, frame queued */

@@ -116,14 +116,21 @@ extern void es_flush_consider_spill(EsTxn *txn);
 /* FINISH of a transaction with pending segments: computes adoption data (apply.c calls it);
  * on commit (durable) the manifest gets ADOPT, on abort DROP. */
 extern void es_flush_finish_pending(EsTxn *txn, const EsSectionHeader *section);
+/* A slice of that work, before anything else of the FINISH is done.  False: not yet, the FINISH waits and
+ * comes again.  Is one at work? */
+extern bool es_flush_finish_slice(EsTxn *txn, const EsSectionHeader *section);
+extern bool es_flush_finishing(void);
 extern void es_flush_txn_decided(EsTxn *txn);
 /* Recovery, for the transaction of each frame: gives it back segments that were adopted already, so that their
  * batches are not adopted again. */
 extern void es_adopt_recall(EsTxn *txn);
+/* Recovery: belongs an adopted segment to a FINISH that has not been replayed yet? */
+extern bool es_adopt_ahead(const EsSegmentRef *ref);
 extern void es_handle_drop_storage(EsConn *conn, const EsDropRequest *req);
 extern void es_flush_conn_closed(EsConn *conn);
 /* Memory is short of what flushes and spills free: leave BATCH and FINISH in their queues. */
 extern bool es_flush_overloaded(void);
+extern int	es_flush_stuck_errno(void);
 /* Stopping: is everything that may be in segments there? */
 extern bool es_flush_idle(void);
 

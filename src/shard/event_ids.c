@@ -5,7 +5,8 @@
  *
  * An event id is unique within its context, so only the context's rows are looked at:
  * in MemTables by the index, in segments the one range that the context index names,
- * of which nothing but ids and content hashes is read, and versions only where an id matches.
+ * of which nothing but ids and what belongs to them is read.  For a context with many
+ * events a filter (event_filter.c) mostly says at once that there is no such id.
  *
  *-------------------------------------------------------------------------
  */
@@ -13,11 +14,17 @@
 
 #include "shard/heads.h"
 
+/* A context in which so many rows were looked at gets a filter. */
+#define MANY_ROWS	1000
+
 static EsRowBlock *block;
 
-static void
+/* Returns the number of ids looked at. */
+static uint64
 probe_memtables(const EsContextId *c, const EsEventProbe *probe)
 {
+	uint64		looked = 0;
+
 	for (EsMemTable *mt = es_memtable_oldest; mt != NULL; mt = mt->next)
 	{
 		EsMemStore *store = es_memtable_store(mt, c->table, false);
@@ -37,6 +44,7 @@ probe_memtables(const EsContextId *c, const EsEventProbe *probe)
 
 			if (column < 0 || es_batch_is_null(&b->view, column, row))
 				continue;
+			looked++;
 			id = es_batch_value(&b->view, column, row);
 			if (!probe->wanted(probe->arg, id) || es_membatch_skipped(b, row) ||
 				!es_membatch_in_context(b, row, c->bytes, c->len) ||
@@ -51,20 +59,22 @@ probe_memtables(const EsContextId *c, const EsEventProbe *probe)
 			probe->found(probe->arg, id, &found);
 		}
 	}
+	return looked;
 }
 
 /* Rows [first, first + n), all of one context. */
 static EsStatus
-probe_range(EsSegmentRef *ref, EsSegment *seg, const EsEventProbe *probe, uint64 first, uint64 n,
-			uint32 entry, EsError *err)
+walk_range(EsSegment *seg, uint64 first, uint64 n, uint32 hidden, EsEventIdCallback callback,
+		   void *arg, EsError *err)
 {
 	const EsSegmentInfo *info = es_segment_info(seg);
+	int			column = info->roles.event_id - 1;
 	bool	   *wanted = palloc0(info->ncols * sizeof(bool));
 	uint64		end = first + n;
 	uint64		row = first;
 	EsStatus	status = ES_OK;
 
-	wanted[info->roles.event_id - 1] = true;
+	wanted[column] = true;
 	while (row < end && status == ES_OK)
 	{
 		uint32		number = Min((uint32) (row / ES_ZONE_ROWS), info->nzones - 1);
@@ -76,29 +86,16 @@ probe_range(EsSegmentRef *ref, EsSegment *seg, const EsEventProbe *probe, uint64
 		while (row >= z.first_row + z.nrows && number + 1 < info->nzones)
 			z = es_segment_zone(seg, ++number);
 		rows = (uint32) (Min(end, z.first_row + z.nrows) - row);
-		if (es_segment_column_stats(seg, number, info->roles.event_id - 1).nnulls == z.nrows)
+		if (es_segment_column_stats(seg, number, column).nnulls < z.nrows)
 		{
-			row += rows;
-			continue;
-		}
-		status = es_segment_read(seg, row, rows, wanted,
-								 ES_WANT_CONTENT_HASH | ES_WANT_POSITION | ES_WANT_VERSION | ES_WANT_FXID,
-								 block, err);
-		for (uint32 r = 0; r < rows && status == ES_OK; r++)
-		{
-			const uint8 *id = es_block_value(block, info->roles.event_id - 1, r);
-			EsEventFound found;
+			status = es_segment_read(seg, row, rows, wanted, hidden, block, err);
+			for (uint32 r = 0; r < rows && status == ES_OK; r++)
+			{
+				const uint8 *id = es_block_value(block, column, r);
 
-			if (id == NULL || !probe->wanted(probe->arg, id) || es_segment_row_dead(ref, row + r))
-				continue;
-			found.version = (int64) es_block_version(block, r);
-			if (ref->entry.first_versions != NULL && entry < ref->entry.nfirst_versions)
-				found.version = ref->entry.first_versions[entry] +
-					(int64) es_segment_live_rows(ref, first, row + r);
-			found.position = es_segment_row_position(ref, es_block_position(block, r));
-			found.fxid = es_block_fxid(block, r);
-			found.content = es_block_content_hash(block, r);
-			probe->found(probe->arg, id, &found);
+				if (id != NULL)
+					callback(arg, row + r, id, block, r);
+			}
 		}
 		row += rows;
 	}
@@ -106,8 +103,9 @@ probe_range(EsSegmentRef *ref, EsSegment *seg, const EsEventProbe *probe, uint64
 	return status;
 }
 
-static bool
-probe_segment(const EsContextId *c, const EsEventProbe *probe, EsSegmentRef *ref, EsDamage *damage)
+bool
+es_event_ids_walk(const EsContextId *c, EsSegmentRef *ref, uint32 hidden,
+				  EsEventIdCallback callback, void *arg, EsDamage *damage)
 {
 	EsError    *err = &damage->err;
 	EsSegment  *seg;
@@ -130,7 +128,7 @@ probe_segment(const EsContextId *c, const EsEventProbe *probe, EsSegmentRef *ref
 	}
 	status = es_segment_find_context(seg, c->hash, c->bytes, c->len, &first, &n, &entry, err);
 	if (status == ES_OK && n > 0)
-		status = probe_range(ref, seg, probe, first, n, entry, err);
+		status = walk_range(seg, first, n, hidden, callback, arg, err);
 	if (status != ES_OK)
 	{
 		err->status = status;
@@ -140,25 +138,76 @@ probe_segment(const EsContextId *c, const EsEventProbe *probe, EsSegmentRef *ref
 	return true;
 }
 
+/* A segment that is being probed. */
+typedef struct SegmentProbe
+{
+	const EsEventProbe *probe;
+	EsSegmentRef *ref;
+	uint64		looked;
+} SegmentProbe;
+
+static void
+probe_row(void *arg, uint64 row, const uint8 *id, const EsRowBlock *b, uint32 r)
+{
+	SegmentProbe *p = arg;
+	EsEventFound found;
+
+	p->looked++;
+	if (!p->probe->wanted(p->probe->arg, id) || es_segment_row_dead(p->ref, row))
+		return;
+	/* adopted in place: es_segment_contexts was called */
+	found.version = p->ref->entry.first_versions != NULL ? es_segment_row_version(p->ref, row) :
+		(int64) es_block_version(b, r);
+	found.position = es_segment_row_position(p->ref, es_block_position(b, r));
+	found.fxid = es_block_fxid(b, r);
+	found.content = es_block_content_hash(b, r);
+	p->probe->found(p->probe->arg, id, &found);
+}
+
+static bool
+probe_segment(const EsContextId *c, SegmentProbe *p, EsDamage *damage)
+{
+	if (p->ref->entry.first_versions != NULL)
+	{
+		EsSegment  *seg;
+
+		damage->path = es_segment_path(p->ref);
+		seg = es_segment_handle(p->ref, &damage->err);
+		if (seg == NULL || !es_segment_contexts(p->ref, seg, &damage->err))
+			return false;
+	}
+	return es_event_ids_walk(c, p->ref,
+							 ES_WANT_CONTENT_HASH | ES_WANT_POSITION | ES_WANT_VERSION | ES_WANT_FXID,
+							 probe_row, p, damage);
+}
+
 bool
 es_event_ids_probe(const EsContextId *context, const EsEventProbe *probe, EsDamage *damage)
 {
-	int			n;
+	SegmentProbe p = {.probe = probe};
 	EsSegmentRef **refs;
+	int			n;
 	bool		ok = true;
+	bool		absent;
 
-	probe_memtables(context, probe);
+	if (!es_event_filter_absent(context, probe->ids, probe->nids, &absent, damage))
+		return false;
+	if (absent)
+		return true;
+
+	p.looked = probe_memtables(context, probe);
 	refs = es_segments_of(context->table, &n);
 	for (int i = 0; i < n; i++)
 	{
-		EsSegmentRef *ref = refs[i];
-
-		if (ok && (!ref->entry.pending || ref->finished) &&
-			es_segment_verdict(ref) == ES_VERDICT_COMMITTED)
-			ok = probe_segment(context, probe, ref, damage);
-		es_segment_unref(ref);
+		p.ref = refs[i];
+		if (ok && (!p.ref->entry.pending || p.ref->finished) &&
+			es_segment_verdict(p.ref) == ES_VERDICT_COMMITTED)
+			ok = probe_segment(context, &p, damage);
+		es_segment_unref(p.ref);
 	}
 	if (refs != NULL)
 		pfree(refs);
+	if (ok && p.looked >= MANY_ROWS)
+		es_event_filter_make(context, p.looked);
 	return ok;
 }

@@ -441,6 +441,10 @@ es_apply_finish(EsFxid fxid, EsLsn start, EsLsn end, const EsSectionHeader *sect
 		return true;
 	}
 
+	/* What takes long, in slices; in recovery nobody waits. */
+	if (txn->pending != NIL && !from_own_wal && !es_flush_finish_slice(txn, section))
+		return false;
+
 	/* First half: memory. */
 	ntable_batches = section->ntables <= lengthof(counts) ? counts :
 		palloc(section->ntables * sizeof(uint32));

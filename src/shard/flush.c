@@ -635,6 +635,9 @@ es_flush_timeout(void)
 {
 	long		timeout = Min(es_spill_timeout(), es_adopt_timeout());
 
+	if (es_flush_finishing())
+		return 0;
+
 	if (es_guc_memtable_age > 0 && es_memtable_active->first_row != 0)
 		timeout = Min(timeout,
 					  TimestampDifferenceMilliseconds(GetCurrentTimestamp(),
@@ -667,6 +670,18 @@ es_flush_overloaded(void)
 		return true;
 	return pg_atomic_read_u64(&es_shard->counters.staged_bytes) > (Size) es_guc_staging_size * 1024 &&
 		!es_spill_idle();
+}
+
+/* Overloaded, and it will not get better by itself: errno for those who want to write, else 0. */
+int
+es_flush_stuck_errno(void)
+{
+	int			sqlerrcode;
+	char		detail[320];
+
+	if (!es_flush_overloaded() || !trouble(&sqlerrcode, detail, sizeof(detail)))
+		return 0;
+	return sqlerrcode == ERRCODE_DISK_FULL ? ENOSPC : EIO;
 }
 
 /*

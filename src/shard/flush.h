@@ -136,6 +136,15 @@ extern void es_adopt_carry_txn(EsTxn *txn);
 extern bool es_adopt_committed(uint64 memtable);
 extern bool es_adopt_idle(void);
 
+/* ---- finish_pending.c ---- */
+
+/*
+ * Computes base, dead rows and first versions of the transaction's pending segments, until
+ * deadline (es_task_clock; 0 = none).  False: not yet, to be called again with the same FINISH.  The
+ * last call for a FINISH is one without a deadline.
+ */
+extern bool es_finish_pending(EsTxn *txn, const EsSectionHeader *section, int64 deadline);
+
 /* ---- drop.c ---- */
 
 /* Was the storage dropped while this MemTable was there? */

@@ -427,6 +427,8 @@ search_segments(Search *s)
 		/* staged rows, written to a file: not finished */
 		if (ref->entry.pending && !ref->finished)
 			continue;
+		if (es_adopt_ahead(ref))
+			continue;
 		if (es_segment_verdict(ref) == ES_VERDICT_ABORTED)
 			continue;
 		if (!ref->entry.pending && ref->entry.segment.max_position < s->head.position)
@@ -582,7 +584,8 @@ es_handle_head(EsConn *conn, const EsHeadRequest *req, Size len)
 	if (req->has_event_id)
 	{
 		OneEvent	one = {req->event_id, &answer};
-		EsEventProbe probe = {is_wanted, note_event, &one};
+		const uint8 *id = req->event_id;
+		EsEventProbe probe = {is_wanted, note_event, &one, &id, 1};
 
 		if (!es_event_ids_probe(&c, &probe, &damage))
 		{

@@ -254,6 +254,7 @@ gather_ids(PrepareTask *p, const EsContextId *context, const EsPrepareRow *rows,
 		   IdTable *t, EsDamage *damage)
 {
 	EsEventProbe probe = {id_wanted, id_found, t};
+	const uint8 **distinct;
 	uint64		kept = 0;
 
 	t->n = 0;
@@ -278,6 +279,11 @@ gather_ids(PrepareTask *p, const EsContextId *context, const EsPrepareRow *rows,
 				t->entries[++kept] = t->entries[i];
 		t->n = kept + 1;
 	}
+	distinct = MemoryContextAllocHuge(p->group.context, t->n * sizeof(uint8 *));
+	for (uint64 i = 0; i < t->n; i++)
+		distinct[i] = t->entries[i].id;
+	probe.ids = distinct;
+	probe.nids = t->n;
 	return es_event_ids_probe(context, &probe, damage);
 }
 

@@ -62,6 +62,7 @@ typedef struct TableSegments
 static MemoryContext segments_context = NULL;
 static HTAB *tables = NULL;
 static SegmentArray live;
+static uint64 last_number = 0;
 
 static dlist_head dropped = DLIST_STATIC_INIT(dropped);
 static dlist_head lru = DLIST_STATIC_INIT(lru); /* most recently used first */
@@ -201,6 +202,7 @@ add_segment(const EsManifestEntry *entry, EsTxn *txn)
 	old = MemoryContextSwitchTo(segments_context);
 	ref = palloc0(sizeof(EsSegmentRef));
 	ref->refs = 1;
+	ref->number = ++last_number;
 	ref->fd = -1;
 	ref->entry = *entry;
 	ref->entry.dead_bitmap = copy_array(entry->dead_bitmap, (entry->segment.nrows + 63) / 64 * 8);

@@ -54,6 +54,8 @@ typedef struct EsSegmentRef
 	EsSegment  *segment;		/* opened lazily */
 	int			fd;				/* a File of PostgreSQL's fd.h; -1 = not open */
 
+	uint64		number;			/* grows as segments become live in this process; from 1 */
+
 	/* private to segments.c and segment_rows.c */
 	char	   *path;
 	TimestampTz dropped_at;

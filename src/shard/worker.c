@@ -264,6 +264,17 @@ go_on(void)
 	es_log_tick();
 }
 
+/* Why nothing can be written, 0 = it can. */
+static int
+stuck_errno(void)
+{
+	int			err = es_log_stuck_errno();
+
+	if (err == 0)
+		err = es_manifest_stuck_errno();
+	return err != 0 ? err : es_flush_stuck_errno();
+}
+
 /* Beyond this the shard takes nothing more until flushes and spills have caught up. */
 bool
 es_worker_overloaded(void)
@@ -350,15 +361,6 @@ earlier(long a, long b)
 	return b < 0 ? a : Min(a, b);
 }
 
-/* Why nothing can be written, 0 = it can. */
-static int
-stuck_errno(void)
-{
-	int			err = es_log_stuck_errno();
-
-	return err != 0 ? err : es_manifest_stuck_errno();
-}
-
 /* What everybody may read of us without asking. */
 static void
 publish(void)
@@ -367,7 +369,6 @@ publish(void)
 	static EsPosition position = 0;
 
 	pg_atomic_write_u64(&es_shard->oldest_undecided, es_txn_oldest_undecided());
-	pg_atomic_write_u32(&es_shard->stuck_errno, (uint32) stuck_errno());
 	ES_SET(flush_distance, es_log_flush_distance(es_flushed_lsn()));
 	if (es_log_durable_ticket() >= position_ticket)
 	{
@@ -425,7 +426,8 @@ turn(bool *idle)
 	es_flushed_lsn_refresh();
 	sync_begin(now);
 
-	if (!paused && !es_worker_overloaded())
+	/* while nothing can be written, writers are refused before they log: reads go on */
+	if (!paused && (!es_worker_overloaded() || stuck_errno() != 0))
 		complete = es_collect_drain();
 	else
 		(void) es_collect_apply();
@@ -434,6 +436,7 @@ turn(bool *idle)
 	sync_fix(now, complete);
 
 	go_on();
+	pg_atomic_write_u32(&es_shard->stuck_errno, (uint32) stuck_errno());
 	es_collect_syncs();
 	busy = es_scan_run(SCAN_SLICE);
 	parked = es_server_push_parked();

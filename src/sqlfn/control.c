@@ -11,6 +11,7 @@
 #include "access/htup_details.h"
 #include "access/table.h"
 #include "access/xlog.h"
+#include "access/xlog_internal.h"
 #include "catalog/objectaddress.h"
 #include "catalog/pg_authid.h"
 #include "catalog/pg_class.h"
@@ -84,6 +85,22 @@ es_flush(PG_FUNCTION_ARGS)
 	PG_RETURN_VOID();
 }
 
+/*
+ * End of the last record that was inserted.  At a page's end PostgreSQL names the place behind the next
+ * page's header, where no record ends, and XLogFlush takes that for an LSN from the future.
+ */
+static XLogRecPtr
+insert_end(void)
+{
+	XLogRecPtr	insert = GetXLogInsertRecPtr();
+
+	if (XLogSegmentOffset(insert, wal_segment_size) == SizeOfXLogLongPHD)
+		insert -= SizeOfXLogLongPHD;
+	else if (insert % XLOG_BLCKSZ == SizeOfXLogShortPHD)
+		insert -= SizeOfXLogShortPHD;
+	return insert;
+}
+
 Datum
 es_sync(PG_FUNCTION_ARGS)
 {
@@ -91,7 +108,7 @@ es_sync(PG_FUNCTION_ARGS)
 
 	es_wait_store_ready();
 	/* what was acknowledged asynchronously is behind the flush pointer */
-	XLogFlush(GetXLogInsertRecPtr());
+	XLogFlush(insert_end());
 	ask_all(&req, sizeof(req));
 	PG_RETURN_VOID();
 }

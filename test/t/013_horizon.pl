@@ -194,5 +194,60 @@ my $exact = counter();
 $node->restart;
 is(run('SELECT reserve_positions(1)'), $exact, 'after a clean stop at the exact value');
 
+# ---- errors and crashes at each step
+
+SKIP:
+{
+	skip 'no fault points in this build', 1
+	  unless $node->safe_psql('postgres', 'SELECT event_store_test.fault_points_compiled()') eq 't';
+	my $session = $node->background_psql('postgres', on_error_stop => 0);
+	my @steps = qw(reserve-after-publish reserve-after-take reserve-before-log reserve-before-flush reserve-after-flush);
+
+	for my $point (@steps)
+	{
+		run("SELECT inject_fault('$point', 'error')");
+		# beyond what is reserved, so that a RESERVE is logged
+		$session->query('SELECT event_store_test.reserve_positions(3000000, ARRAY[1])');
+		like($session->{stderr}, qr/fault injected at "$point"/, "error at $point");
+		$session->{stderr} = '';
+		is(run('SELECT horizon(1)'), counter(), "the slot is clear after an error at $point");
+		run('SELECT disarm_faults()');
+		$session->query_safe('SELECT event_store_test.reserve_positions(10, ARRAY[1])');
+		is(run('SELECT reserved_below >= counter FROM position_state()'), 't', 'and the session goes on');
+	}
+	$session->quit;
+
+	# a writer who is visible, but whose slot is still set, holds nobody back who sees him
+	for my $point ('horizon-before-push', 'horizon-after-push')
+	{
+		my $slow = $node->background_psql('postgres');
+
+		$slow->query_safe('SELECT 1');
+		run("SELECT inject_fault('$point', 'sleep')");
+		$slow->query_until(qr/begin/, "\\echo begin\nSELECT event_store_test.reserve_positions(10, ARRAY[1]);\n\\echo end\n");
+		$node->poll_query_until('postgres', "SELECT event_store_test.fault_hits('$point') = 1");
+		is(run('SELECT horizon(1)'), counter(), "a writer at $point does not hold back who sees him");
+		cmp_ok(run('SELECT newest_horizon(1)'), '<', counter(), 'but those who wait for all snapshots');
+		run('SELECT disarm_faults()');
+		$slow->query_until(qr/end/, '');
+		$slow->quit;
+	}
+
+	$node->append_conf('postgresql.conf', 'restart_after_crash = on');
+	$node->reload;
+	for my $point (@steps, 'horizon-before-push', 'horizon-after-push')
+	{
+		my $handed_out = counter() - 1;
+
+		$node->psql('postgres',
+			"SELECT event_store_test.inject_fault('$point', 'kill'); SELECT event_store_test.reserve_positions(3000000, ARRAY[1])");
+		$node->poll_query_until('postgres', 'SELECT counter > 0 FROM event_store_test.position_state()');
+		my $next = run('SELECT reserve_positions(1)');
+		cmp_ok($next, '>', $handed_out, "no position twice after a crash at $point");
+		# what the killed one had taken, if he could have used it
+		cmp_ok($next, '>=', $handed_out + 3000001, 'nor what was taken by then') if $point =~ /after-flush|horizon/;
+	}
+}
+
 $node->stop;
 done_testing();

@@ -40,7 +40,7 @@ sub insert_rows
 {
 	my ($n) = @_;
 	my ($status) = $node->psql('postgres',
-		"INSERT INTO t SELECT 'c' || g % 100, NULL, 1, md5(random()::text) FROM generate_series(1, $n) g");
+		"SET statement_timeout = '30s'; INSERT INTO t SELECT 'c' || g % 100, NULL, 1, md5(random()::text) FROM generate_series(1, $n) g");
 
 	$rows += $n if $status == 0;
 	return $status == 0;
@@ -48,7 +48,8 @@ sub insert_rows
 
 sub ask
 {
-	my ($status, $out, $err) = $node->psql('postgres', 'SELECT count(*), sum(x), count(DISTINCT position) FROM t');
+	my ($status, $out, $err) = $node->psql('postgres',
+		"SET statement_timeout = '30s'; SELECT count(*), sum(x), count(DISTINCT position) FROM t");
 
 	return $status == 0 ? $out : $err;
 }

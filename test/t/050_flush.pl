@@ -72,8 +72,13 @@ sub wait_open
 	my $end = time() + 120;
 	while (time() < $end)
 	{
-		my ($status, $out) = $node->psql('postgres',
-			q{SELECT count(*) FROM event_store.stat_shards WHERE state = 'open'});
+		my ($status, $out);
+
+		# psql may end before it has read its query
+		eval {
+			($status, $out) = $node->psql('postgres',
+				q{SELECT count(*) FROM event_store.stat_shards WHERE state = 'open'});
+		};
 		return 1 if defined $status && $status == 0 && $out eq '2';
 		sleep 0.1;
 	}
@@ -238,8 +243,11 @@ SKIP:
 			while (!$killed && time() < $end)
 			{
 				my $commit = rand() < 0.7 ? 'COMMIT' : 'ROLLBACK';
-				my ($status) = $node->psql('postgres', work($point, 6000) . "$commit;");
-				($status) = $node->psql('postgres', 'SELECT event_store.flush();') if $status == 0;
+				my $status = -1;
+				eval {
+					($status) = $node->psql('postgres', work($point, 6000) . "$commit;");
+					($status) = $node->psql('postgres', 'SELECT event_store.flush();') if $status == 0;
+				};
 				$killed = $status != 0;
 				last if !$killed && $nth == 2;
 			}
@@ -250,6 +258,7 @@ SKIP:
 		}
 		flush();
 		consistent("kill at $point, flushed");
+		$node->safe_psql('postgres', 'TRUNCATE plain, versioned, heap');
 	}
 }
 

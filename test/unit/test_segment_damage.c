@@ -4,7 +4,7 @@
  */
 #include "segment_model.h"
 
-#include "core/segment_format.h"
+#include "core/page.h"
 
 typedef struct Damage
 {
@@ -260,6 +260,66 @@ test_foreign_parts(void)
 	model_free(&m);
 }
 
+static EsStatus
+ignore_context(void *arg, uint32_t entry, uint64_t hash, uint64_t first_row, uint64_t nrows)
+{
+	return ES_OK;
+}
+
+static void
+test_page_named_twice(void)
+{
+	PROMISE("a footer that names one page in two places is found out, also when the page is in the cache");
+	Model			 m = model_create(3, 50, 10, UINT64_MAX, 1);
+	MemFile			 file = {0};
+	EsSegmentSummary summary;
+	EsSegmentTrailer t;
+	EsPageHeader	 h;
+	EsSegmentFooter	 f;
+	EsIndexEntry	 index;
+	EsFilterEntry	 filter;
+	EsError			 err;
+	EsSegment		*seg;
+	size_t			 at;
+	uint64_t		 first;
+	uint64_t		 n;
+	uint32_t		 entry;
+
+	m.spec.codec = ES_CODEC_NONE;
+	CHECK(model_write(&m, &file, &summary, &err) == ES_OK);
+	memcpy(&t, file.data + file.len - sizeof(t), sizeof(t));
+	memcpy(&h, file.data + t.footer_offset, sizeof(h));
+	at = t.footer_offset + sizeof(h);
+	memcpy(&f, file.data + at, sizeof(f));
+	at += sizeof(f) + ES_PAD8(3 * sizeof(EsColumnDesc)) + f.nzones * sizeof(EsZoneEntry) +
+		  f.nzones * (3 + ES_HIDDEN_COLUMNS) * sizeof(EsChunkEntry) + f.npages * sizeof(EsPageEntry);
+	memcpy(&index, file.data + at, sizeof(index));
+	at += f.nindex * sizeof(index);
+	memcpy(&filter, file.data + at, sizeof(filter));
+	filter.offset = index.offset;
+	filter.stored_len = index.stored_len;
+	memcpy(file.data + at, &filter, sizeof(filter));
+
+	es_page_seal(&h, file.data + t.footer_offset + sizeof(h), m.spec.id, t.footer_offset);
+	memcpy(file.data + t.footer_offset, &h, sizeof(h));
+	t.footer_crc = h.crc;
+	t.crc = 0;
+	t.crc = es_crc32c(0, &t, sizeof(t));
+	memcpy(file.data + file.len - sizeof(t), &t, sizeof(t));
+
+	CHECK(es_segment_open(&seg, mem_read, &file, file.len, &err) == ES_OK);
+	for (int i = 0; i < 2; i++)
+	{
+		CHECK(es_segment_find_context(seg, m.rows[0].hash, m.rows[0].context, m.rows[0].context_len, &first,
+									  &n, &entry, &err) == ES_ERR_CORRUPT);
+		CHECK(err.offset == index.offset);
+		CHECK(es_segment_walk_contexts(seg, ignore_context, NULL, &err) == ES_OK);
+	}
+	es_segment_close(seg);
+	mem_free(&file);
+	model_free(&m);
+}
+
 static void
 test_swapped_pages(void)
 {
@@ -426,6 +486,7 @@ main(void)
 	test_truncation();
 	test_version();
 	test_foreign_parts();
+	test_page_named_twice();
 	test_swapped_pages();
 	test_pruned_reads();
 	test_read_errors();

@@ -120,6 +120,7 @@ sub under_load
 	my $kill = $action eq 'kill';
 	my ($lost, $fired_at, $polled, $committed_after) = (0, undef, 0, 0);
 	my $reconnect = grep { $_ eq 'reconnect' } @$needs;
+	my $offset = -s $node->logfile;
 	my $clients;
 
 	$self->{synchronous} = rand() < 0.6 ? 1 : 0;
@@ -165,7 +166,7 @@ sub under_load
 			return 0 if defined $fired_at && $committed_after >= 5;
 			return 1;
 		});
-	if ($kill ? $lost : !server_lives($node))
+	if ($kill ? $lost : has_crashed($node, $offset))
 	{
 		$clients->abandon;
 		$oracle->crashed;
@@ -180,11 +181,10 @@ sub under_load
 	return $kill ? $lost > 0 : defined $fired_at;
 }
 
-sub server_lives
+sub has_crashed
 {
-	my ($node) = @_;
-	my ($status) = try_sql($node, 'SELECT 1');
-	return $status == 0;
+	my ($node, $offset) = @_;
+	return PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset) =~ /terminating any other active server processes/;
 }
 
 # A postmaster with ES_FAULTS in its environment dies on the way; true if it did.
@@ -240,21 +240,30 @@ sub walk
 	return $fired;
 }
 
+# Random transactions for some seconds, all of them ended.
+sub load
+{
+	my ($self, $seconds) = @_;
+	my $clients = EventStore::Clients->new(
+		node => $self->{node}, n => 4,
+		next => sub { my ($c) = @_; return $self->next_unit($c, []); },
+		done => sub { my ($c, $unit) = @_; $self->{oracle}->ends($unit); });
+
+	$self->{synchronous} = 1;
+	$clients->run(seconds => $seconds);
+	$clients->drain(seconds => 60);
+	$clients->close_all;
+	return;
+}
+
 # A server that is stopped in peace has one of its processes killed on the way.
 sub at_stop
 {
 	my ($self, $point, $nth) = @_;
 	my $node = $self->{node};
-	my $clients = EventStore::Clients->new(
-		node => $node, n => 2,
-		next => sub { my ($c) = @_; return $self->next_unit($c, []); },
-		done => sub { my ($c, $unit) = @_; $self->{oracle}->ends($unit); });
 	my $offset = -s $node->logfile;
 
-	$self->{synchronous} = 1;
-	$clients->run(seconds => 0.5);
-	$clients->drain(seconds => 60);
-	$clients->close_all;
+	$self->load(0.5);
 	sql($node, "SELECT event_store_test.inject_fault('$point', 'kill', $nth)");
 	$node->append_conf('postgresql.conf', 'restart_after_crash = off');
 	$node->stop('fast', fail_ok => 1);

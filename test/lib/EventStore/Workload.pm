@@ -161,7 +161,8 @@ sub savepoint_tree
 	{
 		last if $depth >= 4;
 		my $kept = [ @{ $unit->{rows} } ];
-		my $name = "s${depth}_$branch";
+		# never a name twice: after an error in a branch, ROLLBACK TO must not find an older savepoint
+		my $name = 's' . ++$unit->{savepoints};
 
 		$sql .= "SAVEPOINT $name;\n" . $self->savepoint_tree($unit, $depth + 1);
 		if (rand() < 0.45)

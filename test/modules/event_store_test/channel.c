@@ -129,13 +129,13 @@ est_echo_window(PG_FUNCTION_ARGS)
 	PG_RETURN_FLOAT8(times / seconds_since(start));
 }
 
-/* CLOSE of ids that the shard has never heard of. */
+/* FETCHes of ids that the shard has never heard of: it does nothing. */
 static void
 send_many(int shard, const char *body, Size len, int times)
 {
 	for (int i = 0; i < times; i++)
 	{
-		EsRequest	req = {.type = ES_REQ_CLOSE,.id = es_request_id()};
+		EsRequest	req = {.type = ES_REQ_FETCH,.id = es_request_id()};
 		EsPart		parts[2] = {{&req, sizeof(req)}, {body, len}};
 
 		es_channel_wait_room(shard, sizeof(req) + len);
@@ -176,7 +176,7 @@ est_send_without_waiting(PG_FUNCTION_ARGS)
 Datum
 est_hint(PG_FUNCTION_ARGS)
 {
-	EsRequest	req = {.type = ES_REQ_CLOSE,.id = es_request_id()};
+	EsRequest	req = {.type = ES_REQ_FETCH,.id = es_request_id()};
 
 	PG_RETURN_BOOL(es_channel_hint(est_shard(PG_GETARG_INT32(0)), &req, NULL, 0, true));
 }
