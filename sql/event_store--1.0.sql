@@ -164,6 +164,13 @@ LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED;
 COMMENT ON FUNCTION event_store.release_wal(integer) IS
 'gives up the part of PostgreSQL''s WAL that a shard which cannot open still needs: events in it are lost; superuser';
 
+CREATE FUNCTION event_store.detach()
+RETURNS void
+AS 'MODULE_PATHNAME', 'es_detach'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION event_store.detach() IS
+'stops the store cleanly and drops its replication slot, until the server''s restart: before a copy of the data directory, pg_upgrade, or removing the extension for good; superuser';
+
 CREATE FUNCTION event_store.verify(
     OUT shard integer, OUT file text, OUT "offset" bigint, OUT problem text,
     OUT expected_checksum text, OUT found_checksum text)
@@ -173,7 +180,7 @@ LANGUAGE C VOLATILE PARALLEL UNSAFE ROWS 10;
 COMMENT ON FUNCTION event_store.verify() IS 'reads every page of every segment and lists all damage; no row = no damage';
 
 REVOKE ALL ON FUNCTION event_store.pause_shard(integer), event_store.resume_shard(integer),
-    event_store.release_wal(integer), event_store.verify() FROM PUBLIC;
+    event_store.release_wal(integer), event_store.detach(), event_store.verify() FROM PUBLIC;
 
 -- ---------------------------------------------------------------------------
 -- Statistics

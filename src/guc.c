@@ -45,7 +45,7 @@ static const struct config_enum_entry compression_options[] = {
 	{NULL, 0, false}
 };
 
-static const struct config_enum_entry io_method_options[] = {
+static const struct config_enum_entry shard_io_options[] = {
 	{"auto", ES_IO_AUTO, false},
 	{"io_uring", ES_IO_URING, false},
 	{"sync", ES_IO_SYNC, false},
@@ -139,7 +139,7 @@ es_guc_define(void)
 	DefineCustomEnumVariable("event_store.io_method",
 							 "How shards write their files.",
 							 "auto takes io_uring where the kernel and the container allow it.",
-							 &es_guc_io_method, ES_IO_AUTO, io_method_options,
+							 &es_guc_io_method, ES_IO_AUTO, shard_io_options,
 							 PGC_POSTMASTER, 0, NULL, NULL, NULL);
 
 	MarkGUCPrefixReserved("event_store");

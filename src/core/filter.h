@@ -15,11 +15,11 @@
 
 #include "core/format.h"
 
-#define ES_FILTER_BITS_PER_KEY	10
+#define ES_FILTER_BITS_PER_KEY 10
 
 typedef struct EsFilterBlock
 {
-	uint32_t	words[8];
+	uint32_t words[8];
 } EsFilterBlock;
 
 _Static_assert(sizeof(EsFilterBlock) == 32, "EsFilterBlock is on disk");
@@ -33,4 +33,4 @@ extern void es_filter_add(EsFilterBlock *blocks, uint32_t nblocks, uint64_t hash
 /* false: the key was certainly not added. */
 extern bool es_filter_maybe(const EsFilterBlock *blocks, uint32_t nblocks, uint64_t hash);
 
-#endif							/* ES_CORE_FILTER_H */
+#endif /* ES_CORE_FILTER_H */

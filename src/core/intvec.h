@@ -23,11 +23,11 @@
 
 #include "core/format.h"
 
-#define ES_INTVEC_BLOCK		256
-#define ES_INTVEC_MAX		65535	/* values in one vector */
+#define ES_INTVEC_BLOCK 256
+#define ES_INTVEC_MAX	65535 /* values in one vector */
 
 /* Readers load 8 bytes at a time: so many readable bytes must follow the vector. */
-#define ES_INTVEC_SLACK		8
+#define ES_INTVEC_SLACK 8
 
 typedef enum EsIntVecMode
 {
@@ -38,12 +38,12 @@ typedef enum EsIntVecMode
 
 typedef struct EsIntVecHeader
 {
-	uint8_t		mode;
-	uint8_t		width;			/* bits: 0 to 56, or 64 */
-	uint8_t		step;			/* RUNS: 0 or 1 */
-	uint8_t		reserved;
-	uint32_t	nruns;
-	uint64_t	base;
+	uint8_t	 mode;
+	uint8_t	 width; /* bits: 0 to 56, or 64 */
+	uint8_t	 step;	/* RUNS: 0 or 1 */
+	uint8_t	 reserved;
+	uint32_t nruns;
+	uint64_t base;
 } EsIntVecHeader;
 
 _Static_assert(sizeof(EsIntVecHeader) == 16, "EsIntVecHeader is on disk");
@@ -55,12 +55,11 @@ _Static_assert(sizeof(EsIntVecHeader) == 16, "EsIntVecHeader is on disk");
 typedef struct EsIntVecPlan
 {
 	EsIntVecHeader header;
-	uint32_t	n;
-	size_t		size;			/* encoded bytes, multiple of 8 */
+	uint32_t	   n;
+	size_t		   size; /* encoded bytes, multiple of 8 */
 } EsIntVecPlan;
 
-extern void es_intvec_plan(const uint64_t *values, uint32_t n, bool whole_bytes,
-						   EsIntVecPlan *plan);
+extern void es_intvec_plan(const uint64_t *values, uint32_t n, bool whole_bytes, EsIntVecPlan *plan);
 
 /* Writes plan->size bytes. */
 extern void es_intvec_encode(const uint64_t *values, const EsIntVecPlan *plan, uint8_t *out);
@@ -68,15 +67,15 @@ extern void es_intvec_encode(const uint64_t *values, const EsIntVecPlan *plan, u
 /* Opened vector: points into the caller's buffer. */
 typedef struct EsIntVec
 {
-	uint8_t		mode;
-	uint8_t		width;
-	uint8_t		step;
-	uint32_t	n;
-	uint32_t	nruns;
-	uint64_t	base;
+	uint8_t		   mode;
+	uint8_t		   width;
+	uint8_t		   step;
+	uint32_t	   n;
+	uint32_t	   nruns;
+	uint64_t	   base;
 	const uint8_t *packed;
-	const uint8_t *side;		/* anchors or ends */
-	size_t		size;			/* encoded bytes */
+	const uint8_t *side; /* anchors or ends */
+	size_t		   size; /* encoded bytes */
 } EsIntVec;
 
 /*
@@ -86,6 +85,6 @@ typedef struct EsIntVec
 extern bool es_intvec_open(EsIntVec *iv, const uint8_t *buf, size_t len, uint32_t n);
 
 extern uint64_t es_intvec_get(const EsIntVec *iv, uint32_t i);
-extern void es_intvec_decode(const EsIntVec *iv, uint32_t first, uint32_t n, uint64_t *out);
+extern void		es_intvec_decode(const EsIntVec *iv, uint32_t first, uint32_t n, uint64_t *out);
 
-#endif							/* ES_CORE_INTVEC_H */
+#endif /* ES_CORE_INTVEC_H */

@@ -29,23 +29,23 @@
 
 typedef enum EsPageEncoding
 {
-	ES_ENCODING_NONE = 0,		/* not a data page */
+	ES_ENCODING_NONE = 0, /* not a data page */
 	ES_ENCODING_INTS = 1,
 	ES_ENCODING_DECIMAL = 2,
 	ES_ENCODING_PLAIN = 3,
 	ES_ENCODING_DICTIONARY = 4
 } EsPageEncoding;
 
-#define ES_PAGE_HAS_NULLS	0x80
-#define ES_PAGE_ENCODING	0x7f
+#define ES_PAGE_HAS_NULLS 0x80
+#define ES_PAGE_ENCODING  0x7f
 
 typedef struct EsDecimalHeader
 {
-	uint32_t	exponent;		/* 0 to ES_DECIMAL_MAX */
-	uint32_t	nexceptions;
+	uint32_t exponent; /* 0 to ES_DECIMAL_MAX */
+	uint32_t nexceptions;
 } EsDecimalHeader;
 
-#define ES_DECIMAL_MAX		6
+#define ES_DECIMAL_MAX 6
 
 /* Columns of these widths are integers to the codec, whatever their type. */
 static inline bool
@@ -78,69 +78,68 @@ typedef struct EsPageEncoder EsPageEncoder;
 
 /* codec: see EsSegmentSpec.  NULL = no memory. */
 extern EsPageEncoder *es_page_encoder_create(EsCodec codec, int zstd_level);
-extern void es_page_encoder_free(EsPageEncoder *enc);
+extern void			  es_page_encoder_free(EsPageEncoder *enc);
 
 /* One column of a zone. */
 typedef struct EsPageSource
 {
-	EsColumnDesc desc;
-	const uint8_t *nulls;		/* bitmap, NULL = none */
-	const uint8_t *data;		/* fixed width: value of row i at i * len; else all values */
-	const uint32_t *offsets;	/* varlena: where row i's value begins in data */
+	EsColumnDesc	desc;
+	const uint8_t  *nulls;	 /* bitmap, NULL = none */
+	const uint8_t  *data;	 /* fixed width: value of row i at i * len; else all values */
+	const uint32_t *offsets; /* varlena: where row i's value begins in data */
 } EsPageSource;
 
 /* Points into the encoder until its next call. */
 typedef struct EsEncodedPage
 {
-	uint32_t	nrows;
-	uint8_t		encoding;
-	uint8_t		codec;
-	uint32_t	raw_len;
-	uint32_t	stored_len;
+	uint32_t	   nrows;
+	uint8_t		   encoding;
+	uint8_t		   codec;
+	uint32_t	   raw_len;
+	uint32_t	   stored_len;
 	const uint8_t *stored;
 } EsEncodedPage;
 
 /* Encodes rows from first on, as many before end as go into one page (at least one). */
-extern EsStatus es_page_encode(EsPageEncoder *enc, const EsPageSource *source,
-							   uint32_t first, uint32_t end, EsEncodedPage *page);
+extern EsStatus es_page_encode(EsPageEncoder *enc, const EsPageSource *source, uint32_t first, uint32_t end,
+							   EsEncodedPage *page);
 
 /*
  * Only compresses; raw must stay until page->stored was used.  Footers are of any
  * length and never use Zstandard, whose ratio has no bound that a reader could check.
  */
-extern EsStatus es_page_compress(EsPageEncoder *enc, const void *raw, uint32_t raw_len,
-								 bool footer, EsEncodedPage *page);
+extern EsStatus
+es_page_compress(EsPageEncoder *enc, const void *raw, uint32_t raw_len, bool footer, EsEncodedPage *page);
 
 /* Fills header->crc. */
-extern void es_page_seal(EsPageHeader *header, const void *stored, uint64_t segment_id,
-						 uint64_t offset);
+extern void es_page_seal(EsPageHeader *header, const void *stored, uint64_t segment_id, uint64_t offset);
 
 /* ---- reading (page.c) ---- */
 
 /* A page in memory, decompressed; counted references. */
 typedef struct EsPage
 {
-	uint32_t	refs;
-	uint32_t	raw_len;
-	size_t		memory;			/* heap bytes */
-	uint64_t	offset;			/* in the file */
-	uint32_t	zone;			/* as in EsPageHeader */
-	uint16_t	first_row;
-	uint16_t	nrows;
-	uint16_t	column;
-	uint8_t		kind;			/* EsPageKind */
-	uint8_t		encoding;		/* EsPageEncoding */
-	bool		has_overflow;	/* some value is an EsOverflowRef */
-	EsColumnDesc desc;
-	const uint8_t *raw;			/* aligned to 16, ES_INTVEC_SLACK bytes behind it */
-	const uint8_t *nulls;		/* NULL = no row is NULL */
-	EsIntVec	ints;			/* INTS, DECIMAL, DICTIONARY; index page: hashes */
-	EsIntVec	rows;			/* index page: first rows */
-	const uint8_t *values;		/* PLAIN, DICTIONARY; DECIMAL: exceptions' values */
+	uint32_t		refs;
+	uint32_t		raw_len;
+	size_t			memory; /* heap bytes */
+	uint64_t		offset; /* in the file */
+	uint32_t		zone;	/* as in EsPageHeader */
+	uint16_t		first_row;
+	uint16_t		nrows;
+	uint16_t		column;
+	uint8_t			kind;		  /* EsPageKind */
+	uint8_t			encoding;	  /* EsPageEncoding */
+	bool			has_overflow; /* some value is an EsOverflowRef */
+	EsColumnDesc	desc;
+	const uint8_t  *raw;		/* aligned to 16, ES_INTVEC_SLACK bytes behind it */
+	const uint8_t  *nulls;		/* NULL = no row is NULL */
+	EsIntVec		ints;		/* INTS, DECIMAL, DICTIONARY; index page: hashes */
+	EsIntVec		rows;		/* index page: first rows */
+	const uint8_t  *values;		/* PLAIN, DICTIONARY; DECIMAL: exceptions' values */
 	const uint16_t *starts;		/* varlena: in values, of row (PLAIN) or entry */
-	const uint8_t *exceptions;	/* DECIMAL: uint16 rows */
-	uint32_t	nentries;		/* DICTIONARY; DECIMAL: exceptions */
-	uint32_t	exponent;
+	const uint8_t  *exceptions; /* DECIMAL: uint16 rows */
+	uint32_t		nentries;	/* DICTIONARY; DECIMAL: exceptions */
+	uint32_t		exponent;
 	/* the page cache's (segment_cache.c) */
 	struct EsPage *hash_next;
 	struct EsPage *newer;
@@ -150,7 +149,7 @@ typedef struct EsPage
 /* Decompression state, made when first needed. */
 typedef struct EsPageDecoder
 {
-	void	   *zstd;
+	void *zstd;
 } EsPageDecoder;
 
 extern void es_page_decoder_free(EsPageDecoder *d);
@@ -159,22 +158,19 @@ extern void es_page_decoder_free(EsPageDecoder *d);
  * Checks the len bytes of a page as read from offset: CRC, kind, lengths.  buf
  * need not be aligned.
  */
-extern EsStatus es_page_check(const uint8_t *buf, size_t len, EsPageKind kind,
-							  uint64_t segment_id, uint64_t offset,
-							  EsPageHeader *header, EsError *err);
+extern EsStatus es_page_check(const uint8_t *buf, size_t len, EsPageKind kind, uint64_t segment_id,
+							  uint64_t offset, EsPageHeader *header, EsError *err);
 
 /* Decompresses exactly header->raw_len bytes into raw. */
-extern EsStatus es_page_decompress(EsPageDecoder *d, const EsPageHeader *header,
-								   const uint8_t *stored, void *raw,
-								   uint64_t offset, EsError *err);
+extern EsStatus es_page_decompress(EsPageDecoder *d, const EsPageHeader *header, const uint8_t *stored,
+								   void *raw, uint64_t offset, EsError *err);
 
 /*
  * Decodes a checked data page of a column (desc), index or filter page (desc NULL).
  * *page has one reference.
  */
-extern EsStatus es_page_decode(EsPageDecoder *d, const EsPageHeader *header,
-							   const uint8_t *stored, const EsColumnDesc *desc,
-							   uint64_t offset, EsPage **page, EsError *err);
+extern EsStatus es_page_decode(EsPageDecoder *d, const EsPageHeader *header, const uint8_t *stored,
+							   const EsColumnDesc *desc, uint64_t offset, EsPage **page, EsError *err);
 
 static inline bool
 es_page_is_null(const EsPage *p, uint32_t row)
@@ -186,8 +182,7 @@ es_page_is_null(const EsPage *p, uint32_t row)
  * Rows [first, first + n) of an integer column, at out + i * stride; NULL rows
  * have some value.
  */
-extern void es_page_ints(const EsPage *p, uint32_t first, uint32_t n,
-						 uint32_t stride, uint8_t *out);
+extern void es_page_ints(const EsPage *p, uint32_t first, uint32_t n, uint32_t stride, uint8_t *out);
 
 /*
  * Pointers to the values of another column, NULL for NULL; they point into the
@@ -203,4 +198,4 @@ es_page_ref(EsPage *p)
 
 extern void es_page_unref(EsPage *p);
 
-#endif							/* ES_CORE_PAGE_H */
+#endif /* ES_CORE_PAGE_H */

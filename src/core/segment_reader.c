@@ -17,6 +17,13 @@
 
 /* ---- what a segment may look like ---- */
 
+const EsColumnDesc es_segment_hidden_columns[ES_HIDDEN_COLUMNS] = {
+	[ES_HIDDEN_CONTENT_HASH] = {ES_CONTENT_HASH_LEN, 8, 0},
+	[ES_HIDDEN_POSITION] = {8, 8, ES_COLUMN_BYVAL},
+	[ES_HIDDEN_VERSION] = {8, 8, ES_COLUMN_BYVAL},
+	[ES_HIDDEN_FXID] = {8, 8, ES_COLUMN_BYVAL},
+};
+
 static bool
 column_valid(const EsColumnDesc *c)
 {
@@ -321,9 +328,8 @@ check_index(const EsSegment *seg)
 static EsStatus
 check_footer(EsSegment *seg, uint32_t header_crc, EsError *err)
 {
-	static const EsColumnDesc hidden[ES_HIDDEN_COLUMNS] = ES_HIDDEN_DESCS;
-	uint64_t				  offset = seg->footer_offset;
-	int						  ncols = seg->info.ncols;
+	uint64_t offset = seg->footer_offset;
+	int		 ncols = seg->info.ncols;
 
 	if (!place_arrays(seg))
 		return es_fail(err, ES_ERR_CORRUPT, offset, "segment footer of %zu bytes does not hold what it names",
@@ -337,7 +343,7 @@ check_footer(EsSegment *seg, uint32_t header_crc, EsError *err)
 	if (seg->physical == NULL)
 		return es_fail(err, ES_ERR_NOMEM, offset, "out of memory for %u columns", seg->nphysical);
 	memcpy(seg->physical, seg->info.columns, sizeof(EsColumnDesc) * (size_t) ncols);
-	memcpy(seg->physical + ncols, hidden, sizeof(hidden));
+	memcpy(seg->physical + ncols, es_segment_hidden_columns, sizeof(es_segment_hidden_columns));
 
 	if (!check_zones(seg) || !check_index(seg))
 		return es_fail(err, ES_ERR_CORRUPT, offset, "segment footer contradicts itself");

@@ -27,8 +27,6 @@
 #define ZONE_BYTES			  (UINT64_C(8) << 20)
 #define ZONE_BYTES_PER_COLUMN (UINT64_C(16) << 10) /* so that wide tables still fill pages */
 
-static const EsColumnDesc hidden_columns[ES_HIDDEN_COLUMNS] = ES_HIDDEN_DESCS;
-
 /* ---- small things ---- */
 
 EsStatus
@@ -124,7 +122,7 @@ es_segment_writer_create(EsSegmentWriter **writer, const EsSegmentSpec *spec, Es
 							   i + 1 == spec->roles.version;
 	}
 	for (int i = 0; i < ES_HIDDEN_COLUMNS; i++)
-		w->columns[spec->ncols + i].desc = hidden_columns[i];
+		w->columns[spec->ncols + i].desc = es_segment_hidden_columns[i];
 	w->columns[spec->ncols + ES_HIDDEN_CONTENT_HASH].absent = !spec->has_content_hash;
 	*writer = w;
 	return ES_OK;

@@ -11,7 +11,7 @@
 
 #include "core/page.h"
 
-#define ES_SEGMENT_OUT_LEN	(128 * 1024)	/* bytes gathered for one append */
+#define ES_SEGMENT_OUT_LEN (128 * 1024) /* bytes gathered for one append */
 
 /* An array that grows; data is never NULL once something, however short, was added. */
 typedef struct EsArray
@@ -43,11 +43,11 @@ struct EsSegmentWriter
 	uint32_t	   footer_crc;
 	EsPageEncoder *encoder;
 
-	uint32_t	ncols_physical;
-	EsZoneColumn	   *columns;
-	uint64_t	zone_limit;
-	uint64_t	zone_bytes;
-	EsZoneEntry zone; /* being filled */
+	uint32_t	  ncols_physical;
+	EsZoneColumn *columns;
+	uint64_t	  zone_limit;
+	uint64_t	  zone_bytes;
+	EsZoneEntry	  zone; /* being filled */
 
 	uint64_t context_hash; /* of the last row */
 	uint64_t position;
@@ -84,10 +84,9 @@ extern bool es_array_reserve(EsArray *a, size_t more);
 extern bool es_array_add(EsArray *a, const void *bytes, size_t len);
 
 /* The next row's value in a physical column; NULL = NULL. */
-extern EsStatus es_segment_add_value(EsSegmentWriter *w, uint32_t number, const uint8_t *value,
-									 EsError *err);
+extern EsStatus es_segment_add_value(EsSegmentWriter *w, uint32_t number, const uint8_t *value, EsError *err);
 
 /* Encodes and appends the rows gathered, as one zone. */
 extern EsStatus es_segment_flush_zone(EsSegmentWriter *w, EsError *err);
 
-#endif							/* ES_CORE_SEGMENT_WRITER_H */
+#endif /* ES_CORE_SEGMENT_WRITER_H */

@@ -22,12 +22,17 @@
  */
 #include "postgres.h"
 
+#include <unistd.h>
+
 #include "lib/ilist.h"
 #include "storage/latch.h"
+#include "storage/spin.h"
 #include "utils/memutils.h"
 
 #include "compat.h"
 #include "ipc/channel_internal.h"
+
+#define SPIN_ROUNDS		1000	/* some 50 µs */
 
 /* An answer that came while another one was waited for. */
 typedef struct Kept
@@ -386,6 +391,32 @@ check_answer(const EsAnswer *answer)
 			 strings[2][0] != '\0' ? errhint("%s", strings[2]) : 0));
 }
 
+/*
+ * Sleeping costs two switches of context, more than the shard takes for a small answer.  So one who is
+ * alone spins for a moment first, if there is a core for it.
+ */
+static bool
+spin_for_answer(const EsChannel *ch)
+{
+	static int	cores = 0;
+	bool		found = false;
+
+	if (cores == 0)
+		cores = (int) sysconf(_SC_NPROCESSORS_ONLN);
+	if (cores < 2 || pg_atomic_read_u64(&es_shared->shards[ch->shard].counters.queue_depth) > 1)
+		return false;
+	if (pg_atomic_fetch_add_u32(&es_shared->spinners, 1) == 0)
+	{
+		for (int i = 0; i < SPIN_ROUNDS && !found; i++)
+		{
+			SPIN_DELAY();
+			found = (int64) (pg_atomic_read_u64(&ch->shared->answers) - ch->answers_taken) > 0;
+		}
+	}
+	pg_atomic_fetch_sub_u32(&es_shared->spinners, 1);
+	return found;
+}
+
 const EsAnswer *
 es_channel_answer_timeout(int shard, uint64 id, long timeout_ms)
 {
@@ -393,6 +424,7 @@ es_channel_answer_timeout(int shard, uint64 id, long timeout_ms)
 	Expected   *e = find_expected(id);
 	TimestampTz deadline = 0;
 	uint32		wait_event = es_wait_event(&wait_answer, "EventStoreAnswer");
+	bool		spin = timeout_ms != 0;
 
 	if (e == NULL)
 		elog(ERROR, "event_store: nobody expects an answer to request " UINT64_FORMAT, id);
@@ -429,6 +461,12 @@ es_channel_answer_timeout(int shard, uint64 id, long timeout_ms)
 		}
 		if (deadline != 0 && GetCurrentTimestamp() >= deadline)
 			return NULL;
+		if (spin)
+		{
+			spin = false;
+			if (spin_for_answer(ch))
+				continue;
+		}
 		es_channel_sleep(deadline, wait_event);
 	}
 }

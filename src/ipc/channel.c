@@ -560,6 +560,9 @@ es_channel_send(int shard, EsRequest *req, const EsPart *parts, int nparts, bool
 		if (sent)
 		{
 			es_answer_sent(ch, req);
+			/* the queue has set its latch, on which it may not be looking */
+			if (wake)
+				es_wake_shard(shard);
 			break;
 		}
 
@@ -592,6 +595,8 @@ es_channel_hint(int shard, EsRequest *req, const EsPart *parts, int nparts, bool
 	if (!send_piece(ch, iov, es_parts_slice(message, nparts, 0, len, iov), len))
 		return false;
 	es_answer_sent(ch, req);
+	if (wake)
+		es_wake_shard(shard);
 	return true;
 }
 

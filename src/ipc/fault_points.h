@@ -112,6 +112,7 @@ ES_FAULT_POINT("drop-before-manifest", 0, "shard")
 ES_FAULT_POINT("drop-manifest-durable", 0, "shard")
 
 /* ---- shard: own WAL ---- */
+ES_FAULT_POINT("uring-setup", ES_FAULT_MAY_FAIL, "shard")
 ES_FAULT_POINT("log-before-unclean", 0, "shard")	/* first file made, control blocks still say clean */
 ES_FAULT_POINT("log-unclean", 0, "shard")	/* both control blocks say "not clean" */
 ES_FAULT_POINT("wal-before-write", 0, "shard")	/* a group is encoded */

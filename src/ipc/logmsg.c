@@ -34,7 +34,7 @@ static XLogRecPtr
 insert_record(bool transactional, char *data, size_t len)
 {
 	xl_logical_message record;
-	char		prefix[ES_MESSAGE_PREFIX_LEN] = ES_MESSAGE_PREFIX;
+	char		prefix[] = ES_MESSAGE_PREFIX;	/* and one NUL more, which is not written */
 
 	record.dbId = InvalidOid;
 	record.transactional = transactional;

@@ -89,6 +89,8 @@ init_shard(EsShardShared *s, pg_atomic_uint64 *ready)
 	pg_atomic_init_u32(&s->state, ES_SHARD_ABSENT);
 	pg_atomic_init_u32(&s->generation, 0);
 	pg_atomic_init_u32(&s->paused, 0);
+	pg_atomic_init_u32(&s->napping, 0);
+	pg_atomic_init_u32(&s->urgent, 0);
 	pg_atomic_init_u32(&s->release_wal, 0);
 	pg_atomic_init_u32(&s->stuck_errno, 0);
 	pg_atomic_init_u32(&s->sync_request, 0);
@@ -168,6 +170,7 @@ es_shmem_startup(void)
 		es_shared->ring_lock = &GetNamedLWLockTranche(TRANCHE_RING)->lock;
 		es_shared->channel_lock = &GetNamedLWLockTranche(TRANCHE_CHANNEL)->lock;
 		pg_atomic_init_u32(&es_shared->table_waiters, 0);
+		pg_atomic_init_u32(&es_shared->spinners, 0);
 
 		es_shared->jobs = (EsJobQueue *) memory;
 		es_shared->jobs->lock = &GetNamedLWLockTranche(TRANCHE_JOBS)->lock;
@@ -276,10 +279,22 @@ wake(PGPROC *volatile *proc)
 		SetLatch(&p->procLatch);
 }
 
+/*
+ * A shard that only takes what needs no answer naps between two looks at its queues, so
+ * that writers need no system call to wake it.  It says so before it looks at
+ * `urgent` for the last time, and we set that before we ask whether it naps.
+ */
 void
 es_wake_shard(int shard)
 {
-	wake(&es_shared->shards[shard].proc);
+	EsShardShared *s = &es_shared->shards[shard];
+	int			pid;
+
+	pg_atomic_write_u32(&s->urgent, 1);
+	pg_memory_barrier();
+	wake(&s->proc);
+	if (pg_atomic_read_u32(&s->napping) != 0 && (pid = s->pid) > 0)
+		kill(pid, SIGUSR1);
 }
 
 void

@@ -117,6 +117,9 @@ typedef struct EsShardShared
 									 * (keeper before the shard has opened) */
 	pg_atomic_uint32 clean;		/* that control block says clean; same */
 	pg_atomic_uint64 oldest_undecided;	/* oldest fxid without durable verdict, or next fxid; shard */
+	pg_atomic_uint32 napping;	/* 1 = sleeps a moment without looking at its latch: one who needs it now
+								 * sends a signal; shard */
+	pg_atomic_uint32 urgent;	/* 1 = somebody needs it now; set by es_wake_shard, cleared by the shard */
 	pg_atomic_uint32 uses_uring;	/* 1 = its files are written through io_uring; shard */
 	pg_atomic_uint32 arena;		/* dsa_handle of the memory that maintenance reads; shard */
 
@@ -227,6 +230,8 @@ typedef struct EsShared
 	EsRingEntry ring[ES_RING_ENTRIES];
 	EsHorizonEntry ring_overflow;	/* folded entries, of all tables */
 	uint64		ring_oldest_running;	/* no snapshot considers an older fxid running */
+
+	pg_atomic_uint32 spinners;	/* backends that spin for an answer; at most one does */
 
 	/* --- waiting (wait_for_events) --- */
 	pg_atomic_uint32 table_waiters; /* how many wait for a table: who clears the slot that was the

@@ -33,6 +33,15 @@ extern void es_assign_versions(EsTxn *txn, const EsFinishTableView *view,
 /* Is the batch held by one of the transaction's pending segments? */
 extern bool es_txn_pending_has(EsTxn *txn, EsLsn start);
 
+/*
+ * Are all batches that the FINISH lists staged or in pending segments?  Not after a crash, if they were
+ * to spill: PostgreSQL's WAL has them, and the FINISH behind them.
+ */
+extern bool es_finish_complete(EsTxn *txn, const EsSectionHeader *section, size_t len);
+
+/* release_wal: earlier events are lost, so versions are what FINISH promised. */
+extern bool es_versions_as_promised;
+
 /* Drops what is staged: dead batches. */
 extern void es_apply_drop_staged(EsTxn *txn);
 

@@ -37,21 +37,21 @@
 #include "shard/shard.h"
 #include "shard/uring.h"
 
-#define RETRY_US	USECS_PER_SEC
+#define RETRY_US USECS_PER_SEC
 
 static const char *const names[2] = {"control.0", "control.1"};
 
 /* of the owning process */
-static int	owned_shard = -1;
-static int	fds[2] = {-1, -1};
-static int	last_replaced;		/* file with the newer of the two */
-static int	current;			/* file of the last block that was synced */
-static uint64 sequence;			/* of that block */
-static char *block;				/* the next one */
-static bool busy = false;		/* block is on its way */
-static void (*when_done) (void);
-static int	stuck_errno = 0;
-static TimestampTz retry_at = 0;	/* 0 = nothing to try again */
+static int	  owned_shard = -1;
+static int	  fds[2] = {-1, -1};
+static int	  last_replaced; /* file with the newer of the two */
+static int	  current;		 /* file of the last block that was synced */
+static uint64 sequence;		 /* of that block */
+static char	 *block;		 /* the next one */
+static bool	  busy = false;	 /* block is on its way */
+static void (*when_done)(void);
+static int		   stuck_errno = 0;
+static TimestampTz retry_at = 0; /* 0 = nothing to try again */
 static TimestampTz sync_started;
 
 uint64
@@ -68,10 +68,10 @@ es_unix_micros(void)
 static EsStatus
 read_block(int shard, int which, EsControl *control, EsError *err)
 {
-	char	   *path = es_path_in_shard(shard, names[which]);
-	size_t		len;
-	char	   *data = es_read_file(path, &len);
-	EsStatus	status;
+	char	*path = es_path_in_shard(shard, names[which]);
+	size_t	 len;
+	char	*data = es_read_file(path, &len);
+	EsStatus status;
 
 	if (data == NULL)
 		status = es_fail(err, ES_ERR_CORRUPT, 0, "the file is missing");
@@ -88,26 +88,25 @@ read_block(int shard, int which, EsControl *control, EsError *err)
 void
 es_control_read(int shard, EsControl *control)
 {
-	EsControl	c[2];
-	EsError		err[2];
-	EsStatus	status[2];
-	int			which;
+	EsControl c[2];
+	EsError	  err[2];
+	EsStatus  status[2];
+	int		  which;
 
 	for (int i = 0; i < 2; i++)
 		status[i] = read_block(shard, i, &c[i], &err[i]);
 	which = es_control_current(status[0], &c[0], status[1], &c[1]);
 	if (which < 0)
 	{
-		int			bad = status[1] == ES_ERR_VERSION || status[0] == ES_OK ? 1 : 0;
+		int bad = status[1] == ES_ERR_VERSION || status[0] == ES_OK ? 1 : 0;
 
 		es_corruption(ERROR, es_path_in_shard(shard, names[bad]), &err[bad]);
 	}
 	if (status[1 - which] != ES_OK)
-		ereport(LOG,
-				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("shard %d goes by its control block \"%s\"", shard, names[which]),
-				 errdetail("The other one is not valid, as after a crash while it was written: %s.",
-						   err[1 - which].what)));
+		ereport(LOG, (errcode(ERRCODE_DATA_CORRUPTED),
+					  errmsg("shard %d goes by its control block \"%s\"", shard, names[which]),
+					  errdetail("The other one is not valid, as after a crash while it was written: %s.",
+								err[1 - which].what)));
 	*control = c[which];
 }
 
@@ -115,7 +114,7 @@ void
 es_control_check(int shard, const EsControl *control, const EsFileIdentity *identity)
 {
 	const EsFileIdentity *found = &control->identity;
-	EsError		err;
+	EsError				  err;
 
 	if (memcmp(found->store_uuid, identity->store_uuid, ES_UUID_LEN) != 0)
 		es_fail(&err, ES_ERR_FOREIGN, offsetof(EsControl, identity), "the store's uuid is another one");
@@ -144,7 +143,7 @@ open_files(int shard)
 {
 	for (int i = 0; i < 2; i++)
 	{
-		char	   *path = es_path_in_shard(shard, names[i]);
+		char *path = es_path_in_shard(shard, names[i]);
 
 		if (fds[i] >= 0)
 		{
@@ -164,12 +163,12 @@ open_files(int shard)
 void
 es_control_replace(int shard, EsControl *control)
 {
-	EsControl	c[2];
-	EsError		err;
-	EsStatus	status[2];
-	char	   *dir = es_path_shard(shard);
-	char		buf[ES_WAL_BLOCK];
-	int			which;
+	EsControl c[2];
+	EsError	  err;
+	EsStatus  status[2];
+	char	 *dir = es_path_shard(shard);
+	char	  buf[ES_WAL_BLOCK];
+	int		  which;
 
 	for (int i = 0; i < 2; i++)
 		status[i] = read_block(shard, i, &c[i], &err);
@@ -207,7 +206,7 @@ static void control_synced(void *arg, int result);
 static void
 issue_write(void)
 {
-	int			err = ES_FAULT_IO("control-write");
+	int err = ES_FAULT_IO("control-write");
 
 	retry_at = 0;
 	if (err != 0)
@@ -217,9 +216,9 @@ issue_write(void)
 }
 
 void
-es_control_write(const EsControl *control, void (*done) (void))
+es_control_write(const EsControl *control, void (*done)(void))
 {
-	EsControl	c = *control;
+	EsControl c = *control;
 
 	Assert(!busy && owned_shard >= 0);
 	c.sequence = sequence + 1;
@@ -234,7 +233,7 @@ es_control_write(const EsControl *control, void (*done) (void))
 static void
 control_written(void *arg, int result)
 {
-	int			err;
+	int err;
 
 	if (result < 0)
 	{

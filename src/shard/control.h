@@ -32,10 +32,10 @@ extern void es_control_own(int shard, const EsControl *control);
  * time.  control is copied; its sequence is set.  A failed write is tried again each second
  * (es_control_tick), a failed sync is a PANIC.
  */
-extern void es_control_write(const EsControl *control, void (*done) (void));
+extern void es_control_write(const EsControl *control, void (*done)(void));
 extern void es_control_tick(void);
 extern int	es_control_stuck_errno(void);
 
 extern uint64 es_unix_micros(void);
 
-#endif							/* ES_SHARD_CONTROL_H */
+#endif /* ES_SHARD_CONTROL_H */

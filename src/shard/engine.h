@@ -129,6 +129,8 @@ extern bool es_adopt_ahead(const EsSegmentRef *ref);
 extern void es_handle_drop_storage(EsConn *conn, const EsDropRequest *req);
 extern void es_flush_conn_closed(EsConn *conn);
 /* Memory is short of what flushes and spills free: leave BATCH and FINISH in their queues. */
+/* Turns the active MemTable passive although it is neither full nor old. */
+extern void es_flush_soon(void);
 extern bool es_flush_overloaded(void);
 extern int	es_flush_stuck_errno(void);
 /* Stopping: is everything that may be in segments there? */

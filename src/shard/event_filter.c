@@ -28,39 +28,39 @@
 #include "guc.h"
 #include "shard/heads.h"
 
-#define MAX_MEMTABLES	16
-#define FIRST_IDS		4096
-#define BITS_PER_ID		16
+#define MAX_MEMTABLES 16
+#define FIRST_IDS	  4096
+#define BITS_PER_ID	  16
 
 typedef struct Cursor
 {
-	uint64		memtable;
-	uint64		at;				/* of its index */
+	uint64 memtable;
+	uint64 at; /* of its index */
 } Cursor;
 
 typedef struct Filter
 {
 	struct Filter *chain;
-	dlist_node	lru;
-	EsTableKey	table;
-	uint64		hash;
-	uint32		len;
-	uint64		segments_seen;	/* EsSegmentRef.number */
-	Cursor		cursors[MAX_MEMTABLES];
-	int			ncursors;
-	uint64		nids;
-	uint64		capacity;
-	uint32		nblocks;
+	dlist_node	   lru;
+	EsTableKey	   table;
+	uint64		   hash;
+	uint32		   len;
+	uint64		   segments_seen; /* EsSegmentRef.number */
+	Cursor		   cursors[MAX_MEMTABLES];
+	int			   ncursors;
+	uint64		   nids;
+	uint64		   capacity;
+	uint32		   nblocks;
 	EsFilterBlock *blocks;
-	char		bytes[FLEXIBLE_ARRAY_MEMBER];
+	char		   bytes[FLEXIBLE_ARRAY_MEMBER];
 } Filter;
 
-#define NBUCKETS	4096
+#define NBUCKETS 4096
 
 static MemoryContext filter_context = NULL;
-static Filter *buckets[NBUCKETS];
-static dlist_head lru = DLIST_STATIC_INIT(lru);
-static Size used_bytes = 0;
+static Filter		*buckets[NBUCKETS];
+static dlist_head	 lru = DLIST_STATIC_INIT(lru);
+static Size			 used_bytes = 0;
 
 static inline Filter **
 bucket_of(const EsContextId *c)
@@ -102,8 +102,8 @@ remove_filter(Filter *f)
 static inline uint64
 id_hash(const uint8 *id)
 {
-	uint64		a;
-	uint64		b;
+	uint64 a;
+	uint64 b;
 
 	memcpy(&a, id, 8);
 	memcpy(&b, id + 8, 8);
@@ -135,7 +135,7 @@ cursor_of(Filter *f, uint64 memtable)
 		memmove(f->cursors, f->cursors + 1, (MAX_MEMTABLES - 1) * sizeof(Cursor));
 		f->ncursors--;
 	}
-	f->cursors[f->ncursors] = (Cursor) {memtable, 0};
+	f->cursors[f->ncursors] = (Cursor){memtable, 0};
 	return &f->cursors[f->ncursors++];
 }
 
@@ -157,7 +157,7 @@ take_memtables(Filter *f)
 		cursor = cursor_of(f, mt->id);
 		while (es_memstore_next(store, f->hash, UINT32_MAX, &cursor->at, &b, &number, &row))
 		{
-			int			column = b->view.header->roles.event_id - 1;
+			int column = b->view.header->roles.event_id - 1;
 
 			if (column >= 0 && !es_batch_is_null(&b->view, column, row))
 				add_id(f, es_batch_value(&b->view, column, row));
@@ -174,11 +174,11 @@ take_id(void *arg, uint64 row, const uint8 *id, const EsRowBlock *block, uint32 
 static bool
 take_segments(Filter *f, EsDamage *damage)
 {
-	EsContextId c = {&f->table, f->hash, f->bytes, f->len};
-	int			n;
+	EsContextId	   c = {&f->table, f->hash, f->bytes, f->len};
+	int			   n;
 	EsSegmentRef **refs = es_segments_of(&f->table, &n);
-	uint64		seen = f->segments_seen;
-	bool		ok = true;
+	uint64		   seen = f->segments_seen;
+	bool		   ok = true;
 
 	for (int i = 0; i < n; i++)
 	{
@@ -209,10 +209,10 @@ bring_up(Filter *f, EsDamage *damage)
 void
 es_event_filter_make(const EsContextId *c, uint64 nids)
 {
-	Size		limit = Max((Size) es_guc_cache_size * 1024 / 8, 1024 * 1024);
-	uint64		capacity = FIRST_IDS;
-	Filter	   *f = find_filter(c);
-	Filter	  **bucket;
+	Size	 limit = Max((Size) es_guc_cache_size * 1024 / 8, 1024 * 1024);
+	uint64	 capacity = FIRST_IDS;
+	Filter	*f = find_filter(c);
+	Filter **bucket;
 
 	if (f != NULL)
 		remove_filter(f);
@@ -226,8 +226,8 @@ es_event_filter_make(const EsContextId *c, uint64 nids)
 		remove_filter(dlist_container(Filter, lru, lru.head.prev));
 
 	if (filter_context == NULL)
-		filter_context = AllocSetContextCreate(TopMemoryContext, "event_store event id filters",
-											   ALLOCSET_DEFAULT_SIZES);
+		filter_context =
+			AllocSetContextCreate(TopMemoryContext, "event_store event id filters", ALLOCSET_DEFAULT_SIZES);
 	f = MemoryContextAllocZero(filter_context, offsetof(Filter, bytes) + c->len);
 	f->table = *c->table;
 	f->hash = c->hash;
@@ -253,7 +253,7 @@ bool
 es_event_filter_absent(const EsContextId *c, const uint8 *const *ids, uint64 nids, bool *absent,
 					   EsDamage *damage)
 {
-	Filter	   *f = find_filter(c);
+	Filter *f = find_filter(c);
 
 	*absent = false;
 	if (f == NULL)

@@ -15,7 +15,7 @@
 #include "shard/heads.h"
 
 /* A context in which so many rows were looked at gets a filter. */
-#define MANY_ROWS	1000
+#define MANY_ROWS 1000
 
 static EsRowBlock *block;
 
@@ -23,7 +23,7 @@ static EsRowBlock *block;
 static uint64
 probe_memtables(const EsContextId *c, const EsEventProbe *probe)
 {
-	uint64		looked = 0;
+	uint64 looked = 0;
 
 	for (EsMemTable *mt = es_memtable_oldest; mt != NULL; mt = mt->next)
 	{
@@ -38,9 +38,9 @@ probe_memtables(const EsContextId *c, const EsEventProbe *probe)
 		while (es_memstore_next(store, c->hash, UINT32_MAX, &cursor, &b, &number, &row))
 		{
 			const EsBatchHeader *h = b->view.header;
-			int			column = h->roles.event_id - 1;
-			const uint8 *id;
-			EsEventFound found;
+			int					 column = h->roles.event_id - 1;
+			const uint8			*id;
+			EsEventFound		 found;
 
 			if (column < 0 || es_batch_is_null(&b->view, column, row))
 				continue;
@@ -53,9 +53,10 @@ probe_memtables(const EsContextId *c, const EsEventProbe *probe)
 			found.version = es_membatch_version(b, row);
 			found.position = es_membatch_position(b, row);
 			found.fxid = b->txn->fxid;
-			found.content = (h->flags & ES_BATCH_HAS_CONTENT_HASH) == 0 ||
-				es_batch_is_null(&b->view, h->ncols - 1, row) ? NULL :
-				es_batch_value(&b->view, h->ncols - 1, row);
+			found.content =
+				(h->flags & ES_BATCH_HAS_CONTENT_HASH) == 0 || es_batch_is_null(&b->view, h->ncols - 1, row)
+					? NULL
+					: es_batch_value(&b->view, h->ncols - 1, row);
 			probe->found(probe->arg, id, &found);
 		}
 	}
@@ -64,22 +65,22 @@ probe_memtables(const EsContextId *c, const EsEventProbe *probe)
 
 /* Rows [first, first + n), all of one context. */
 static EsStatus
-walk_range(EsSegment *seg, uint64 first, uint64 n, uint32 hidden, EsEventIdCallback callback,
-		   void *arg, EsError *err)
+walk_range(EsSegment *seg, uint64 first, uint64 n, uint32 hidden, EsEventIdCallback callback, void *arg,
+		   EsError *err)
 {
 	const EsSegmentInfo *info = es_segment_info(seg);
-	int			column = info->roles.event_id - 1;
-	bool	   *wanted = palloc0(info->ncols * sizeof(bool));
-	uint64		end = first + n;
-	uint64		row = first;
-	EsStatus	status = ES_OK;
+	int					 column = info->roles.event_id - 1;
+	bool				*wanted = palloc0(info->ncols * sizeof(bool));
+	uint64				 end = first + n;
+	uint64				 row = first;
+	EsStatus			 status = ES_OK;
 
 	wanted[column] = true;
 	while (row < end && status == ES_OK)
 	{
-		uint32		number = Min((uint32) (row / ES_ZONE_ROWS), info->nzones - 1);
-		EsZoneInfo	z = es_segment_zone(seg, number);
-		uint32		rows;
+		uint32	   number = Min((uint32) (row / ES_ZONE_ROWS), info->nzones - 1);
+		EsZoneInfo z = es_segment_zone(seg, number);
+		uint32	   rows;
 
 		while (row < z.first_row && number > 0)
 			z = es_segment_zone(seg, --number);
@@ -104,15 +105,15 @@ walk_range(EsSegment *seg, uint64 first, uint64 n, uint32 hidden, EsEventIdCallb
 }
 
 bool
-es_event_ids_walk(const EsContextId *c, EsSegmentRef *ref, uint32 hidden,
-				  EsEventIdCallback callback, void *arg, EsDamage *damage)
+es_event_ids_walk(const EsContextId *c, EsSegmentRef *ref, uint32 hidden, EsEventIdCallback callback,
+				  void *arg, EsDamage *damage)
 {
-	EsError    *err = &damage->err;
-	EsSegment  *seg;
-	uint64		first;
-	uint64		n;
-	uint32		entry;
-	EsStatus	status;
+	EsError	  *err = &damage->err;
+	EsSegment *seg;
+	uint64	   first;
+	uint64	   n;
+	uint32	   entry;
+	EsStatus   status;
 
 	damage->path = es_segment_path(ref);
 	memset(err, 0, sizeof(*err));
@@ -142,22 +143,22 @@ es_event_ids_walk(const EsContextId *c, EsSegmentRef *ref, uint32 hidden,
 typedef struct SegmentProbe
 {
 	const EsEventProbe *probe;
-	EsSegmentRef *ref;
-	uint64		looked;
+	EsSegmentRef	   *ref;
+	uint64				looked;
 } SegmentProbe;
 
 static void
 probe_row(void *arg, uint64 row, const uint8 *id, const EsRowBlock *b, uint32 r)
 {
 	SegmentProbe *p = arg;
-	EsEventFound found;
+	EsEventFound  found;
 
 	p->looked++;
 	if (!p->probe->wanted(p->probe->arg, id) || es_segment_row_dead(p->ref, row))
 		return;
 	/* adopted in place: es_segment_contexts was called */
-	found.version = p->ref->entry.first_versions != NULL ? es_segment_row_version(p->ref, row) :
-		(int64) es_block_version(b, r);
+	found.version = p->ref->entry.first_versions != NULL ? es_segment_row_version(p->ref, row)
+														 : (int64) es_block_version(b, r);
 	found.position = es_segment_row_position(p->ref, es_block_position(b, r));
 	found.fxid = es_block_fxid(b, r);
 	found.content = es_block_content_hash(b, r);
@@ -169,7 +170,7 @@ probe_segment(const EsContextId *c, SegmentProbe *p, EsDamage *damage)
 {
 	if (p->ref->entry.first_versions != NULL)
 	{
-		EsSegment  *seg;
+		EsSegment *seg;
 
 		damage->path = es_segment_path(p->ref);
 		seg = es_segment_handle(p->ref, &damage->err);
@@ -184,11 +185,11 @@ probe_segment(const EsContextId *c, SegmentProbe *p, EsDamage *damage)
 bool
 es_event_ids_probe(const EsContextId *context, const EsEventProbe *probe, EsDamage *damage)
 {
-	SegmentProbe p = {.probe = probe};
+	SegmentProbe   p = {.probe = probe};
 	EsSegmentRef **refs;
-	int			n;
-	bool		ok = true;
-	bool		absent;
+	int			   n;
+	bool		   ok = true;
+	bool		   absent;
 
 	if (!es_event_filter_absent(context, probe->ids, probe->nids, &absent, damage))
 		return false;

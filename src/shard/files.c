@@ -53,14 +53,15 @@ es_path_in_shard(int shard, const char *name)
 char *
 es_path_segment(int shard, uint64 id)
 {
-	return psprintf("%s/shard_%d/seg." "%016llx", ES_STORE_DIR, shard, (unsigned long long) id);
+	return psprintf("%s/shard_%d/seg."
+					"%016llx",
+					ES_STORE_DIR, shard, (unsigned long long) id);
 }
 
 char *
 es_path_segment_tmp(int shard, uint64 id)
 {
-	return psprintf("%s/shard_%d/" ES_TMP_PREFIX "seg.%016llx", ES_STORE_DIR, shard,
-					(unsigned long long) id);
+	return psprintf("%s/shard_%d/" ES_TMP_PREFIX "seg.%016llx", ES_STORE_DIR, shard, (unsigned long long) id);
 }
 
 void
@@ -79,14 +80,18 @@ es_identity(int shard, EsFileIdentity *identity)
 void
 es_file_error(int elevel, int err, const char *operation, const char *path)
 {
-	bool		full = err == ENOSPC || err == EDQUOT;
+	bool full = err == ENOSPC || err == EDQUOT;
 
 	errno = err;
-	ereport(elevel,
-			(errcode(full ? ERRCODE_DISK_FULL : ERRCODE_IO_ERROR),
-			 errmsg("could not %s file \"%s\": %m", operation, path),
-			 full ? errhint("Free disk space, or raise the quota, of the file system that holds the data directory.") :
-			 errhint("Check the file system and the device below it, and the permissions of the data directory.")));
+	ereport(
+		elevel,
+		(errcode(full ? ERRCODE_DISK_FULL : ERRCODE_IO_ERROR),
+		 errmsg("could not %s file \"%s\": %m", operation, path),
+		 full
+			 ? errhint(
+				   "Free disk space, or raise the quota, of the file system that holds the data directory.")
+			 : errhint(
+				   "Check the file system and the device below it, and the permissions of the data directory.")));
 }
 
 void
@@ -96,34 +101,31 @@ es_corruption(int elevel, const char *path, const EsError *err)
 		ES_COUNT(corruptions, 1);
 
 	if (err->status == ES_ERR_VERSION)
-		ereport(elevel,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("file \"%s\" was made by another version of event_store", path),
-				 errdetail("At offset %llu: %s.", (unsigned long long) err->offset, err->what),
-				 errhint("Install the version of event_store that made the file, or a newer one.")));
+		ereport(elevel, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+						 errmsg("file \"%s\" was made by another version of event_store", path),
+						 errdetail("At offset %llu: %s.", (unsigned long long) err->offset, err->what),
+						 errhint("Install the version of event_store that made the file, or a newer one.")));
 	else if (err->status == ES_ERR_FOREIGN)
-		ereport(elevel,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("file \"%s\" belongs to another event store", path),
-				 errdetail("At offset %llu: %s.", (unsigned long long) err->offset, err->what),
-				 errhint("Files of event_store cannot be copied from one cluster to another.")));
+		ereport(elevel, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+						 errmsg("file \"%s\" belongs to another event store", path),
+						 errdetail("At offset %llu: %s.", (unsigned long long) err->offset, err->what),
+						 errhint("Files of event_store cannot be copied from one cluster to another.")));
 	else if (err->status == ES_ERR_NOMEM)
 		ereport(elevel,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory while reading file \"%s\"", path),
+				(errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory while reading file \"%s\"", path),
 				 errdetail("At offset %llu: %s.", (unsigned long long) err->offset, err->what)));
 	else if (err->expected_crc != 0 || err->found_crc != 0)
 		ereport(elevel,
 				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("file \"%s\" is damaged at offset %llu: %s", path,
-						(unsigned long long) err->offset, err->what),
+				 errmsg("file \"%s\" is damaged at offset %llu: %s", path, (unsigned long long) err->offset,
+						err->what),
 				 errdetail("Expected checksum %08X, found %08X.", err->expected_crc, err->found_crc),
 				 errhint("Check the storage for errors, then restore the data directory from a backup.")));
 	else
 		ereport(elevel,
 				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("file \"%s\" is damaged at offset %llu: %s", path,
-						(unsigned long long) err->offset, err->what),
+				 errmsg("file \"%s\" is damaged at offset %llu: %s", path, (unsigned long long) err->offset,
+						err->what),
 				 errhint("Check the storage for errors, then restore the data directory from a backup.")));
 }
 
@@ -132,8 +134,8 @@ es_corruption(int elevel, const char *path, const EsError *err)
 void
 es_fsync_dir(const char *path)
 {
-	int			err = ES_FAULT_IO("directory-sync");
-	int			fd;
+	int err = ES_FAULT_IO("directory-sync");
+	int fd;
 
 	if (err == 0)
 	{
@@ -151,11 +153,11 @@ es_fsync_dir(const char *path)
 void
 es_replace_file(const char *dir, const char *name, const void *data, size_t len)
 {
-	char	   *path = psprintf("%s/%s", dir, name);
-	char	   *tmp = psprintf("%s/" ES_TMP_PREFIX "%s", dir, name);
-	size_t		done = 0;
-	int			err;
-	int			fd;
+	char  *path = psprintf("%s/%s", dir, name);
+	char  *tmp = psprintf("%s/" ES_TMP_PREFIX "%s", dir, name);
+	size_t done = 0;
+	int	   err;
+	int	   fd;
 
 	if (unlink(tmp) != 0 && errno != ENOENT)
 		es_file_error(ERROR, errno, "remove", tmp);
@@ -165,7 +167,7 @@ es_replace_file(const char *dir, const char *name, const void *data, size_t len)
 	err = ES_FAULT_IO("file-write");
 	while (err == 0 && done < len)
 	{
-		ssize_t		n = pg_pwrite(fd, (const char *) data + done, len - done, (off_t) done);
+		ssize_t n = pg_pwrite(fd, (const char *) data + done, len - done, (off_t) done);
 
 		if (n > 0)
 			done += n;
@@ -224,7 +226,7 @@ es_read_file(const char *path, size_t *len)
 	data = MemoryContextAllocHuge(CurrentMemoryContext, (Size) st.st_size + 1);
 	while (done < (size_t) st.st_size)
 	{
-		ssize_t		n = pg_pread(fd, data + done, (size_t) st.st_size - done, (off_t) done);
+		ssize_t n = pg_pread(fd, data + done, (size_t) st.st_size - done, (off_t) done);
 
 		if (n < 0 && errno == EINTR)
 			continue;
@@ -244,9 +246,9 @@ es_read_file(const char *path, size_t *len)
 bool
 es_server_stopping(void)
 {
-	char		line[MAXPGPATH];
-	bool		stopping = false;
-	FILE	   *file;
+	char  line[MAXPGPATH];
+	bool  stopping = false;
+	FILE *file;
 
 	file = AllocateFile("postmaster.pid", "r");
 	if (file == NULL)
@@ -261,8 +263,8 @@ es_server_stopping(void)
 void
 es_count_fsync(int64 start)
 {
-	uint64		us = (uint64) Max(GetCurrentTimestamp() - start, 0);
-	int			bucket = 0;
+	uint64 us = (uint64) Max(GetCurrentTimestamp() - start, 0);
+	int	   bucket = 0;
 
 	if (es_shard == NULL)
 		return;
@@ -278,8 +280,8 @@ es_count_fsync(int64 start)
 void
 es_files_make(const char *dir, const EsFileIdentity *identity)
 {
-	EsControl	control;
-	char		block[ES_WAL_BLOCK];
+	EsControl control;
+	char	  block[ES_WAL_BLOCK];
 
 	memset(&control, 0, sizeof(control));
 	control.manifest_len = es_manifest_make(dir, identity);
@@ -303,17 +305,17 @@ es_files_make(const char *dir, const EsFileIdentity *identity)
 static void
 remove_unnamed(int shard, EsManifestState *manifest)
 {
-	char	   *dir_path = es_path_shard(shard);
-	DIR		   *dir = AllocateDir(dir_path);
+	char		  *dir_path = es_path_shard(shard);
+	DIR			  *dir = AllocateDir(dir_path);
 	struct dirent *entry;
-	uint64		highest = 0;
+	uint64		   highest = 0;
 
 	while ((entry = ReadDir(dir, dir_path)) != NULL)
 	{
-		bool		named = true;
+		bool			   named = true;
 		unsigned long long id;
-		int			end = 0;
-		char	   *path;
+		int				   end = 0;
+		char			  *path;
 
 		if (strncmp(entry->d_name, ES_TMP_PREFIX, strlen(ES_TMP_PREFIX)) == 0)
 		{
@@ -356,11 +358,10 @@ es_files_open(int shard, EsShardFiles *files)
 	{
 		if (errno != ENOENT)
 			es_file_error(ERROR, errno, "stat", dir);
-		ereport(ERROR,
-				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("directory \"%s\" of shard %d is missing", dir, shard),
-				 errdetail("The store file says that the store has %d shards.", es_shared->nshards),
-				 errhint("Restore the data directory from a backup.")));
+		ereport(ERROR, (errcode(ERRCODE_DATA_CORRUPTED),
+						errmsg("directory \"%s\" of shard %d is missing", dir, shard),
+						errdetail("The store file says that the store has %d shards.", es_shared->nshards),
+						errhint("Restore the data directory from a backup.")));
 	}
 
 	es_control_read(shard, &files->control);

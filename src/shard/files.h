@@ -16,7 +16,7 @@
 #include "core/manifest.h"
 #include "core/wal.h"
 
-#define ES_STORE_DIR	"event_store"
+#define ES_STORE_DIR "event_store"
 
 /* Paths relative to the data directory, palloc'd. */
 extern char *es_path_shard(int shard);
@@ -37,7 +37,7 @@ extern void es_replace_file(const char *dir, const char *name, const void *data,
 extern void *es_read_file(const char *path, size_t *len);
 
 /* Name of a file that is not finished: a base backup leaves it out, the next start removes it. */
-#define ES_TMP_PREFIX	"pgsql_tmp."
+#define ES_TMP_PREFIX "pgsql_tmp."
 
 /* Is this server on its way down (from postmaster.pid)?  A worker cannot tell by SIGTERM alone. */
 extern bool es_server_stopping(void);
@@ -59,11 +59,11 @@ extern void es_corruption(int elevel, const char *path, const EsError *err);
 
 /* ---- store file; keeper only ---- */
 
-#define ES_SLOT_NAME	"event_store"
+#define ES_SLOT_NAME "event_store"
 
 /* Number of shards of this data directory's store, 0 if there is none (or it cannot be read: the keeper
  * will say why).  For _PG_init, which has to know how many workers to start. */
-extern int	es_store_peek_nshards(void);
+extern int es_store_peek_nshards(void);
 
 /* Notes in the store file that it was stopped by event_store.detach() or (false) that it is in use. */
 extern void es_store_set_detached(bool detached);
@@ -77,9 +77,9 @@ extern void es_store_open(void);
 
 typedef struct EsShardFiles
 {
-	EsFileIdentity identity;
-	bool		fresh;			/* there was nothing: a new shard */
-	EsControl	control;		/* current one */
+	EsFileIdentity	identity;
+	bool			fresh;	 /* there was nothing: a new shard */
+	EsControl		control; /* current one */
 	EsManifestState manifest;
 } EsShardFiles;
 
@@ -96,22 +96,22 @@ extern void es_files_open(int shard, EsShardFiles *files);
 extern void es_files_make(const char *dir, const EsFileIdentity *identity);
 
 /* manifest_file.c: reads and checks (nothing is changed), then takes over with a new file. */
-extern void es_manifest_load(int shard, const EsControl *control, EsManifestState *state);
-extern void es_manifest_open(int shard, const EsFileIdentity *identity, EsManifestState *state);
-extern long es_manifest_timeout(void);	/* as es_log_timeout */
-extern int	es_manifest_stuck_errno(void);	/* as es_log_stuck_errno */
-extern size_t es_manifest_make(const char *dir, const EsFileIdentity *identity);	/* its length */
+extern void	  es_manifest_load(int shard, const EsControl *control, EsManifestState *state);
+extern void	  es_manifest_open(int shard, const EsFileIdentity *identity, EsManifestState *state);
+extern long	  es_manifest_timeout(void);										 /* as es_log_timeout */
+extern int	  es_manifest_stuck_errno(void);									 /* as es_log_stuck_errno */
+extern size_t es_manifest_make(const char *dir, const EsFileIdentity *identity); /* its length */
 
 /*
  * Manifest edits, one at a time, asynchronous: appended, synced; then done is
  * true.  An I/O error is PANIC-or-FATAL by data_sync_elevel for fsync, and a retry later for
  * ENOSPC on the write (the record is written again at the same place).
  */
-extern uint64 es_manifest_submit(EsManifestEdit *edit);	/* takes ownership; returns a ticket */
-extern bool es_manifest_done(uint64 ticket);
-extern void es_manifest_tick(void); /* goes on; the loop calls it */
-extern EsManifestState *es_manifest_state(void);	/* as of the last durable record */
-extern uint64 es_manifest_next_segment_id(void);	/* a fresh id */
+extern uint64			es_manifest_submit(EsManifestEdit *edit); /* takes ownership; returns a ticket */
+extern bool				es_manifest_done(uint64 ticket);
+extern void				es_manifest_tick(void);							   /* goes on; the loop calls it */
+extern EsManifestState *es_manifest_state(void);						   /* as of the last durable record */
+extern uint64			es_manifest_next_segment_id(void);				   /* a fresh id */
 extern void es_manifest_position(uint64 *generation, uint64 *durable_len); /* for control blocks */
 
-#endif							/* ES_SHARD_FILES_H */
+#endif /* ES_SHARD_FILES_H */

@@ -15,9 +15,12 @@
  * tries again.  After that nothing fails but on damage, which stops the shard.
  *
  * Order of the log: batches that have no frame because their transaction was about to
- * spill get one now (their spill is overtaken by the FINISH), then comes the FINISH
- * frame.  So whoever finds a FINISH in own WAL finds its batches before it,
- * in a pending segment, or behind restart_lsn in PostgreSQL's WAL.
+ * spill (which the FINISH has overtaken) get one now if they are little, then comes the
+ * FINISH frame.  If they are much, they stay without: the MemTable is flushed
+ * at once, so that a bulk load is written only once, and restart_lsn waits for that.  So whoever
+ * finds a FINISH in own WAL finds its batches before it, in a pending segment, or behind
+ * restart_lsn in PostgreSQL's WAL (es_finish_complete tells recovery, which then takes
+ * the FINISH from there, too).
  *
  * Versions follow the order of FINISHes (versions.c), which is that of the context
  * locks.  The caller applies what one drain has brought sorted by start.
@@ -29,6 +32,7 @@
 #include "access/xlog.h"
 #include "utils/memutils.h"
 
+#include "guc.h"
 #include "ipc/fault.h"
 #include "shard/apply.h"
 #include "shard/arena.h"
@@ -405,6 +409,49 @@ adopt_table(EsTxn *txn, const EsFinishTable *table, EsPosition base, EsLive *fir
 	}
 }
 
+/* Live batches that were to spill get frames after all. */
+static void
+frame_live(void)
+{
+	for (uint32 i = 0; i < nlive; i++)
+	{
+		EsMemBatch *b = live[i].batch;
+
+		if (!b->unframed)
+			continue;
+		b->unframed = false;
+		dlist_delete(&b->unframed_node);
+		b->ticket = es_log_append(ES_FRAME_BATCH, b->txn->fxid, b->start, b->end,
+								  b->view.base, b->view.header->total_len);
+	}
+}
+
+bool
+es_finish_complete(EsTxn *txn, const EsSectionHeader *section, size_t len)
+{
+	uint32		nstaged;
+	EsMemBatch **staged;
+	const EsFinishTable *table;
+	bool		complete = true;
+	EsError		err;
+
+	if (es_section_check(section, len, &err) != ES_OK)
+		return true;			/* es_apply_finish says so */
+	staged = staged_array(txn, &nstaged);
+	for (table = es_section_first(section); table != NULL && complete;
+		 table = es_section_next(section, table))
+	{
+		EsFinishTableView view;
+
+		es_finish_table_view(table, &view);
+		for (uint32 i = 0; i < table->nlogged && complete; i++)
+			complete = find_staged(staged, nstaged, view.batch_starts[i]) != NULL ||
+				(txn->pending != NIL && es_txn_pending_has(txn, view.batch_starts[i]));
+	}
+	pfree(staged);
+	return complete;
+}
+
 bool
 es_apply_finish(EsFxid fxid, EsLsn start, EsLsn end, const EsSectionHeader *section,
 				size_t len, bool from_own_wal)
@@ -413,6 +460,7 @@ es_apply_finish(EsFxid fxid, EsLsn start, EsLsn end, const EsSectionHeader *sect
 	const EsFinishTable *table;
 	uint32	   *ntable_batches;
 	uint32		counts[16];
+	Size		unframed = 0;
 	uint32		i;
 	uint32		done;
 	EsError		err;
@@ -466,16 +514,12 @@ es_apply_finish(EsFxid fxid, EsLsn start, EsLsn end, const EsSectionHeader *sect
 
 	/* Second half. */
 	for (i = 0; i < nlive; i++)
+		if (live[i].batch->unframed)
+			unframed += live[i].batch->view.header->total_len;
+	if (unframed > 0 && unframed <= (Size) es_guc_spill_after * 1024 / 2)
 	{
-		EsMemBatch *b = live[i].batch;
-
-		if (b->unframed)
-		{
-			b->unframed = false;
-			dlist_delete(&b->unframed_node);
-			b->ticket = es_log_append(ES_FRAME_BATCH, fxid, b->start, b->end,
-									  b->view.base, b->view.header->total_len);
-		}
+		frame_live();
+		unframed = 0;
 	}
 	ES_FAULT("finish-before-frame");
 	if (!from_own_wal)
@@ -500,6 +544,8 @@ es_apply_finish(EsFxid fxid, EsLsn start, EsLsn end, const EsSectionHeader *sect
 	if (txn->pending != NIL && es_wait_count > 0)
 		es_wait_pending(txn);
 	forget_live();
+	if (unframed > 0)
+		es_flush_soon();
 	if (ntable_batches != counts)
 		pfree(ntable_batches);
 

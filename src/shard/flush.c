@@ -514,7 +514,7 @@ static bool
 trouble(int *sqlerrcode, char *detail, Size len)
 {
 	int			err = es_log_stuck_errno();
-	Flush	   *f;
+	const EsBuild *failed;
 
 	if (err == 0)
 		err = es_manifest_stuck_errno();
@@ -524,17 +524,20 @@ trouble(int *sqlerrcode, char *detail, Size len)
 		snprintf(detail, len, "The shard's own log or manifest cannot be written: %s.", strerror(err));
 		return true;
 	}
-	if (dlist_is_empty(&flushes))
+	failed = es_spill_failed();
+	if (!dlist_is_empty(&flushes))
+	{
+		Flush	   *f = dlist_head_element(Flush, node, &flushes);
+
+		for (uint32 i = 0; i < f->nbuilds; i++)
+			if (f->builds[i]->failures > 0)
+				failed = f->builds[i];
+	}
+	if (failed == NULL)
 		return false;
-	f = dlist_head_element(Flush, node, &flushes);
-	for (uint32 i = 0; i < f->nbuilds; i++)
-		if (f->builds[i]->failures > 0)
-		{
-			*sqlerrcode = f->builds[i]->sqlerrcode;
-			snprintf(detail, len, "%s.", f->builds[i]->error);
-			return true;
-		}
-	return false;
+	*sqlerrcode = failed->sqlerrcode;
+	snprintf(detail, len, "%s.", failed->error);
+	return true;
 }
 
 static void
@@ -578,6 +581,12 @@ ask(void)
 	else
 		return 0;
 	return asked;
+}
+
+void
+es_flush_soon(void)
+{
+	(void) ask();
 }
 
 void

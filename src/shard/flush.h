@@ -109,8 +109,8 @@ extern void es_frame_staged(EsTxn *txn);
 extern void es_spill_tick(void);
 extern bool es_spill_idle(void);
 extern long es_spill_timeout(void);
-/* Gives up what is under way for the transaction: its batches stay staged. */
-extern void es_spill_give_up(EsTxn *txn);
+/* One whose file could not be written at the last attempt, or NULL. */
+extern const EsBuild *es_spill_failed(void);
 /* Was one given up whose manifest record is not taken back yet? */
 extern bool es_spill_taking_back(void);
 

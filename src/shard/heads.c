@@ -32,45 +32,44 @@
 
 #define CACHE_BYTES		(16 * 1024 * 1024)
 #define FIRST_BUCKETS	1024
-#define SETTLE_PER_CALL	4
+#define SETTLE_PER_CALL 4
 
 typedef struct Tail
 {
-	struct Tail *next;			/* older */
-	EsTxn	   *txn;			/* one reference */
-	int64		version;
-	EsPosition	position;
+	struct Tail *next; /* older */
+	EsTxn		*txn;  /* one reference */
+	int64		 version;
+	EsPosition	 position;
 } Tail;
 
 typedef struct Entry
 {
 	struct Entry *chain;
-	dlist_node	lru;
-	dlist_node	unsettled;		/* in the list of those with tails; next is NULL if in none */
-	EsTableKey	table;
-	uint64		hash;
-	uint32		len;
-	EsHead		head;
-	Tail	   *tails;
-	char		bytes[FLEXIBLE_ARRAY_MEMBER];
+	dlist_node	  lru;
+	dlist_node	  unsettled; /* in the list of those with tails; next is NULL if in none */
+	EsTableKey	  table;
+	uint64		  hash;
+	uint32		  len;
+	EsHead		  head;
+	Tail		 *tails;
+	char		  bytes[FLEXIBLE_ARRAY_MEMBER];
 } Entry;
 
 static MemoryContext heads_context = NULL;
-static Entry **buckets;
-static uint32 nbuckets;			/* a power of two */
-static uint32 nentries;
-static Size used_bytes;
-static dlist_head lru = DLIST_STATIC_INIT(lru); /* most recently used first */
-static dlist_head unsettled = DLIST_STATIC_INIT(unsettled);
-static EsRowBlock *block;
+static Entry	   **buckets;
+static uint32		 nbuckets; /* a power of two */
+static uint32		 nentries;
+static Size			 used_bytes;
+static dlist_head	 lru = DLIST_STATIC_INIT(lru); /* most recently used first */
+static dlist_head	 unsettled = DLIST_STATIC_INIT(unsettled);
+static EsRowBlock	*block;
 
 /* ---- the cache ---- */
 
 static inline uint32
 bucket_of(const EsTableKey *table, uint64 hash)
 {
-	uint64		h = (hash ^ table->storage_id * UINT64CONST(0x9E3779B97F4A7C15)) *
-		UINT64CONST(0xD6E8FEB86659FD93);
+	uint64 h = (hash ^ table->storage_id * UINT64CONST(0x9E3779B97F4A7C15)) * UINT64CONST(0xD6E8FEB86659FD93);
 
 	return (uint32) (h >> 32) & (nbuckets - 1);
 }
@@ -90,7 +89,7 @@ find_entry(const EsContextId *c)
 static void
 drop_tail(Tail **link)
 {
-	Tail	   *t = *link;
+	Tail *t = *link;
 
 	*link = t->next;
 	es_txn_unref(t->txn);
@@ -106,7 +105,7 @@ entry_bytes(const Entry *e)
 static void
 remove_entry(Entry *e)
 {
-	Entry	  **link = &buckets[bucket_of(&e->table, e->hash)];
+	Entry **link = &buckets[bucket_of(&e->table, e->hash)];
 
 	while (*link != e)
 		link = &(*link)->chain;
@@ -124,21 +123,20 @@ remove_entry(Entry *e)
 static void
 grow_buckets(void)
 {
-	uint32		old = nbuckets;
-	Entry	  **from = buckets;
+	uint32	old = nbuckets;
+	Entry **from = buckets;
 
 	if (heads_context == NULL)
-		heads_context = AllocSetContextCreate(TopMemoryContext, "event_store heads",
-											  ALLOCSET_DEFAULT_SIZES);
+		heads_context = AllocSetContextCreate(TopMemoryContext, "event_store heads", ALLOCSET_DEFAULT_SIZES);
 	buckets = MemoryContextAllocZero(heads_context, Max(FIRST_BUCKETS, old * 2) * sizeof(Entry *));
 	nbuckets = Max(FIRST_BUCKETS, old * 2);
 	for (uint32 i = 0; i < old; i++)
 	{
-		Entry	   *next;
+		Entry *next;
 
 		for (Entry *e = from[i]; e != NULL; e = next)
 		{
-			Entry	  **bucket = &buckets[bucket_of(&e->table, e->hash)];
+			Entry **bucket = &buckets[bucket_of(&e->table, e->hash)];
 
 			next = e->chain;
 			e->chain = *bucket;
@@ -152,8 +150,8 @@ grow_buckets(void)
 static Entry *
 add_entry(const EsContextId *c)
 {
-	Entry	   *e;
-	Entry	  **bucket;
+	Entry  *e;
+	Entry **bucket;
 
 	if (nentries >= nbuckets)
 		grow_buckets();
@@ -176,7 +174,7 @@ add_entry(const EsContextId *c)
 static void
 add_tail(Entry *e, EsTxn *txn, int64 version, EsPosition position)
 {
-	Tail	   *t;
+	Tail *t;
 
 	for (t = e->tails; t != NULL; t = t->next)
 		if (t->txn == txn)
@@ -210,11 +208,11 @@ raise_head(EsHead *head, int64 version, EsPosition position, EsFxid fxid)
 static void
 settle(Entry *e, bool ask)
 {
-	Tail	  **link = &e->tails;
+	Tail **link = &e->tails;
 
 	while (*link != NULL)
 	{
-		Tail	   *t = *link;
+		Tail *t = *link;
 
 		switch (ask ? es_txn_verdict(t->txn) : t->txn->verdict)
 		{
@@ -242,7 +240,7 @@ settle_some(void)
 {
 	for (int i = 0; i < SETTLE_PER_CALL && !dlist_is_empty(&unsettled); i++)
 	{
-		Entry	   *e = dlist_head_element(Entry, unsettled, &unsettled);
+		Entry *e = dlist_head_element(Entry, unsettled, &unsettled);
 
 		settle(e, false);
 		if (e->tails != NULL)
@@ -259,21 +257,21 @@ settle_some(void)
 /* Undecided transactions that a look-up met. */
 typedef struct Met
 {
-	EsTxn	   *txn;
-	int64		version;
-	EsPosition	position;
+	EsTxn	  *txn;
+	int64	   version;
+	EsPosition position;
 } Met;
 
 typedef struct Search
 {
 	const EsContextId *context;
-	EsHead		head;
-	Met		   *met;
-	int			nmet;
-	int			met_allocated;
-	bool		any;			/* some row was there: */
-	bool		versioned;		/* its table has versions */
-	EsDamage   *damage;
+	EsHead			   head;
+	Met				  *met;
+	int				   nmet;
+	int				   met_allocated;
+	bool			   any;		  /* some row was there: */
+	bool			   versioned; /* its table has versions */
+	EsDamage		  *damage;
 } Search;
 
 static void
@@ -293,10 +291,10 @@ note_row(Search *s, EsTxn *txn, EsVerdict verdict, int64 version, EsPosition pos
 		if (s->nmet == s->met_allocated)
 		{
 			s->met_allocated = Max(8, s->met_allocated * 2);
-			s->met = s->met == NULL ? palloc(s->met_allocated * sizeof(Met)) :
-				repalloc(s->met, s->met_allocated * sizeof(Met));
+			s->met = s->met == NULL ? palloc(s->met_allocated * sizeof(Met))
+									: repalloc(s->met, s->met_allocated * sizeof(Met));
 		}
-		s->met[s->nmet++] = (Met) {txn, version, position};
+		s->met[s->nmet++] = (Met){txn, version, position};
 	}
 }
 
@@ -350,17 +348,17 @@ damaged(Search *s, EsSegmentRef *ref, bool counted)
 static bool
 search_segment(Search *s, EsSegmentRef *ref)
 {
-	const EsContextId *c = s->context;
-	EsError    *err = &s->damage->err;
-	EsSegment  *seg;
+	const EsContextId	*c = s->context;
+	EsError				*err = &s->damage->err;
+	EsSegment			*seg;
 	const EsSegmentInfo *info;
-	static const bool nothing[ES_MAX_COLUMNS + ES_PENDING_COLUMNS];
-	uint64		first;
-	uint64		n;
-	uint64		last;
-	uint32		entry;
-	int64		version;
-	EsStatus	status;
+	static const bool	 nothing[ES_MAX_COLUMNS + ES_PENDING_COLUMNS];
+	uint64				 first;
+	uint64				 n;
+	uint64				 last;
+	uint32				 entry;
+	int64				 version;
+	EsStatus			 status;
 
 	memset(err, 0, sizeof(*err));
 	seg = es_segment_handle(ref, err);
@@ -384,8 +382,8 @@ search_segment(Search *s, EsSegmentRef *ref)
 		es_fail(err, ES_ERR_NOMEM, 0, "out of memory");
 		return damaged(s, ref, true);
 	}
-	status = es_segment_read(seg, last, 1, nothing, ES_WANT_POSITION | ES_WANT_VERSION | ES_WANT_FXID,
-							 block, err);
+	status =
+		es_segment_read(seg, last, 1, nothing, ES_WANT_POSITION | ES_WANT_VERSION | ES_WANT_FXID, block, err);
 	if (status != ES_OK)
 	{
 		err->status = status;
@@ -404,8 +402,8 @@ search_segment(Search *s, EsSegmentRef *ref)
 static int
 compare_max_positions(const void *a, const void *b)
 {
-	EsPosition	x = (*(EsSegmentRef *const *) a)->entry.segment.max_position;
-	EsPosition	y = (*(EsSegmentRef *const *) b)->entry.segment.max_position;
+	EsPosition x = (*(EsSegmentRef *const *) a)->entry.segment.max_position;
+	EsPosition y = (*(EsSegmentRef *const *) b)->entry.segment.max_position;
 
 	return x > y ? -1 : x < y;
 }
@@ -413,9 +411,9 @@ compare_max_positions(const void *a, const void *b)
 static bool
 search_segments(Search *s)
 {
-	int			n;
+	int			   n;
 	EsSegmentRef **refs = es_segments_of(s->context->table, &n);
-	bool		ok = true;
+	bool		   ok = true;
 
 	if (n == 0)
 		return true;
@@ -444,8 +442,8 @@ search_segments(Search *s)
 static bool
 lookup(const EsContextId *c, bool versioned, EsHead *head, EsDamage *damage)
 {
-	Entry	   *e = find_entry(c);
-	Search		s = {.context = c,.damage = damage};
+	Entry *e = find_entry(c);
+	Search s = {.context = c, .damage = damage};
 
 	if (e != NULL)
 	{
@@ -477,8 +475,8 @@ lookup(const EsContextId *c, bool versioned, EsHead *head, EsDamage *damage)
 }
 
 bool
-es_head_lookup(const EsTableKey *table, uint64 hash, const void *bytes, size_t len,
-			   EsHead *head, EsError *err, const char **path)
+es_head_lookup(const EsTableKey *table, uint64 hash, const void *bytes, size_t len, EsHead *head,
+			   EsError *err, const char **path)
 {
 	EsContextId c = {table, hash, bytes, len};
 	EsDamage	damage;
@@ -492,8 +490,8 @@ es_head_lookup(const EsTableKey *table, uint64 hash, const void *bytes, size_t l
 }
 
 void
-es_head_advance(const EsTableKey *table, uint64 hash, const void *bytes, size_t len,
-				EsTxn *txn, int64 version, EsPosition position)
+es_head_advance(const EsTableKey *table, uint64 hash, const void *bytes, size_t len, EsTxn *txn,
+				int64 version, EsPosition position)
 {
 	EsContextId c = {table, hash, bytes, len};
 	Entry	   *e = find_entry(&c);
@@ -511,7 +509,7 @@ es_heads_forget_storage(const EsTableKey *table)
 {
 	for (uint32 i = 0; i < nbuckets; i++)
 	{
-		Entry	   *next;
+		Entry *next;
 
 		for (Entry *e = buckets[i]; e != NULL; e = next)
 		{
@@ -526,7 +524,7 @@ es_heads_forget_storage(const EsTableKey *table)
 
 typedef struct OneEvent
 {
-	const uint8 *id;
+	const uint8	 *id;
 	EsHeadAnswer *answer;
 } OneEvent;
 
@@ -553,10 +551,10 @@ void
 es_handle_head(EsConn *conn, const EsHeadRequest *req, Size len)
 {
 	EsHeadAnswer answer = {0};
-	EsContextId c;
-	EsHead		head;
-	EsDamage	damage;
-	EsPart		part = {&answer, sizeof(answer)};
+	EsContextId	 c;
+	EsHead		 head;
+	EsDamage	 damage;
+	EsPart		 part = {&answer, sizeof(answer)};
 
 	if (len < sizeof(EsHeadRequest) || req->context_len > len - sizeof(EsHeadRequest))
 	{
@@ -583,7 +581,7 @@ es_handle_head(EsConn *conn, const EsHeadRequest *req, Size len)
 	answer.fxid = head.fxid;
 	if (req->has_event_id)
 	{
-		OneEvent	one = {req->event_id, &answer};
+		OneEvent	 one = {req->event_id, &answer};
 		const uint8 *id = req->event_id;
 		EsEventProbe probe = {is_wanted, note_event, &one, &id, 1};
 

@@ -52,8 +52,8 @@
 #include "shard/files.h"
 #include "shard/shard.h"
 
-#define RETRY_MS		5000
-#define REPORT_US		(60 * USECS_PER_SEC)
+#define RETRY_MS  5000
+#define REPORT_US (60 * USECS_PER_SEC)
 
 /* ---- what others see ---- */
 
@@ -75,7 +75,7 @@ static void
 set_ready(void)
 {
 	pg_atomic_write_u32(&es_shared->store_failed, 0);
-	pg_write_barrier();			/* the constants come before the flag */
+	pg_write_barrier(); /* the constants come before the flag */
 	pg_atomic_write_u32(&es_shared->store_ready, 1);
 	ConditionVariableBroadcast(&es_shared->store_changed);
 }
@@ -84,15 +84,14 @@ set_ready(void)
 static void
 set_failed(int code, const char *message, const char *detail, const char *hint)
 {
-	char		reason[sizeof(es_shared->store_reason)];
-	bool		told;
+	char reason[sizeof(es_shared->store_reason)];
+	bool told;
 
 	snprintf(reason, sizeof(reason), "%s%s%s\n%s", message, detail ? ": " : "", detail ? detail : "",
 			 hint ? hint : "");
 
 	SpinLockAcquire(&es_shared->mutex);
-	told = pg_atomic_read_u32(&es_shared->store_failed) != 0 &&
-		strcmp(es_shared->store_reason, reason) == 0;
+	told = pg_atomic_read_u32(&es_shared->store_failed) != 0 && strcmp(es_shared->store_reason, reason) == 0;
 	strlcpy(es_shared->store_reason, reason, sizeof(es_shared->store_reason));
 	es_shared->store_reason_code = code;
 	SpinLockRelease(&es_shared->mutex);
@@ -100,10 +99,8 @@ set_failed(int code, const char *message, const char *detail, const char *hint)
 	ConditionVariableBroadcast(&es_shared->store_changed);
 
 	ereport(told ? DEBUG1 : LOG,
-			(errcode(code),
-			 errmsg("event_store does not open the store: %s", message),
-			 detail ? errdetail_internal("%s", detail) : 0,
-			 hint ? errhint("%s", hint) : 0));
+			(errcode(code), errmsg("event_store does not open the store: %s", message),
+			 detail ? errdetail_internal("%s", detail) : 0, hint ? errhint("%s", hint) : 0));
 }
 
 /* ---- waiting and signals ---- */
@@ -158,8 +155,8 @@ wal_exists(XLogRecPtr lsn)
 static XLogRecPtr
 needed_lsn(bool *all_clean)
 {
-	XLogRecPtr	lsn[ES_MAX_SHARDS];
-	XLogRecPtr	min = InvalidXLogRecPtr;
+	XLogRecPtr lsn[ES_MAX_SHARDS];
+	XLogRecPtr min = InvalidXLogRecPtr;
 
 	*all_clean = true;
 	for (int i = 0; i < es_shared->nshards; i++)
@@ -198,8 +195,8 @@ set_restart_lsn(XLogRecPtr lsn)
 static void
 make_slot(void)
 {
-	XLogRecPtr	needed;
-	bool		all_clean;
+	XLogRecPtr needed;
+	bool	   all_clean;
 
 	es_slot_create(ES_SLOT_NAME, RS_EPHEMERAL);
 	ES_FAULT("slot-created");
@@ -216,8 +213,8 @@ make_slot(void)
 static void
 hold_slot(bool live)
 {
-	bool		exists = SearchNamedReplicationSlot(ES_SLOT_NAME, true) != NULL;
-	bool		lost = live && !exists;
+	bool exists = SearchNamedReplicationSlot(ES_SLOT_NAME, true) != NULL;
+	bool lost = live && !exists;
 
 	CheckSlotRequirements();
 	if (exists)
@@ -226,10 +223,12 @@ hold_slot(bool live)
 		if (SlotIsLogical(MyReplicationSlot))
 		{
 			ReplicationSlotRelease();
-			ereport(ERROR,
-					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-					 errmsg("replication slot \"%s\" is a logical one", ES_SLOT_NAME),
-					 errhint("Drop it with pg_drop_replication_slot: event_store needs the name for a physical slot of its own.")));
+			ereport(
+				ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("replication slot \"%s\" is a logical one", ES_SLOT_NAME),
+				 errhint(
+					 "Drop it with pg_drop_replication_slot: event_store needs the name for a physical slot of its own.")));
 		}
 		if (!es_slot_is_lost(MyReplicationSlot))
 			return;
@@ -241,18 +240,19 @@ hold_slot(bool live)
 	make_slot();
 	if (!lost)
 	{
-		ereport(LOG,
-				(errmsg("event_store made replication slot \"%s\" at %X/%X", ES_SLOT_NAME,
-						LSN_FORMAT_ARGS(MyReplicationSlot->data.restart_lsn))));
+		ereport(LOG, (errmsg("event_store made replication slot \"%s\" at %X/%X", ES_SLOT_NAME,
+							 LSN_FORMAT_ARGS(MyReplicationSlot->data.restart_lsn))));
 		return;
 	}
 
-	ereport(WARNING,
-			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-			 errmsg("replication slot \"%s\" was lost; event_store made a new one at %X/%X", ES_SLOT_NAME,
-					LSN_FORMAT_ARGS(MyReplicationSlot->data.restart_lsn)),
-			 errdetail("Until every shard has written its own files, a crash may find PostgreSQL's write-ahead log gone."),
-			 errhint("Raise max_slot_wal_keep_size, and do not drop the slot.")));
+	ereport(
+		WARNING,
+		(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+		 errmsg("replication slot \"%s\" was lost; event_store made a new one at %X/%X", ES_SLOT_NAME,
+				LSN_FORMAT_ARGS(MyReplicationSlot->data.restart_lsn)),
+		 errdetail(
+			 "Until every shard has written its own files, a crash may find PostgreSQL's write-ahead log gone."),
+		 errhint("Raise max_slot_wal_keep_size, and do not drop the slot.")));
 	for (int i = 0; live && i < es_shared->nshards; i++)
 	{
 		pg_atomic_fetch_add_u32(&es_shared->shards[i].sync_request, 1);
@@ -264,8 +264,8 @@ hold_slot(bool live)
 static void
 move_slot(void)
 {
-	bool		all_clean;
-	XLogRecPtr	needed = needed_lsn(&all_clean);
+	bool	   all_clean;
+	XLogRecPtr needed = needed_lsn(&all_clean);
 
 	/* all stopped cleanly: what they begin with next time is not before any of these */
 	if (all_clean)
@@ -273,7 +273,7 @@ move_slot(void)
 		needed = InvalidXLogRecPtr;
 		for (int i = 0; i < es_shared->nshards; i++)
 		{
-			XLogRecPtr	lsn = pg_atomic_read_u64(&es_shared->shards[i].restart_lsn);
+			XLogRecPtr lsn = pg_atomic_read_u64(&es_shared->shards[i].restart_lsn);
 
 			if (i == 0 || lsn < needed)
 				needed = lsn;
@@ -286,38 +286,69 @@ move_slot(void)
 	}
 }
 
+static bool
+report_is_due(void)
+{
+	static TimestampTz last = 0;
+	TimestampTz		   now = GetCurrentTimestamp();
+
+	if (last == 0)
+		last = now; /* a start takes its time */
+	if (now - last < REPORT_US)
+		return false;
+	last = now;
+	return true;
+}
+
+/* Tells, once a minute, how much WAL is kept for a store that is not opened. */
+static void
+report_refused(void)
+{
+	ReplicationSlot *slot = SearchNamedReplicationSlot(ES_SLOT_NAME, true);
+	XLogRecPtr		 flushed = GetFlushRecPtr(NULL);
+	XLogRecPtr		 lsn = InvalidXLogRecPtr;
+
+	if (slot == NULL || !report_is_due())
+		return;
+	SpinLockAcquire(&slot->mutex);
+	if (slot->in_use)
+		lsn = slot->data.restart_lsn;
+	SpinLockRelease(&slot->mutex);
+	if (lsn != InvalidXLogRecPtr)
+		ereport(LOG, (errmsg("the event store is not open and holds back %llu bytes of write-ahead log",
+							 (unsigned long long) (flushed > lsn ? flushed - lsn : 0)),
+					  errhint("See the log for the reason why it does not open.")));
+}
+
 /*
  * Tells, once a minute, which shards hold WAL back although they take no events.
  */
 static void
 report_holders(void)
 {
-	static TimestampTz last = 0;
-	TimestampTz now = GetCurrentTimestamp();
-	XLogRecPtr	flushed;
+	XLogRecPtr flushed;
 
-	if (last == 0)
-		last = now;
-	if (now - last < REPORT_US)
+	if (!report_is_due())
 		return;
-	last = now;
 	flushed = GetFlushRecPtr(NULL);
 	for (int i = 0; i < es_shared->nshards; i++)
 	{
 		EsShardShared *s = &es_shared->shards[i];
-		XLogRecPtr	lsn = pg_atomic_read_u64(&s->restart_lsn);
+		XLogRecPtr	   lsn = pg_atomic_read_u64(&s->restart_lsn);
 
 		if (es_shard_is_open(i) || pg_atomic_read_u32(&s->clean) != 0)
 			continue;
 		if (lsn == InvalidXLogRecPtr)
 			lsn = MyReplicationSlot->data.restart_lsn;
-		ereport(LOG,
-				(errmsg("event_store shard %d is not open and holds back %llu bytes of write-ahead log", i,
-						(unsigned long long) (flushed > lsn ? flushed - lsn : 0)),
-				 errdetail("PostgreSQL keeps its write-ahead log from %X/%X on until the shard opens.",
-						   LSN_FORMAT_ARGS(lsn)),
-				 errhint("See the log for the reason why it does not open. event_store.release_wal(%d) gives up what it has not in its own files.",
-						 i)));
+		ereport(
+			LOG,
+			(errmsg("event_store shard %d is not open and holds back %llu bytes of write-ahead log", i,
+					(unsigned long long) (flushed > lsn ? flushed - lsn : 0)),
+			 errdetail("PostgreSQL keeps its write-ahead log from %X/%X on until the shard opens.",
+					   LSN_FORMAT_ARGS(lsn)),
+			 errhint(
+				 "See the log for the reason why it does not open. event_store.release_wal(%d) gives up what it has not in its own files.",
+				 i)));
 	}
 }
 
@@ -350,9 +381,10 @@ detach_if_asked(void)
 	ReplicationSlotDrop(ES_SLOT_NAME, true);
 	pg_atomic_write_u32(&es_shared->detach, ES_DETACHED);
 	ConditionVariableBroadcast(&es_shared->store_changed);
-	ereport(LOG,
-			(errmsg("the event store is detached: it is stopped cleanly and replication slot \"%s\" is dropped",
-					ES_SLOT_NAME)));
+	ereport(
+		LOG,
+		(errmsg("the event store is detached: it is stopped cleanly and replication slot \"%s\" is dropped",
+				ES_SLOT_NAME)));
 }
 
 /* ---- main ---- */
@@ -376,17 +408,20 @@ static bool
 try_open(MemoryContext context)
 {
 	volatile bool opened = false;
-	bool		live = pg_atomic_read_u32(&es_shared->store_ready) != 0;
+	bool		  live = pg_atomic_read_u32(&es_shared->store_ready) != 0 ||
+				pg_atomic_read_u32(&es_shared->detach) != ES_ATTACHED;
 
 	PG_TRY();
 	{
-		es_store_open();
+		/* an earlier keeper did it */
+		if (!live)
+			es_store_open();
 		hold_slot(live);
 		opened = true;
 	}
 	PG_CATCH();
 	{
-		ErrorData  *error;
+		ErrorData *error;
 
 		MemoryContextSwitchTo(context);
 		error = CopyErrorData();
@@ -398,11 +433,10 @@ try_open(MemoryContext context)
 		 * them.
 		 */
 		if (live)
-			ereport(WARNING,
-					(errcode(error->sqlerrcode),
-					 errmsg("event_store cannot hold its replication slot: %s", error->message),
-					 error->detail ? errdetail_internal("%s", error->detail) : 0,
-					 error->hint ? errhint("%s", error->hint) : 0));
+			ereport(WARNING, (errcode(error->sqlerrcode),
+							  errmsg("event_store cannot hold its replication slot: %s", error->message),
+							  error->detail ? errdetail_internal("%s", error->detail) : 0,
+							  error->hint ? errhint("%s", error->hint) : 0));
 		else
 			set_failed(error->sqlerrcode, error->message, error->detail, error->hint);
 	}
@@ -413,13 +447,14 @@ try_open(MemoryContext context)
 static void
 open_store(void)
 {
-	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "event_store keeper",
-												  ALLOCSET_DEFAULT_SIZES);
+	MemoryContext context =
+		AllocSetContextCreate(TopMemoryContext, "event_store keeper", ALLOCSET_DEFAULT_SIZES);
 	MemoryContext old = MemoryContextSwitchTo(context);
 
 	while (!try_open(context))
 	{
 		MemoryContextReset(context);
+		report_refused();
 		keeper_wait(RETRY_MS);
 		if (ShutdownRequestPending)
 			proc_exit(0);
@@ -434,7 +469,7 @@ shards_running(void)
 	for (int i = 0; i < es_shared->nshards; i++)
 	{
 		EsShardShared *s = &es_shared->shards[i];
-		bool		running;
+		bool		   running;
 
 		SpinLockAcquire(&s->mutex);
 		running = s->proc != NULL;
@@ -472,7 +507,8 @@ es_keeper_main(Datum arg)
 			report_holders();
 			detach_if_asked();
 		}
-		keeper_wait(10000);
+		/* shards that stop for a detach tell nobody */
+		keeper_wait(pg_atomic_read_u32(&es_shared->detach) == ES_DETACH_ASKED ? 100 : 10000);
 	}
 
 	/* the server stops: shards finish, and the slot with them */

@@ -42,15 +42,15 @@
 #include "shard/shard.h"
 #include "shard/uring.h"
 
-#define WANT_US			10000	/* between syncs that somebody waits for */
-#define QUIET_BYTES		(UINT64CONST(16) * 1024 * 1024)
-#define QUIET_US		(300 * USECS_PER_SEC)
+#define WANT_US		10000 /* between syncs that somebody waits for */
+#define QUIET_BYTES (UINT64CONST(16) * 1024 * 1024)
+#define QUIET_US	(300 * USECS_PER_SEC)
 
 /* A frame that is not durable and holds restart_lsn back. */
 typedef struct Undurable
 {
-	uint64		ticket;
-	EsLsn		start;
+	uint64 ticket;
+	EsLsn  start;
 } Undurable;
 
 typedef enum SyncState
@@ -62,41 +62,41 @@ typedef enum SyncState
 	SYNC_CONTROL
 } SyncState;
 
-EsLog		es_log;
+EsLog es_log;
 
-static uint16 kept_flags;		/* of the control block */
-static bool closing = false;
+static uint16 kept_flags; /* of the control block */
+static bool	  closing = false;
 
 static Undurable *undurable = NULL;
-static uint64 undurable_first = 0;	/* the array is a ring: numbers of entries, not indexes */
-static uint64 undurable_next = 0;
-static uint64 undurable_size = 0;	/* a power of two */
+static uint64	  undurable_first = 0; /* the array is a ring: numbers of entries, not indexes */
+static uint64	  undurable_next = 0;
+static uint64	  undurable_size = 0; /* a power of two */
 
 /* syncing */
-static SyncState sync_state = SYNC_IDLE;
-static uint64 syncs_begun = 0;
-static uint64 syncs_done = 0;
-static bool wanted = false;		/* a sync that begins from now on */
-static uint64 wanted_ticket = 0;	/* and more until this frame is durable */
-static bool waited_for = false;
+static SyncState   sync_state = SYNC_IDLE;
+static uint64	   syncs_begun = 0;
+static uint64	   syncs_done = 0;
+static bool		   wanted = false;	  /* a sync that begins from now on */
+static uint64	   wanted_ticket = 0; /* and more until this frame is durable */
+static bool		   waited_for = false;
 static TimestampTz last_sync = 0;
-static EsLsn last_sync_flushed = 0; /* F of the last sync that was done */
-static EsLsn sync_flushed;		/* F of this one */
-static EsLsn *floors;			/* es_shared->nslots */
-static uint32 nfloors;
-static uint64 sync_target;		/* frames to be written first */
-static EsLsn sync_unframed;
-static EsLogEnd sync_end;		/* what the sync covers */
-static int	files_in_sync;
-static uint32 sync_request;		/* es_shard->sync_request when it began */
+static EsLsn	   last_sync_flushed = 0; /* F of the last sync that was done */
+static EsLsn	   sync_flushed;		  /* F of this one */
+static EsLsn	  *floors;				  /* es_shared->nslots */
+static uint32	   nfloors;
+static uint64	   sync_target; /* frames to be written first */
+static EsLsn	   sync_unframed;
+static EsLogEnd	   sync_end; /* what the sync covers */
+static int		   files_in_sync;
+static uint32	   sync_request; /* es_shard->sync_request when it began */
 static TimestampTz sync_started;
-static EsControl control;		/* the one being written */
+static EsControl   control; /* the one being written */
 
 /* durable: what the last synced control block says */
-static EsLsn restart_lsn;
-static EsOwnLsn first_file;
+static EsLsn	  restart_lsn;
+static EsOwnLsn	  first_file;
 static EsPosition reserved_below;
-static EsOwnLsn released = 0;
+static EsOwnLsn	  released = 0;
 
 /* ---- start ---- */
 
@@ -152,8 +152,8 @@ void
 es_log_open(const EsShardFiles *files, uint64 incarnation)
 {
 	const EsControl *last = &files->control;
-	EsControl	c;
-	uint32		floor;
+	EsControl		 c;
+	uint32			 floor;
 
 	Assert(!es_log.opened);
 	if (es_log.context == NULL)
@@ -207,8 +207,8 @@ es_log_remember_undurable(uint64 ticket, EsLsn start)
 {
 	if (undurable_next - undurable_first == undurable_size)
 	{
-		uint64		size = undurable_size == 0 ? 1024 : undurable_size * 2;
-		Undurable  *grown = MemoryContextAllocHuge(es_log.context, size * sizeof(Undurable));
+		uint64	   size = undurable_size == 0 ? 1024 : undurable_size * 2;
+		Undurable *grown = MemoryContextAllocHuge(es_log.context, size * sizeof(Undurable));
 
 		for (uint64 n = undurable_first; n < undurable_next; n++)
 			grown[n & (size - 1)] = *undurable_entry(n);
@@ -237,7 +237,7 @@ es_log_restart_lsn(void)
 int
 es_log_stuck_errno(void)
 {
-	int			err = es_log_write_errno();
+	int err = es_log_write_errno();
 
 	return err != 0 ? err : es_control_stuck_errno();
 }
@@ -268,14 +268,13 @@ es_log_syncs_done(void)
 static uint32
 first_needed(void)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &es_log_files)
 	{
-		EsLogFile  *f = dlist_container(EsLogFile, node, iter.cur);
+		EsLogFile *f = dlist_container(EsLogFile, node, iter.cur);
 
-		if (f == es_log.file || f->dirty || f->number >= ES_OWN_FILE(released) ||
-			f->max_start >= restart_lsn)
+		if (f == es_log.file || f->dirty || f->number >= ES_OWN_FILE(released) || f->max_start >= restart_lsn)
 			return f->number;
 	}
 	return es_log.file->number;
@@ -291,7 +290,7 @@ es_log_sync_due(void)
 	if (!es_log.opened)
 		return false;
 	if (sync_state == SYNC_BEGUN)
-		return true;			/* the drain was not complete: begin again */
+		return true; /* the drain was not complete: begin again */
 	if (sync_state != SYNC_IDLE)
 		return false;
 	if (wanted || pg_atomic_read_u32(&es_shard->sync_request) != pg_atomic_read_u32(&es_shard->sync_done))
@@ -312,13 +311,13 @@ es_log_sync_due(void)
 	if (es_log_can_write(flushed))
 		return true;
 	return flushed - last_sync_flushed >= QUIET_BYTES ||
-		(flushed != last_sync_flushed && now - last_sync >= QUIET_US);
+		   (flushed != last_sync_flushed && now - last_sync >= QUIET_US);
 }
 
 void
 es_log_sync_begin(void)
 {
-	EsLsn		floor;
+	EsLsn floor;
 
 	Assert(sync_state == SYNC_IDLE || sync_state == SYNC_BEGUN);
 	if (sync_state == SYNC_IDLE)
@@ -360,17 +359,17 @@ static void control_done(void);
 static void
 sync_files(void)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	sync_state = SYNC_FILES;
 	sync_end = es_log.written;
-	files_in_sync = 1;			/* ours: nothing below may end the state before all are asked */
+	files_in_sync = 1; /* ours: nothing below may end the state before all are asked */
 	sync_started = GetCurrentTimestamp();
 	ES_FAULT("wal-before-sync");
 	dlist_foreach(iter, &es_log_files)
 	{
-		EsLogFile  *f = dlist_container(EsLogFile, node, iter.cur);
-		int			err;
+		EsLogFile *f = dlist_container(EsLogFile, node, iter.cur);
+		int		   err;
 
 		if (!f->dirty)
 			continue;
@@ -388,7 +387,7 @@ sync_files(void)
 static void
 file_synced(void *arg, int result)
 {
-	EsLogFile  *f = arg;
+	EsLogFile *f = arg;
 
 	if (result < 0)
 		es_file_error(data_sync_elevel(PANIC), -result, "fsync",
@@ -402,7 +401,7 @@ file_synced(void *arg, int result)
 static EsLsn
 oldest_undurable(void)
 {
-	EsLsn		oldest = sync_unframed;
+	EsLsn oldest = sync_unframed;
 
 	for (uint64 n = undurable_first; n < undurable_next; n++)
 	{
@@ -470,8 +469,7 @@ es_log_release(EsOwnLsn from)
 static bool
 somebody_waits(void)
 {
-	return waited_for || closing ||
-		(sync_state == SYNC_FIXED && es_log.written.ticket < sync_target);
+	return waited_for || closing || (sync_state == SYNC_FIXED && es_log.written.ticket < sync_target);
 }
 
 void
@@ -492,7 +490,7 @@ es_log_tick(void)
 static long
 earlier(long timeout, int64 us)
 {
-	long		ms = us <= 0 ? 0 : (long) (us / 1000 + 1);
+	long ms = us <= 0 ? 0 : (long) (us / 1000 + 1);
 
 	return timeout < 0 ? ms : Min(timeout, ms);
 }
@@ -511,7 +509,7 @@ es_log_timeout(void)
 		return 0;
 	timeout = es_log_write_timeout(now, somebody_waits());
 	if (sync_state == SYNC_BEGUN)
-		timeout = earlier(timeout, 10000);	/* the drain was not complete */
+		timeout = earlier(timeout, 10000); /* the drain was not complete */
 	if (prepare >= 0)
 		timeout = earlier(timeout, prepare * 1000);
 	if (es_control_stuck_errno() != 0)
@@ -523,8 +521,7 @@ es_log_timeout(void)
 		if (waited_for)
 			timeout = earlier(timeout, last_sync + WANT_US - now);
 		if (es_log.last_ticket > es_log.durable.ticket)
-			timeout = earlier(timeout,
-							  Max(last_sync + (int64) es_guc_wal_sync_interval * 1000 - now, 1000));
+			timeout = earlier(timeout, Max(last_sync + (int64) es_guc_wal_sync_interval * 1000 - now, 1000));
 		/* quiet: is there much new in PostgreSQL's WAL? */
 		timeout = earlier(timeout, USECS_PER_SEC);
 	}
@@ -537,17 +534,16 @@ es_log_timeout(void)
 static void
 wait_for_io(void)
 {
-	pgsocket	fd = es_uring_event_fd();
+	pgsocket fd = es_uring_event_fd();
 
 	if (es_uring_reap() > 0)
 		return;
 	if (fd != PGINVALID_SOCKET)
 		(void) WaitLatchOrSocket(MyLatch,
-								 WL_LATCH_SET | WL_SOCKET_READABLE | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-								 fd, 100, PG_WAIT_EXTENSION);
+								 WL_LATCH_SET | WL_SOCKET_READABLE | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, fd,
+								 100, PG_WAIT_EXTENSION);
 	else
-		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, 100,
-						 PG_WAIT_EXTENSION);
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, 100, PG_WAIT_EXTENSION);
 	ResetLatch(MyLatch);
 	es_uring_reap();
 }
@@ -587,9 +583,8 @@ es_log_close_clean(EsPosition next_position)
 		XLogFlush(es_log.newest_end);
 	if (!sync_everything())
 	{
-		ereport(LOG,
-				(errmsg("shard %d stops without having written everything", es_shard_id),
-				 errdetail("It recovers from PostgreSQL's write-ahead log at the next start.")));
+		ereport(LOG, (errmsg("shard %d stops without having written everything", es_shard_id),
+					  errdetail("It recovers from PostgreSQL's write-ahead log at the next start.")));
 		return;
 	}
 

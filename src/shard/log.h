@@ -30,8 +30,7 @@
  * frame with its own LSN's end.  A bad frame before the durable end is an ERROR (XX001,
  * file and offset).
  */
-typedef void (*EsFrameCallback) (const EsFrameHeader *header, const void *payload,
-								 EsOwnLsn end);
+typedef void (*EsFrameCallback)(const EsFrameHeader *header, const void *payload, EsOwnLsn end);
 extern void es_log_replay(const EsShardFiles *files, EsFrameCallback callback);
 
 /*
@@ -44,8 +43,8 @@ extern void es_log_open(const EsShardFiles *files, uint64 incarnation);
  * Queues a frame; copies the payload.  pg_end must be flushed before it is written
  * (0 = at once).  Returns its ticket.
  */
-extern uint64 es_log_append(EsFrameType type, EsFxid fxid, EsLsn pg_start, EsLsn pg_end,
-							const void *payload, uint32 len);
+extern uint64
+es_log_append(EsFrameType type, EsFxid fxid, EsLsn pg_start, EsLsn pg_end, const void *payload, uint32 len);
 
 extern uint64 es_log_last_ticket(void);
 extern uint64 es_log_durable_ticket(void);
@@ -55,7 +54,7 @@ extern uint64 es_log_durable_ticket(void);
  * es_log_boundary_lsn(id) is the own LSN of the boundary once everything before it is durable,
  * else 0.  The boundary falls between two groups.
  */
-extern uint64 es_log_boundary(void);
+extern uint64	es_log_boundary(void);
 extern EsOwnLsn es_log_boundary_lsn(uint64 id);
 
 /* A sync soon (flush, SYNC, stopping) instead of at the next interval. */
@@ -87,9 +86,9 @@ extern void es_log_release(EsOwnLsn from);
 extern Size es_log_queued_bytes(void);
 
 /* 0, or the errno that keeps the log from writing (ENOSPC...); it retries by itself each second. */
-extern int	es_log_stuck_errno(void);
+extern int es_log_stuck_errno(void);
 
 /* Stopping: everything is durable, writes a clean control block (blocking). */
 extern void es_log_close_clean(EsPosition next_position);
 
-#endif							/* ES_SHARD_LOG_H */
+#endif /* ES_SHARD_LOG_H */

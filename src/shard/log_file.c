@@ -39,9 +39,9 @@
 #include "shard/shard.h"
 #include "shard/uring.h"
 
-#define SLICE			(1024 * 1024)
-#define NEXT_NAME		ES_TMP_PREFIX "wal.next"
-#define MAX_SPARES		16
+#define SLICE	   (1024 * 1024)
+#define NEXT_NAME  ES_TMP_PREFIX "wal.next"
+#define MAX_SPARES 16
 
 #ifndef O_DIRECT
 #define O_DIRECT 0
@@ -50,29 +50,29 @@
 typedef enum Preparing
 {
 	PREPARE_NONE,
-	PREPARE_FILL,				/* a slice of zeros is being written */
+	PREPARE_FILL, /* a slice of zeros is being written */
 	PREPARE_SYNC,
-	PREPARE_DIRECTORY,			/* has its name, the directory is being synced */
+	PREPARE_DIRECTORY, /* has its name, the directory is being synced */
 	PREPARE_READY
 } Preparing;
 
-dlist_head	es_log_files = DLIST_STATIC_INIT(es_log_files);
+dlist_head es_log_files = DLIST_STATIC_INIT(es_log_files);
 
-static int	my_shard;
+static int	  my_shard;
 static uint64 standard_size;
-static char *zeros = NULL;		/* SLICE bytes, aligned for O_DIRECT */
-static int	dir_fd = -1;
+static char	 *zeros = NULL; /* SLICE bytes, aligned for O_DIRECT */
+static int	  dir_fd = -1;
 
-static Preparing preparing = PREPARE_NONE;
-static EsLogFile *next = NULL;
-static uint64 filled;			/* bytes of it that are there */
-static uint64 target;			/* bytes it is to have */
-static int	prepare_errno = 0;
+static Preparing   preparing = PREPARE_NONE;
+static EsLogFile  *next = NULL;
+static uint64	   filled; /* bytes of it that are there */
+static uint64	   target; /* bytes it is to have */
+static int		   prepare_errno = 0;
 static TimestampTz retry_at = 0;
 
 static EsLogFile *spares[MAX_SPARES];
-static int	nspares = 0;
-static uint32 spare_names = 0;
+static int		  nspares = 0;
+static uint32	  spare_names = 0;
 
 char *
 es_log_file_path(int shard, uint32 number)
@@ -89,7 +89,7 @@ spare_path(uint32 name)
 static EsLogFile *
 new_file(uint32 number)
 {
-	EsLogFile  *file = MemoryContextAllocZero(TopMemoryContext, sizeof(EsLogFile));
+	EsLogFile *file = MemoryContextAllocZero(TopMemoryContext, sizeof(EsLogFile));
 
 	file->number = number;
 	file->fd = -1;
@@ -110,7 +110,7 @@ free_file(EsLogFile *file)
 EsLogFile *
 es_log_file_add(uint32 number)
 {
-	EsLogFile  *file = new_file(number);
+	EsLogFile *file = new_file(number);
 
 	dlist_push_tail(&es_log_files, &file->node);
 	return file;
@@ -125,8 +125,8 @@ es_log_file_current(void)
 int
 es_log_file_count(void)
 {
-	int			n = nspares + (next != NULL ? 1 : 0);
-	dlist_iter	iter;
+	int		   n = nspares + (next != NULL ? 1 : 0);
+	dlist_iter iter;
 
 	dlist_foreach(iter, &es_log_files)
 		n++;
@@ -137,9 +137,9 @@ es_log_file_count(void)
 static int
 create_file(EsLogFile *file)
 {
-	char	   *path = es_path_in_shard(my_shard, NEXT_NAME);
-	int			flags = O_RDWR | O_CREAT | O_EXCL | PG_BINARY;
-	int			err = 0;
+	char *path = es_path_in_shard(my_shard, NEXT_NAME);
+	int	  flags = O_RDWR | O_CREAT | O_EXCL | PG_BINARY;
+	int	  err = 0;
 
 	if (unlink(path) != 0 && errno != ENOENT)
 		err = errno;
@@ -149,7 +149,7 @@ create_file(EsLogFile *file)
 		file->fd = BasicOpenFile(path, flags | O_DIRECT);
 		if (file->fd < 0 && errno == EINVAL && O_DIRECT != 0)
 		{
-			unlink(path);		/* some systems refuse after they made it */
+			unlink(path); /* some systems refuse after they made it */
 			file->direct = false;
 			file->fd = BasicOpenFile(path, flags);
 		}
@@ -166,7 +166,7 @@ create_file(EsLogFile *file)
 static int
 reserve_space(EsLogFile *file, uint64 from, uint64 size)
 {
-	int			rc;
+	int rc;
 
 	do
 		rc = fallocate(file->fd, 0, (off_t) from, (off_t) (size - from));
@@ -182,15 +182,15 @@ reserve_space(EsLogFile *file, uint64 from, uint64 size)
 static uint32
 highest_number(void)
 {
-	char	   *path = es_path_shard(my_shard);
-	DIR		   *dir = AllocateDir(path);
+	char		  *path = es_path_shard(my_shard);
+	DIR			  *dir = AllocateDir(path);
 	struct dirent *entry;
-	uint32		highest = 0;
+	uint32		   highest = 0;
 
 	while ((entry = ReadDir(dir, path)) != NULL)
 	{
 		unsigned int number;
-		int			end = 0;
+		int			 end = 0;
 
 		if (sscanf(entry->d_name, "wal.%8x%n", &number, &end) == 1 && entry->d_name[end] == '\0')
 			highest = Max(highest, number);
@@ -203,18 +203,17 @@ highest_number(void)
 void
 es_log_file_start(int shard, uint32 floor)
 {
-	char	   *dir = es_path_shard(shard);
-	char	   *tmp;
-	char	   *path;
-	EsLogFile  *file;
-	int			err;
+	char	  *dir = es_path_shard(shard);
+	char	  *tmp;
+	char	  *path;
+	EsLogFile *file;
+	int		   err;
 
 	my_shard = shard;
 	standard_size = (uint64) es_guc_wal_file_size * 1024;
 	if (zeros == NULL)
 	{
-		zeros = (char *) TYPEALIGN(ES_WAL_BLOCK,
-								   MemoryContextAlloc(TopMemoryContext, SLICE + ES_WAL_BLOCK));
+		zeros = (char *) TYPEALIGN(ES_WAL_BLOCK, MemoryContextAlloc(TopMemoryContext, SLICE + ES_WAL_BLOCK));
 		memset(zeros, 0, SLICE);
 	}
 	if (dir_fd < 0)
@@ -240,7 +239,7 @@ es_log_file_start(int shard, uint32 floor)
 		err = reserve_space(file, 0, file->size);
 	for (uint64 at = 0; err == 0 && at < file->size;)
 	{
-		ssize_t		n = pwrite(file->fd, zeros, Min(SLICE, file->size - at), (off_t) at);
+		ssize_t n = pwrite(file->fd, zeros, Min(SLICE, file->size - at), (off_t) at);
 
 		if (n > 0)
 			at += n;
@@ -285,17 +284,17 @@ es_log_file_start(int shard, uint32 floor)
 void
 es_log_file_sweep(void)
 {
-	char	   *dir_path = es_path_shard(my_shard);
-	DIR		   *dir = AllocateDir(dir_path);
+	char		  *dir_path = es_path_shard(my_shard);
+	DIR			  *dir = AllocateDir(dir_path);
 	struct dirent *entry;
 
 	while ((entry = ReadDir(dir, dir_path)) != NULL)
 	{
 		unsigned int number;
-		int			end = 0;
-		bool		counts = false;
-		dlist_iter	iter;
-		char	   *path;
+		int			 end = 0;
+		bool		 counts = false;
+		dlist_iter	 iter;
+		char		*path;
 
 		if (sscanf(entry->d_name, "wal.%8x%n", &number, &end) != 1 || entry->d_name[end] != '\0')
 			continue;
@@ -328,7 +327,7 @@ static void directory_synced(void *arg, int result);
 static void
 prepare_failed(int err, const char *operation)
 {
-	char	   *path = es_path_in_shard(my_shard, NEXT_NAME);
+	char *path = es_path_in_shard(my_shard, NEXT_NAME);
 
 	if (prepare_errno == 0)
 		es_file_error(LOG, err, operation, path);
@@ -340,7 +339,7 @@ prepare_failed(int err, const char *operation)
 		/* it may have its name already */
 		if (next->number != 0)
 		{
-			char	   *named = es_log_file_path(my_shard, next->number);
+			char *named = es_log_file_path(my_shard, next->number);
 
 			unlink(named);
 			pfree(named);
@@ -356,7 +355,7 @@ prepare_failed(int err, const char *operation)
 static void
 write_slice(void)
 {
-	int			err = ES_FAULT_IO("wal-prepare-write");
+	int err = ES_FAULT_IO("wal-prepare-write");
 
 	if (err != 0)
 		es_uring_result(-err, slice_written, NULL);
@@ -367,7 +366,7 @@ write_slice(void)
 static void
 sync_directory(void)
 {
-	int			err = ES_FAULT_IO("directory-sync");
+	int err = ES_FAULT_IO("directory-sync");
 
 	preparing = PREPARE_DIRECTORY;
 	if (err != 0)
@@ -380,13 +379,13 @@ sync_directory(void)
 static void
 name_next(const char *from)
 {
-	char	   *path;
+	char *path;
 
 	next->number = es_log_file_current()->number + 1;
 	path = es_log_file_path(my_shard, next->number);
 	if (rename(from, path) != 0)
 	{
-		int			err = errno;
+		int err = errno;
 
 		unlink(from);
 		next->number = 0;
@@ -403,7 +402,7 @@ name_next(const char *from)
 static void
 slice_written(void *arg, int result)
 {
-	int			err;
+	int err;
 
 	if (result == -EINVAL && next->direct)
 	{
@@ -435,7 +434,7 @@ slice_written(void *arg, int result)
 static void
 next_synced(void *arg, int result)
 {
-	char	   *path;
+	char *path;
 
 	if (result < 0)
 	{
@@ -473,7 +472,7 @@ directory_synced(void *arg, int result)
 static void
 fill_from(uint64 from, uint64 size)
 {
-	int			err;
+	int err;
 
 	preparing = PREPARE_FILL;
 	filled = from;
@@ -488,7 +487,7 @@ fill_from(uint64 from, uint64 size)
 void
 es_log_file_tick(void)
 {
-	int			err;
+	int err;
 
 	if (preparing != PREPARE_NONE || dlist_is_empty(&es_log_files))
 		return;
@@ -498,7 +497,7 @@ es_log_file_tick(void)
 
 	if (nspares > 0)
 	{
-		char	   *path;
+		char *path;
 
 		next = spares[--nspares];
 		path = spare_path(next->number);
@@ -538,7 +537,7 @@ es_log_file_idle(void)
 EsLogFile *
 es_log_file_switch(uint64 need)
 {
-	EsLogFile  *file = next;
+	EsLogFile *file = next;
 
 	if (preparing == PREPARE_NONE)
 		es_log_file_tick();
@@ -572,8 +571,8 @@ es_log_file_retire(uint32 number)
 {
 	while (!dlist_is_empty(&es_log_files))
 	{
-		EsLogFile  *file = dlist_head_element(EsLogFile, node, &es_log_files);
-		char	   *path;
+		EsLogFile *file = dlist_head_element(EsLogFile, node, &es_log_files);
+		char	  *path;
 
 		if (file->number >= number)
 			break;
@@ -581,8 +580,8 @@ es_log_file_retire(uint32 number)
 		path = es_log_file_path(my_shard, file->number);
 		if (file->fd >= 0 && file->size == standard_size && nspares < spare_limit())
 		{
-			uint32		name = ++spare_names;
-			char	   *spare = spare_path(name);
+			uint32 name = ++spare_names;
+			char  *spare = spare_path(name);
 
 			if (rename(path, spare) == 0)
 			{

@@ -15,19 +15,19 @@
 
 #include "shard/files.h"
 
-#define ES_OWN_LSN(number, offset)	(((EsOwnLsn) (number) << 32) | (uint32) (offset))
-#define ES_OWN_FILE(lsn)			((uint32) ((lsn) >> 32))
-#define ES_OWN_OFFSET(lsn)			((uint32) (lsn))
+#define ES_OWN_LSN(number, offset) (((EsOwnLsn) (number) << 32) | (uint32) (offset))
+#define ES_OWN_FILE(lsn)		   ((uint32) ((lsn) >> 32))
+#define ES_OWN_OFFSET(lsn)		   ((uint32) (lsn))
 
 typedef struct EsLogFile
 {
-	dlist_node	node;			/* in es_log_files, ascending numbers */
-	uint32		number;
-	uint64		size;
-	int			fd;				/* -1 = made by an earlier incarnation */
-	bool		direct;			/* opened with O_DIRECT */
-	bool		dirty;			/* written since its last sync */
-	EsLsn		max_start;		/* highest pg_start of its frames */
+	dlist_node node; /* in es_log_files, ascending numbers */
+	uint32	   number;
+	uint64	   size;
+	int		   fd;		  /* -1 = made by an earlier incarnation */
+	bool	   direct;	  /* opened with O_DIRECT */
+	bool	   dirty;	  /* written since its last sync */
+	EsLsn	   max_start; /* highest pg_start of its frames */
 } EsLogFile;
 
 /* Files with frames that count or will: those of the replayed chain, then own ones; the last is
@@ -59,7 +59,7 @@ extern EsLogFile *es_log_file_switch(uint64 need);
 extern void es_log_file_tick(void);
 extern long es_log_file_timeout(void);
 /* errno that keeps the next file from being made, 0 = none */
-extern int	es_log_file_errno(void);
+extern int es_log_file_errno(void);
 /* Nothing of preparing is in the kernel's hands. */
 extern bool es_log_file_idle(void);
 
@@ -67,9 +67,9 @@ extern bool es_log_file_idle(void);
 extern void es_log_file_retire(uint32 number);
 
 /* Files there are, prepared and spare ones included. */
-extern int	es_log_file_count(void);
+extern int es_log_file_count(void);
 
 /* log_replay.c: did es_log_replay fill the list? */
 extern bool es_log_replayed;
 
-#endif							/* ES_SHARD_LOG_FILE_H */
+#endif /* ES_SHARD_LOG_FILE_H */

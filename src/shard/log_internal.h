@@ -19,24 +19,24 @@
 /* A place in the log: behind which frame we are. */
 typedef struct EsLogEnd
 {
-	uint64		ticket;
-	EsOwnLsn	lsn;			/* byte after the last frame; 0 = there never was one */
-	uint32		crc;			/* of that frame */
+	uint64	 ticket;
+	EsOwnLsn lsn; /* byte after the last frame; 0 = there never was one */
+	uint32	 crc; /* of that frame */
 } EsLogEnd;
 
 typedef struct EsLog
 {
-	bool		opened;			/* log.c */
-	MemoryContext context;		/* log.c; everything below lives in it */
+	bool		   opened;		/* log.c */
+	MemoryContext  context;		/* log.c; everything below lives in it */
 	EsFileIdentity identity;	/* log.c, at start */
-	uint64		incarnation;	/* log.c, at start */
+	uint64		   incarnation; /* log.c, at start */
 
-	EsLogFile  *file;			/* the current one; log_write.c */
-	uint64		last_ticket;	/* log_write.c */
-	EsLsn		newest_end;		/* highest pg_end ever appended; log_write.c */
-	EsLogEnd	encoded;		/* behind the last frame that has a place; log_write.c */
-	EsLogEnd	written;		/* behind the last frame that was written; log_write.c */
-	EsLogEnd	durable;		/* what the last synced control block says; log.c */
+	EsLogFile *file;		/* the current one; log_write.c */
+	uint64	   last_ticket; /* log_write.c */
+	EsLsn	   newest_end;	/* highest pg_end ever appended; log_write.c */
+	EsLogEnd   encoded;		/* behind the last frame that has a place; log_write.c */
+	EsLogEnd   written;		/* behind the last frame that was written; log_write.c */
+	EsLogEnd   durable;		/* what the last synced control block says; log.c */
 } EsLog;
 
 extern EsLog es_log;
@@ -61,7 +61,7 @@ extern bool es_log_can_write(EsLsn flushed);
 /* ms until the writer wants to be called again, -1 = never */
 extern long es_log_write_timeout(TimestampTz now, bool hurry);
 /* errno that keeps groups from being written, 0 = none */
-extern int	es_log_write_errno(void);
+extern int es_log_write_errno(void);
 
 extern void es_log_forget_boundaries(void);
 
@@ -70,4 +70,4 @@ extern void es_log_forget_boundaries(void);
 /* Messages of frames hold restart_lsn back until they are durable. */
 extern void es_log_remember_undurable(uint64 ticket, EsLsn start);
 
-#endif							/* ES_SHARD_LOG_INTERNAL_H */
+#endif /* ES_SHARD_LOG_INTERNAL_H */

@@ -33,28 +33,28 @@
 #include "shard/log_file.h"
 #include "shard/shard.h"
 
-#define WINDOW		(1024 * 1024)
+#define WINDOW (1024 * 1024)
 
 /* A file of the chain and how far it counts. */
 typedef struct ReplayFile
 {
-	uint32		number;
-	uint32		end;			/* offset behind its last frame that counts */
-	uint32		crc;			/* of that frame */
+	uint32 number;
+	uint32 end; /* offset behind its last frame that counts */
+	uint32 crc; /* of that frame */
 } ReplayFile;
 
 typedef struct Window
 {
 	const char *path;
 	int			fd;
-	uint64		limit;			/* what lies behind is never read */
-	uint64		from;			/* file offset of data */
+	uint64		limit; /* what lies behind is never read */
+	uint64		from;  /* file offset of data */
 	size_t		len;
 	size_t		allocated;
 	char	   *data;
 } Window;
 
-bool		es_log_replayed = false;
+bool es_log_replayed = false;
 
 static void
 window_open(Window *w, const char *path)
@@ -92,12 +92,12 @@ window_close(Window *w)
 static const char *
 window_at(Window *w, uint64 at, size_t want, size_t *available)
 {
-	size_t		need = Min(want, w->limit - at);
+	size_t need = Min(want, w->limit - at);
 
 	if (at < w->from || at + need > w->from + w->len)
 	{
-		size_t		len = Min(Max(need, WINDOW), w->limit - at);
-		size_t		done = 0;
+		size_t len = Min(Max(need, WINDOW), w->limit - at);
+		size_t done = 0;
 
 		if (len > w->allocated)
 		{
@@ -109,7 +109,7 @@ window_at(Window *w, uint64 at, size_t want, size_t *available)
 		}
 		while (done < len)
 		{
-			ssize_t		n = pg_pread(w->fd, w->data + done, len - done, (off_t) (at + done));
+			ssize_t n = pg_pread(w->fd, w->data + done, len - done, (off_t) (at + done));
 
 			if (n < 0 && errno == EINTR)
 				continue;
@@ -128,8 +128,8 @@ window_at(Window *w, uint64 at, size_t want, size_t *available)
 
 /* Decodes the frame at an offset, with as much of the file in memory as that takes. */
 static EsStatus
-frame_at(Window *w, uint32 number, uint64 at, uint16 shard, uint32 prev_crc,
-		 const EsFrameHeader **header, const void **payload, uint32 *crc, EsError *err)
+frame_at(Window *w, uint32 number, uint64 at, uint16 shard, uint32 prev_crc, const EsFrameHeader **header,
+		 const void **payload, uint32 *crc, EsError *err)
 {
 	size_t		available;
 	const char *p = window_at(w, at, ES_WAL_BLOCK, &available);
@@ -143,8 +143,7 @@ frame_at(Window *w, uint32 number, uint64 at, uint16 shard, uint32 prev_crc,
 			es_frame_size(h->payload_len) <= w->limit - at)
 			p = window_at(w, at, es_frame_size(h->payload_len), &available);
 	}
-	return es_frame_decode(p, available, ES_OWN_LSN(number, at), shard, prev_crc, header, payload,
-						   crc, err);
+	return es_frame_decode(p, available, ES_OWN_LSN(number, at), shard, prev_crc, header, payload, crc, err);
 }
 
 /*
@@ -156,7 +155,7 @@ static void
 check_file_header(const char *path, const EsFrameHeader *header, const void *payload,
 				  const EsFileIdentity *identity, uint32 number, EsWalFileHeader *file)
 {
-	EsError		err;
+	EsError err;
 
 	if (header->type != ES_FRAME_FILE || header->payload_len != sizeof(*file))
 	{
@@ -183,21 +182,21 @@ static List *
 find_chain(const EsShardFiles *files)
 {
 	const EsControl *control = &files->control;
-	int			shard = files->identity.shard;
-	EsOwnLsn	end = control->durable_end;
-	uint32		crc = control->durable_crc;
-	List	   *chain = NIL;
+	int				 shard = files->identity.shard;
+	EsOwnLsn		 end = control->durable_end;
+	uint32			 crc = control->durable_crc;
+	List			*chain = NIL;
 
 	while (control->first_file != 0 && end != 0 && ES_OWN_FILE(end) >= ES_OWN_FILE(control->first_file))
 	{
-		ReplayFile *f = palloc(sizeof(ReplayFile));
-		char	   *path = es_log_file_path(shard, ES_OWN_FILE(end));
-		Window		w;
+		ReplayFile			*f = palloc(sizeof(ReplayFile));
+		char				*path = es_log_file_path(shard, ES_OWN_FILE(end));
+		Window				 w;
 		const EsFrameHeader *header;
-		const void *payload;
-		uint32		header_crc;
-		EsWalFileHeader file;
-		EsError		err;
+		const void			*payload;
+		uint32				 header_crc;
+		EsWalFileHeader		 file;
+		EsError				 err;
 
 		f->number = ES_OWN_FILE(end);
 		f->end = ES_OWN_OFFSET(end);
@@ -233,9 +232,9 @@ call_back(EsFrameCallback callback, const char *path, const EsFrameHeader *heade
 		  EsOwnLsn end)
 {
 	EsFrameHeader plain;
-	void	   *raw;
-	size_t		raw_len;
-	EsError		err;
+	void		 *raw;
+	size_t		  raw_len;
+	EsError		  err;
 
 	if (!(header->flags & ES_FRAME_LZ4))
 	{
@@ -261,14 +260,14 @@ call_back(EsFrameCallback callback, const char *path, const EsFrameHeader *heade
 static void
 replay_file(const EsShardFiles *files, const ReplayFile *f, EsFrameCallback callback)
 {
-	int			shard = files->identity.shard;
-	char	   *path = es_log_file_path(shard, f->number);
-	EsLogFile  *known = es_log_file_add(f->number);
-	Window		w;
-	uint64		at = 0;
-	uint64		last_end = 0;
-	uint32		crc = 0;
-	EsError		err;
+	int		   shard = files->identity.shard;
+	char	  *path = es_log_file_path(shard, f->number);
+	EsLogFile *known = es_log_file_add(f->number);
+	Window	   w;
+	uint64	   at = 0;
+	uint64	   last_end = 0;
+	uint32	   crc = 0;
+	EsError	   err;
 
 	window_open(&w, path);
 	known->size = w.limit;
@@ -283,8 +282,8 @@ replay_file(const EsShardFiles *files, const ReplayFile *f, EsFrameCallback call
 	while (at < f->end)
 	{
 		const EsFrameHeader *header;
-		const void *payload;
-		EsStatus	status = frame_at(&w, f->number, at, shard, crc, &header, &payload, &crc, &err);
+		const void			*payload;
+		EsStatus			 status = frame_at(&w, f->number, at, shard, crc, &header, &payload, &crc, &err);
 
 		if (status == ES_ERR_TRUNCATED)
 		{
@@ -318,8 +317,8 @@ replay_file(const EsShardFiles *files, const ReplayFile *f, EsFrameCallback call
 void
 es_log_replay(const EsShardFiles *files, EsFrameCallback callback)
 {
-	List	   *chain = find_chain(files);
-	ListCell   *cell;
+	List	 *chain = find_chain(files);
+	ListCell *cell;
 
 	dlist_init(&es_log_files);
 	foreach(cell, chain)

@@ -31,62 +31,62 @@
 #include "shard/shard.h"
 #include "shard/uring.h"
 
-#define GROUP_MAX		(1024 * 1024)
-#define GATHER_BYTES	(64 * 1024)
-#define GATHER_US		5000
-#define NUDGE_US		USECS_PER_SEC
-#define RETRY_US		USECS_PER_SEC
+#define GROUP_MAX	 (1024 * 1024)
+#define GATHER_BYTES (64 * 1024)
+#define GATHER_US	 5000
+#define NUDGE_US	 USECS_PER_SEC
+#define RETRY_US	 USECS_PER_SEC
 
 typedef struct Frame
 {
 	struct Frame *next;
-	uint64		ticket;
-	TimestampTz appended;
-	bool		staged;			/* came while a group was in flight */
+	uint64		  ticket;
+	TimestampTz	  appended;
+	bool		  staged; /* came while a group was in flight */
 	EsFrameHeader header;
-	char		payload[FLEXIBLE_ARRAY_MEMBER];
+	char		  payload[FLEXIBLE_ARRAY_MEMBER];
 } Frame;
 
 typedef struct Boundary
 {
-	dlist_node	node;
-	uint64		id;
-	uint64		ticket;			/* last frame before it */
-	EsOwnLsn	lsn;			/* 0 = its last frame has no place yet */
+	dlist_node node;
+	uint64	   id;
+	uint64	   ticket; /* last frame before it */
+	EsOwnLsn   lsn;	   /* 0 = its last frame has no place yet */
 } Boundary;
 
 /* the queue */
-static Frame *queue_head = NULL;
-static Frame *queue_tail = NULL;
-static Size queued_bytes = 0;
-static EsLsn nudged = 0;
+static Frame	  *queue_head = NULL;
+static Frame	  *queue_tail = NULL;
+static Size		   queued_bytes = 0;
+static EsLsn	   nudged = 0;
 static TimestampTz nudged_at = 0;
 
 static dlist_head boundaries = DLIST_STATIC_INIT(boundaries);
-static uint64 last_boundary = 0;
+static uint64	  last_boundary = 0;
 
 /* the group */
-static uint64 file_pos;			/* offset of the next one, or the one in flight */
-static bool writing = false;
-static char *group_buf;			/* aligned, group_size bytes */
-static void *group_alloc = NULL;
-static Size group_size;
-static Size group_len;			/* padded */
-static int	group_frames;
-static int	write_errno = 0;
+static uint64	   file_pos; /* offset of the next one, or the one in flight */
+static bool		   writing = false;
+static char		  *group_buf; /* aligned, group_size bytes */
+static void		  *group_alloc = NULL;
+static Size		   group_size;
+static Size		   group_len; /* padded */
+static int		   group_frames;
+static int		   write_errno = 0;
 static TimestampTz retry_at = 0;
-static bool wants_file = false; /* the next group needs the next file */
+static bool		   wants_file = false; /* the next group needs the next file */
 
 /* ---- frames ---- */
 
 uint64
-es_log_append(EsFrameType type, EsFxid fxid, EsLsn pg_start, EsLsn pg_end,
-			  const void *payload, uint32 len)
+es_log_append(EsFrameType type, EsFxid fxid, EsLsn pg_start, EsLsn pg_end, const void *payload, uint32 len)
 {
-	Frame	   *f;
+	Frame *f;
 
 	Assert(es_log.opened);
-	if (len > ES_FRAME_MAX_PAYLOAD)
+	/* a group, with its header and padding, is one write */
+	if (len > ES_FRAME_MAX_PAYLOAD - 2 * ES_WAL_BLOCK)
 		ereport(ERROR,
 				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
 				 errmsg("a frame of %u bytes is too large for the log of shard %d", len, es_shard_id)));
@@ -154,7 +154,7 @@ encoded_place(void)
 uint64
 es_log_boundary(void)
 {
-	Boundary   *b = MemoryContextAllocZero(es_log.context, sizeof(Boundary));
+	Boundary *b = MemoryContextAllocZero(es_log.context, sizeof(Boundary));
 
 	b->id = ++last_boundary;
 	b->ticket = es_log.last_ticket;
@@ -171,7 +171,7 @@ es_log_boundary_lsn(uint64 id)
 
 	dlist_foreach_modify(iter, &boundaries)
 	{
-		Boundary   *b = dlist_container(Boundary, node, iter.cur);
+		Boundary *b = dlist_container(Boundary, node, iter.cur);
 
 		if (b->id == id)
 			return b->lsn != 0 && b->ticket <= es_log.durable.ticket ? b->lsn : 0;
@@ -185,7 +185,7 @@ es_log_forget_boundaries(void)
 {
 	while (!dlist_is_empty(&boundaries))
 	{
-		Boundary   *b = dlist_head_element(Boundary, node, &boundaries);
+		Boundary *b = dlist_head_element(Boundary, node, &boundaries);
 
 		if (b->id + 1000 > last_boundary || b->lsn == 0 || b->ticket > es_log.durable.ticket)
 			break;
@@ -198,11 +198,11 @@ es_log_forget_boundaries(void)
 static uint64
 next_boundary_ticket(void)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &boundaries)
 	{
-		Boundary   *b = dlist_container(Boundary, node, iter.cur);
+		Boundary *b = dlist_container(Boundary, node, iter.cur);
 
 		if (b->lsn == 0)
 			return b->ticket;
@@ -213,11 +213,11 @@ next_boundary_ticket(void)
 static void
 place_boundaries(void)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &boundaries)
 	{
-		Boundary   *b = dlist_container(Boundary, node, iter.cur);
+		Boundary *b = dlist_container(Boundary, node, iter.cur);
 
 		if (b->lsn == 0 && b->ticket <= es_log.encoded.ticket)
 			b->lsn = encoded_place();
@@ -242,7 +242,7 @@ make_group_buffer(Size size)
 static void
 issue_group(void)
 {
-	int			err = ES_FAULT_IO("wal-write");
+	int err = ES_FAULT_IO("wal-write");
 
 	retry_at = 0;
 	if (err != 0)
@@ -266,7 +266,7 @@ encode(EsFrameHeader *header, const void *payload, Size at)
 static Size
 encode_file_header(void)
 {
-	EsFrameHeader header;
+	EsFrameHeader	header;
 	EsWalFileHeader payload;
 
 	memset(&payload, 0, sizeof(payload));
@@ -296,14 +296,14 @@ padded(Size len)
 static void
 start_group(uint64 limit)
 {
-	Size		header_size = es_frame_size(sizeof(EsWalFileHeader));
-	Size		first = es_frame_size(queue_head->header.payload_len);
-	Size		room;
-	Size		at = 0;
+	Size header_size = es_frame_size(sizeof(EsWalFileHeader));
+	Size first = es_frame_size(queue_head->header.payload_len);
+	Size room;
+	Size at = 0;
 
 	if ((file_pos == 0 ? header_size : 0) + first > es_log.file->size - file_pos)
 	{
-		EsLogFile  *next = es_log_file_switch(header_size + first);
+		EsLogFile *next = es_log_file_switch(header_size + first);
 
 		wants_file = next == NULL;
 		if (next == NULL)
@@ -326,8 +326,8 @@ start_group(uint64 limit)
 		ES_COUNT(wal_direct_writes, 1);
 	while (queue_head != NULL && queue_head->ticket <= limit)
 	{
-		Frame	   *f = queue_head;
-		Size		size = es_frame_size(f->header.payload_len);
+		Frame *f = queue_head;
+		Size   size = es_frame_size(f->header.payload_len);
 
 		if (at + size > room)
 			break;
@@ -364,7 +364,8 @@ group_written(void *arg, int result)
 	if (result < 0)
 	{
 		if (write_errno == 0)
-			es_file_error(LOG, -result, "write", es_log_file_path(es_log.identity.shard, es_log.file->number));
+			es_file_error(LOG, -result, "write",
+						  es_log_file_path(es_log.identity.shard, es_log.file->number));
 		write_errno = -result;
 		ES_COUNT(io_errors, 1);
 		retry_at = GetCurrentTimestamp() + RETRY_US;
@@ -388,8 +389,8 @@ group_written(void *arg, int result)
 static uint64
 eligible(EsLsn flushed, Size enough, Size *bytes)
 {
-	uint64		cut = next_boundary_ticket();
-	uint64		last = 0;
+	uint64 cut = next_boundary_ticket();
+	uint64 last = 0;
 
 	*bytes = 0;
 	for (Frame *f = queue_head; f != NULL && f->header.pg_end <= flushed; f = f->next)
@@ -409,7 +410,7 @@ eligible(EsLsn flushed, Size enough, Size *bytes)
 static void
 nudge(EsLsn flushed, TimestampTz now, bool at_once)
 {
-	EsLsn		want;
+	EsLsn want;
 
 	if (queue_head == NULL || queue_head->header.pg_end <= flushed)
 		return;
@@ -431,9 +432,9 @@ nudge(EsLsn flushed, TimestampTz now, bool at_once)
 void
 es_log_write_tick(TimestampTz now, bool hurry)
 {
-	EsLsn		flushed;
-	uint64		limit;
-	Size		bytes;
+	EsLsn  flushed;
+	uint64 limit;
+	Size   bytes;
 
 	if (retry_at != 0 && now >= retry_at)
 		issue_group();
@@ -465,7 +466,7 @@ es_log_writer_open(void)
 uint64
 es_log_covered_by(EsLsn flushed)
 {
-	uint64		ticket = es_log.encoded.ticket;
+	uint64 ticket = es_log.encoded.ticket;
 
 	for (Frame *f = queue_head; f != NULL && f->header.pg_end <= flushed; f = f->next)
 		ticket = f->ticket;
@@ -502,9 +503,9 @@ es_log_write_timeout(TimestampTz now, bool hurry)
 	else if (queue_head == NULL || writing)
 		return -1;
 	else if (queue_head->header.pg_end > GetFlushRecPtr(NULL))
-		at = now + (hurry ? 10000 : 50000);	/* PostgreSQL tells nobody when it has flushed */
+		at = now + (hurry ? 10000 : 50000); /* PostgreSQL tells nobody when it has flushed */
 	else if (wants_file)
-		at = now + 50000;		/* its completion wakes the loop earlier */
+		at = now + 50000; /* its completion wakes the loop earlier */
 	else
 		at = queue_head->appended + GATHER_US;
 	return at <= now ? 0 : (long) ((at - now) / 1000 + 1);

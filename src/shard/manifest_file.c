@@ -37,37 +37,37 @@
 #include "shard/shard.h"
 #include "shard/uring.h"
 
-#define MANIFEST_NAME	"manifest"
+#define MANIFEST_NAME "manifest"
 
 typedef struct QueuedEdit
 {
-	EsManifestEdit *edit;
+	EsManifestEdit	  *edit;
 	struct QueuedEdit *next;
 } QueuedEdit;
 
-static int	my_shard = -1;
+static int	 my_shard = -1;
 static char *path;
-static int	fd = -1;
+static int	 fd = -1;
 
 static EsManifestState durable;
 static EsManifestState ahead;
-static uint64 next_segment_id;
+static uint64		   next_segment_id;
 
 static QueuedEdit *queue_head = NULL;
 static QueuedEdit *queue_tail = NULL;
-static uint64 last_ticket = 0;
-static uint64 done_ticket = 0;
+static uint64	   last_ticket = 0;
+static uint64	   done_ticket = 0;
 
-static uint64 durable_len;		/* where the next group is appended */
-static uint32 last_crc;			/* of the last record that has a place in the file */
+static uint64 durable_len; /* where the next group is appended */
+static uint32 last_crc;	   /* of the last record that has a place in the file */
 
 /* the group under way */
-static bool busy = false;
-static char *group;				/* malloc'd: records hand over core's memory rules */
-static size_t group_len;
-static uint64 group_ticket;		/* last ticket in it */
-static int	group_records;
-static int	stuck_errno = 0;
+static bool		   busy = false;
+static char		  *group; /* malloc'd: records hand over core's memory rules */
+static size_t	   group_len;
+static uint64	   group_ticket; /* last ticket in it */
+static int		   group_records;
+static int		   stuck_errno = 0;
 static TimestampTz retry_at = 0;
 static TimestampTz sync_started;
 
@@ -78,8 +78,8 @@ static uint64
 generation_of(const void *image, size_t len)
 {
 	const EsManifestRecord *record = image;
-	const EsManifestPart *part = (const EsManifestPart *) (record + 1);
-	EsManifestHead head;
+	const EsManifestPart   *part = (const EsManifestPart *) (record + 1);
+	EsManifestHead			head;
 
 	if (len < sizeof(*record) + sizeof(*part) + sizeof(head) || part->type != ES_PART_HEAD)
 		return 0;
@@ -90,13 +90,13 @@ generation_of(const void *image, size_t len)
 void
 es_manifest_load(int shard, const EsControl *control, EsManifestState *state)
 {
-	char	   *name = es_path_in_shard(shard, MANIFEST_NAME);
-	size_t		len;
-	void	   *image = es_read_file(name, &len);
-	uint64		must_be_good;
-	uint64		valid_len;
-	uint32		crc;
-	EsError		err;
+	char				 *name = es_path_in_shard(shard, MANIFEST_NAME);
+	size_t				  len;
+	void				 *image = es_read_file(name, &len);
+	uint64				  must_be_good;
+	uint64				  valid_len;
+	uint32				  crc;
+	EsError				  err;
 	const EsFileIdentity *found;
 
 	if (image == NULL)
@@ -134,9 +134,9 @@ es_manifest_load(int shard, const EsControl *control, EsManifestState *state)
 static void
 read_state(EsManifestState *state, const void *image, size_t len)
 {
-	uint64		valid_len;
-	uint32		crc;
-	EsError		err;
+	uint64	valid_len;
+	uint32	crc;
+	EsError err;
 
 	es_manifest_state_free(state);
 	es_manifest_state_init(state);
@@ -148,8 +148,7 @@ static void
 out_of_memory(void)
 {
 	ereport(ERROR,
-			(errcode(ERRCODE_OUT_OF_MEMORY),
-			 errmsg("out of memory for the manifest of shard %d", my_shard)));
+			(errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory for the manifest of shard %d", my_shard)));
 }
 
 /*
@@ -159,10 +158,10 @@ out_of_memory(void)
 void
 es_manifest_open(int shard, const EsFileIdentity *identity, EsManifestState *state)
 {
-	char	   *dir = es_path_shard(shard);
-	void	   *image;
-	void	   *aligned;
-	size_t		len;
+	char  *dir = es_path_shard(shard);
+	void  *image;
+	void  *aligned;
+	size_t len;
 
 	my_shard = shard;
 	if (path == NULL)
@@ -202,10 +201,10 @@ size_t
 es_manifest_make(const char *dir, const EsFileIdentity *identity)
 {
 	EsManifestState state;
-	void	   *image;
-	void	   *copy;
-	size_t		len;
-	uint32		crc;
+	void		   *image;
+	void		   *copy;
+	size_t			len;
+	uint32			crc;
 
 	es_manifest_state_init(&state);
 	state.head.identity = *identity;
@@ -280,7 +279,7 @@ static void manifest_synced(void *arg, int result);
 static void
 issue_write(void)
 {
-	int			err = ES_FAULT_IO("manifest-write");
+	int err = ES_FAULT_IO("manifest-write");
 
 	retry_at = 0;
 	if (err != 0)
@@ -296,7 +295,7 @@ issue_write(void)
 static void
 start_group(void)
 {
-	uint64		ticket = done_ticket;
+	uint64 ticket = done_ticket;
 
 	group_len = 0;
 	group_records = 0;
@@ -333,10 +332,9 @@ start_group(void)
 			 * Tickets are numbers of places in the queue, so the shard cannot go on without
 			 * this one; its next incarnation reads what is on disk.
 			 */
-			ereport(FATAL,
-					(errcode(ERRCODE_INTERNAL_ERROR),
-					 errmsg("shard %d made a manifest record that does not fit its manifest: %s", my_shard,
-							err.what)));
+			ereport(FATAL, (errcode(ERRCODE_INTERNAL_ERROR),
+							errmsg("shard %d made a manifest record that does not fit its manifest: %s",
+								   my_shard, err.what)));
 		}
 		memcpy(group + group_len, record, len);
 		group_len += len;
@@ -354,7 +352,7 @@ start_group(void)
 static void
 manifest_written(void *arg, int result)
 {
-	int			err;
+	int err;
 
 	if (result < 0)
 	{
@@ -381,7 +379,7 @@ manifest_written(void *arg, int result)
 static void
 manifest_synced(void *arg, int result)
 {
-	size_t		at = 0;
+	size_t at = 0;
 
 	if (result < 0)
 		es_file_error(data_sync_elevel(PANIC), -result, "fsync", path);
@@ -391,7 +389,7 @@ manifest_synced(void *arg, int result)
 	while (at < group_len)
 	{
 		const EsManifestRecord *record = (const EsManifestRecord *) (group + at);
-		EsError		err;
+		EsError					err;
 
 		if (es_manifest_apply(&durable, record, record->len, &err) != ES_OK)
 			ereport(FATAL,

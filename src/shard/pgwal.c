@@ -43,27 +43,27 @@
 #include "shard/pgwal.h"
 #include "shard/shard.h"
 
-#define CHUNK		(256 * 1024)	/* a divisor of every segment size */
+#define CHUNK (256 * 1024) /* a divisor of every segment size */
 
 typedef struct Source
 {
-	TimeLineID	timeline;
-	EsLsn		from;
-	EsLsn		upto;
-	bool		at_end;			/* the reader asked for what lies behind upto */
-	int			fd;
-	XLogSegNo	segno;
-	char		path[MAXPGPATH];
-	MemoryContext caller;		/* callbacks run in it */
-	EsLsn		chunk_at;		/* LSN of the first byte in chunk */
-	uint32		chunk_len;
-	char	   *chunk;
+	TimeLineID	  timeline;
+	EsLsn		  from;
+	EsLsn		  upto;
+	bool		  at_end; /* the reader asked for what lies behind upto */
+	int			  fd;
+	XLogSegNo	  segno;
+	char		  path[MAXPGPATH];
+	MemoryContext caller;	/* callbacks run in it */
+	EsLsn		  chunk_at; /* LSN of the first byte in chunk */
+	uint32		  chunk_len;
+	char		 *chunk;
 } Source;
 
 /* A message in several pieces, by the start of its first one. */
 typedef struct Assembly
 {
-	EsLsn		start;			/* hash key */
+	EsLsn				start; /* hash key */
 	EsMessageAssembler *assembler;
 } Assembly;
 
@@ -72,13 +72,16 @@ typedef struct Assembly
 static void
 segment_missing(const Source *src, EsLsn at)
 {
-	ereport(ERROR,
-			(errcode(ERRCODE_UNDEFINED_FILE),
-			 errmsg("PostgreSQL's write-ahead log that shard %d needs is gone", es_shard_id),
-			 errdetail("It needs everything from %X/%X on, but file \"%s\" with %X/%X does not exist. Replication slot \"%s\" should have kept it.",
-					   LSN_FORMAT_ARGS(src->from), src->path, LSN_FORMAT_ARGS(at), ES_SLOT_NAME),
-			 errhint("Put the file back from the WAL archive and restart the server, or give up what the shard has not in its own files with event_store.release_wal(%d).",
-					 es_shard_id)));
+	ereport(
+		ERROR,
+		(errcode(ERRCODE_UNDEFINED_FILE),
+		 errmsg("PostgreSQL's write-ahead log that shard %d needs is gone", es_shard_id),
+		 errdetail(
+			 "It needs everything from %X/%X on, but file \"%s\" with %X/%X does not exist. Replication slot \"%s\" should have kept it.",
+			 LSN_FORMAT_ARGS(src->from), src->path, LSN_FORMAT_ARGS(at), ES_SLOT_NAME),
+		 errhint(
+			 "Put the file back from the WAL archive and restart the server, or give up what the shard has not in its own files with event_store.release_wal(%d).",
+			 es_shard_id)));
 }
 
 static void
@@ -92,7 +95,7 @@ close_segment(Source *src)
 static void
 open_segment_of(Source *src, EsLsn at)
 {
-	XLogSegNo	segno;
+	XLogSegNo segno;
 
 	XLByteToSeg(at, segno, wal_segment_size);
 	if (src->fd >= 0 && src->segno == segno)
@@ -114,26 +117,25 @@ open_segment_of(Source *src, EsLsn at)
 static void
 read_chunk(Source *src, EsLsn page)
 {
-	EsLsn		at = page - page % CHUNK;
-	uint32		len = (uint32) Min(CHUNK, src->upto - at);
-	uint32		offset = XLogSegmentOffset(at, wal_segment_size);
-	uint32		done = 0;
+	EsLsn  at = page - page % CHUNK;
+	uint32 len = (uint32) Min(CHUNK, src->upto - at);
+	uint32 offset = XLogSegmentOffset(at, wal_segment_size);
+	uint32 done = 0;
 
 	open_segment_of(src, at);
 	src->chunk_len = 0;
 	while (done < len)
 	{
-		ssize_t		n = pg_pread(src->fd, src->chunk + done, len - done, (off_t) (offset + done));
+		ssize_t n = pg_pread(src->fd, src->chunk + done, len - done, (off_t) (offset + done));
 
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n < 0)
 			es_file_error(ERROR, errno, "read", src->path);
 		if (n == 0)
-			ereport(ERROR,
-					(errcode(ERRCODE_DATA_CORRUPTED),
-					 errmsg("file \"%s\" ends at offset %u, before the write-ahead log does", src->path,
-							offset + done)));
+			ereport(ERROR, (errcode(ERRCODE_DATA_CORRUPTED),
+							errmsg("file \"%s\" ends at offset %u, before the write-ahead log does",
+								   src->path, offset + done)));
 		done += n;
 	}
 	src->chunk_at = at;
@@ -145,8 +147,8 @@ read_chunk(Source *src, EsLsn page)
 static int
 page_read(XLogReaderState *reader, XLogRecPtr page, int wanted, XLogRecPtr record, char *buf)
 {
-	Source	   *src = reader->private_data;
-	uint32		len;
+	Source *src = reader->private_data;
+	uint32	len;
 
 	if (page + wanted > src->upto)
 	{
@@ -186,16 +188,13 @@ open_reader(Source *src, EsLsn from, EsLsn upto)
 	src->fd = -1;
 	src->chunk = palloc(CHUNK);
 
-	reader = XLogReaderAllocate(wal_segment_size, NULL,
-								XL_ROUTINE(.page_read = page_read,
-										   .segment_open = segment_open,
-										   .segment_close = segment_close),
-								src);
+	reader = XLogReaderAllocate(
+		wal_segment_size, NULL,
+		XL_ROUTINE(.page_read = page_read, .segment_open = segment_open, .segment_close = segment_close),
+		src);
 	if (reader == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory"),
-				 errdetail("Failed while allocating a WAL reading processor.")));
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory"),
+						errdetail("Failed while allocating a WAL reading processor.")));
 	reader->system_identifier = GetSystemIdentifier();
 	return reader;
 }
@@ -203,11 +202,10 @@ open_reader(Source *src, EsLsn from, EsLsn upto)
 static void
 unreadable(const Source *src, EsLsn at, const char *what)
 {
-	ereport(ERROR,
-			(errcode(ERRCODE_DATA_CORRUPTED),
-			 errmsg("could not read PostgreSQL's write-ahead log at %X/%X", LSN_FORMAT_ARGS(at)),
-			 what != NULL ? errdetail("In file \"%s\": %s.", src->path, what) : 0,
-			 errhint("Check the storage for errors, or put the file back from the WAL archive.")));
+	ereport(ERROR, (errcode(ERRCODE_DATA_CORRUPTED),
+					errmsg("could not read PostgreSQL's write-ahead log at %X/%X", LSN_FORMAT_ARGS(at)),
+					what != NULL ? errdetail("In file \"%s\": %s.", src->path, what) : 0,
+					errhint("Check the storage for errors, or put the file back from the WAL archive.")));
 }
 
 /* ---- messages ---- */
@@ -217,14 +215,14 @@ unreadable(const Source *src, EsLsn at, const char *what)
  * aligned (the record's data is not).
  */
 static bool
-our_message(XLogReaderState *reader, const Source *src, StringInfo copy,
-			const EsMessageHeader **header, const void **piece)
+our_message(XLogReaderState *reader, const Source *src, StringInfo copy, const EsMessageHeader **header,
+			const void **piece)
 {
 	xl_logical_message *message;
-	const char *data;
-	size_t		len;
-	EsMessageHeader h;
-	EsError		err;
+	const char		   *data;
+	size_t				len;
+	EsMessageHeader		h;
+	EsError				err;
 
 	if (XLogRecGetRmid(reader) != RM_LOGICALMSG_ID ||
 		(XLogRecGetInfo(reader) & ~XLR_INFO_MASK) != XLOG_LOGICAL_MESSAGE ||
@@ -242,30 +240,28 @@ our_message(XLogReaderState *reader, const Source *src, StringInfo copy,
 	{
 		memcpy(&h, data, sizeof(h));
 		if (memcmp(h.store_uuid, es_shared->store_uuid, ES_UUID_LEN) != 0)
-			return false;		/* of a store that was here before */
+			return false; /* of a store that was here before */
 	}
 	resetStringInfo(copy);
 	appendBinaryStringInfo(copy, data, (int) len);
 	if (es_message_check(copy->data, len, header, piece, &err) == ES_OK)
 		return true;
 
-	ereport(ERROR,
-			(errcode(ERRCODE_DATA_CORRUPTED),
-			 errmsg("a message of event_store at %X/%X in PostgreSQL's write-ahead log is damaged: %s",
-					LSN_FORMAT_ARGS(reader->ReadRecPtr), err.what),
-			 errdetail("In file \"%s\", expected checksum %08X, found %08X.", src->path, err.expected_crc,
-					   err.found_crc),
-			 errhint("Check the storage for errors, or put the file back from the WAL archive.")));
+	ereport(ERROR, (errcode(ERRCODE_DATA_CORRUPTED),
+					errmsg("a message of event_store at %X/%X in PostgreSQL's write-ahead log is damaged: %s",
+						   LSN_FORMAT_ARGS(reader->ReadRecPtr), err.what),
+					errdetail("In file \"%s\", expected checksum %08X, found %08X.", src->path,
+							  err.expected_crc, err.found_crc),
+					errhint("Check the storage for errors, or put the file back from the WAL archive.")));
 	return false;
 }
 
 static void
 message_damaged(EsLsn start, const EsError *err)
 {
-	ereport(ERROR,
-			(errcode(err->status == ES_ERR_NOMEM ? ERRCODE_OUT_OF_MEMORY : ERRCODE_DATA_CORRUPTED),
-			 errmsg("could not put together the message of event_store that starts at %X/%X: %s",
-					LSN_FORMAT_ARGS(start), err->what)));
+	ereport(ERROR, (errcode(err->status == ES_ERR_NOMEM ? ERRCODE_OUT_OF_MEMORY : ERRCODE_DATA_CORRUPTED),
+					errmsg("could not put together the message of event_store that starts at %X/%X: %s",
+						   LSN_FORMAT_ARGS(start), err->what)));
 }
 
 static EsMessageAssembler *
@@ -275,8 +271,7 @@ new_assembler(void)
 
 	if (a == NULL)
 		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory while reading the write-ahead log")));
+				(errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory while reading the write-ahead log")));
 	return a;
 }
 
@@ -285,17 +280,17 @@ new_assembler(void)
  * kept: every piece names the shard.
  */
 static void
-take_piece(const Source *src, HTAB *assemblies, const EsMessageHeader *header, const void *piece,
-		   EsLsn start, EsLsn end, EsMessageCallback callback, void *arg)
+take_piece(const Source *src, HTAB *assemblies, const EsMessageHeader *header, const void *piece, EsLsn start,
+		   EsLsn end, EsMessageCallback callback, void *arg)
 {
-	EsLsn		first = header->piece == 0 ? start : header->first_start;
-	bool		single = header->piece == 0 && header->npieces == 1;
+	EsLsn				first = header->piece == 0 ? start : header->first_start;
+	bool				single = header->piece == 0 && header->npieces == 1;
 	EsMessageAssembler *assembler = NULL;
-	Assembly   *entry = NULL;
-	bool		found = false;
-	void	   *payload;
-	size_t		len;
-	EsError		err;
+	Assembly		   *entry = NULL;
+	bool				found = false;
+	void			   *payload;
+	size_t				len;
+	EsError				err;
 
 	if (first < src->from)
 		return;
@@ -347,7 +342,7 @@ static void
 free_assemblies(HTAB *assemblies)
 {
 	HASH_SEQ_STATUS seq;
-	Assembly   *entry;
+	Assembly	   *entry;
 
 	hash_seq_init(&seq, assemblies);
 	while ((entry = hash_seq_search(&seq)) != NULL)
@@ -361,8 +356,8 @@ read_messages(Source *src, XLogReaderState *reader, HTAB *assemblies, uint16 sha
 			  EsMessageCallback callback, void *arg)
 {
 	StringInfoData copy;
-	char	   *error;
-	uint32		n = 0;
+	char		  *error;
+	uint32		   n = 0;
 
 	initStringInfo(&copy);
 	if (XLogRecPtrIsInvalid(XLogFindNextRecord(reader, src->from)))
@@ -374,7 +369,7 @@ read_messages(Source *src, XLogReaderState *reader, HTAB *assemblies, uint16 sha
 	for (;;)
 	{
 		const EsMessageHeader *header;
-		const void *piece;
+		const void			  *piece;
 
 		if (XLogReadRecord(reader, &error) == NULL)
 		{
@@ -398,11 +393,11 @@ read_messages(Source *src, XLogReaderState *reader, HTAB *assemblies, uint16 sha
 void
 es_pgwal_read(uint16 shard, EsLsn from, EsLsn upto, EsMessageCallback callback, void *arg)
 {
-	MemoryContext context;
-	MemoryContext caller;
-	HASHCTL		ctl;
-	HTAB	   *assemblies;
-	Source	   *src;
+	MemoryContext	 context;
+	MemoryContext	 caller;
+	HASHCTL			 ctl;
+	HTAB			*assemblies;
+	Source			*src;
 	XLogReaderState *reader;
 
 	if (from >= upto)
@@ -425,7 +420,7 @@ es_pgwal_read(uint16 shard, EsLsn from, EsLsn upto, EsMessageCallback callback, 
 	PG_FINALLY();
 	{
 		close_segment(src);
-		free_assemblies(assemblies);	/* their memory is malloc's */
+		free_assemblies(assemblies); /* their memory is malloc's */
 	}
 	PG_END_TRY();
 	XLogReaderFree(reader);
@@ -437,10 +432,10 @@ es_pgwal_read(uint16 shard, EsLsn from, EsLsn upto, EsMessageCallback callback, 
 
 typedef struct Wanted
 {
-	EsLsn		start;
-	EsMessageHeader *header;
-	void	  **payload;
-	size_t	   *len;
+	EsLsn				start;
+	EsMessageHeader	   *header;
+	void			  **payload;
+	size_t			   *len;
 	EsMessageAssembler *assembler;
 } Wanted;
 
@@ -448,22 +443,23 @@ static void
 read_wanted(Source *src, XLogReaderState *reader, Wanted *w)
 {
 	StringInfoData copy;
-	char	   *error;
-	EsError		err;
+	char		  *error;
+	EsError		   err;
 
 	initStringInfo(&copy);
 	XLogBeginRead(reader, w->start);
 	while (*w->payload == NULL)
 	{
 		const EsMessageHeader *header;
-		const void *piece;
-		bool		first;
+		const void			  *piece;
+		bool				   first;
 
 		if (XLogReadRecord(reader, &error) == NULL || reader->EndRecPtr > src->upto)
 		{
 			es_fail(&err, ES_ERR_CORRUPT, 0, "%s",
-					src->at_end ? "it does not end before the write-ahead log does" :
-					error != NULL ? error : "a record cannot be read");
+					src->at_end		? "it does not end before the write-ahead log does"
+					: error != NULL ? error
+									: "a record cannot be read");
 			message_damaged(w->start, &err);
 		}
 		first = reader->ReadRecPtr == w->start;
@@ -489,11 +485,11 @@ read_wanted(Source *src, XLogReaderState *reader, Wanted *w)
 void
 es_pgwal_read_one(EsLsn start, EsLsn upto, EsMessageHeader *header, void **payload, size_t *len)
 {
-	MemoryContext context;
-	MemoryContext caller;
-	Source	   *src;
+	MemoryContext	 context;
+	MemoryContext	 caller;
+	Source			*src;
 	XLogReaderState *reader;
-	Wanted		w;
+	Wanted			 w;
 
 	context = AllocSetContextCreate(CurrentMemoryContext, "event_store WAL reader", ALLOCSET_DEFAULT_SIZES);
 	caller = MemoryContextSwitchTo(context);

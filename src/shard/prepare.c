@@ -36,48 +36,48 @@
 /* An event id of a context's rows, and whether it is there already. */
 typedef struct IdEntry
 {
-	const uint8 *id;
-	const EsPrepareRow *row;	/* first one with this id */
-	bool		committed;
-	bool		has_content;
-	uint8		content[16];	/* of the committed event */
-	EsPosition	position;
-	int64		version;
+	const uint8		   *id;
+	const EsPrepareRow *row; /* first one with this id */
+	bool				committed;
+	bool				has_content;
+	uint8				content[16]; /* of the committed event */
+	EsPosition			position;
+	int64				version;
 } IdEntry;
 
 typedef struct IdTable
 {
-	IdEntry    *entries;		/* ascending by id */
-	uint64		n;
+	IdEntry *entries; /* ascending by id */
+	uint64	 n;
 } IdTable;
 
 typedef struct PrepareTask
 {
-	EsTask		task;			/* first */
-	EsTxn	   *txn;			/* with a reference; NULL = no batch was logged */
+	EsTask				   task; /* first */
+	EsTxn				  *txn;	 /* with a reference; NULL = no batch was logged */
 	const EsSectionHeader *section;
-	const EsFinishTable *table; /* at work; NULL = done */
-	EsFinishTableView view;
-	EsPrepareSource *source;
-	EsPrepareGroup group;
-	int			groups_since_reset;
-	bool		restore;		/* positions are given */
-	bool		given_versions;
+	const EsFinishTable	  *table; /* at work; NULL = done */
+	EsFinishTableView	   view;
+	EsPrepareSource		  *source;
+	EsPrepareGroup		   group;
+	int					   groups_since_reset;
+	bool				   restore; /* positions are given */
+	bool				   given_versions;
 
 	/* of the table at work */
-	uint8	   *bitmap;			/* NULL = all taken so far */
-	Size		bitmap_len;
-	uint64		nskipped;
+	uint8		   *bitmap; /* NULL = all taken so far */
+	Size			bitmap_len;
+	uint64			nskipped;
 	EsFirstVersion *versions;
-	uint32		nversions;
-	uint32		versions_allocated;
+	uint32			nversions;
+	uint32			versions_allocated;
 
 	/* the answer's tables so far */
-	char	   *answer;
-	Size		answer_len;
-	Size		answer_allocated;
-	uint64		ntables;
-	bool		failed;			/* an error was sent */
+	char  *answer;
+	Size   answer_len;
+	Size   answer_allocated;
+	uint64 ntables;
+	bool   failed; /* an error was sent */
 } PrepareTask;
 
 /* ---- errors ---- */
@@ -85,29 +85,29 @@ typedef struct PrepareTask
 static const char *
 context_text(EsContextClass klass, const void *bytes, Size len)
 {
-	static char text[256];
+	static char	 text[256];
 	const uint8 *b = bytes;
-	int64		number;
+	int64		 number;
 
 	switch (klass)
 	{
 		case ES_CONTEXT_STRING:
-			{
-				Size		n = Min(len, 200);
+		{
+			Size n = Min(len, 200);
 
-				/* not in the middle of a character */
-				while (n < len && n > 0 && (b[n] & 0xc0) == 0x80)
-					n--;
-				snprintf(text, sizeof(text), "%.*s%s", (int) n, (const char *) bytes, n < len ? "…" : "");
-				return text;
-			}
+			/* not in the middle of a character */
+			while (n < len && n > 0 && (b[n] & 0xc0) == 0x80)
+				n--;
+			snprintf(text, sizeof(text), "%.*s%s", (int) n, (const char *) bytes, n < len ? "…" : "");
+			return text;
+		}
 		case ES_CONTEXT_UUID:
 			if (len == 16)
 			{
 				snprintf(text, sizeof(text),
-						 "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x",
-						 b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11],
-						 b[12], b[13], b[14], b[15]);
+						 "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0], b[1],
+						 b[2], b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14],
+						 b[15]);
 				return text;
 			}
 			break;
@@ -122,7 +122,7 @@ context_text(EsContextClass klass, const void *bytes, Size len)
 			}
 	}
 	{
-		Size		n = Min(len, 64);
+		Size n = Min(len, 64);
 
 		strcpy(text, "\\x");
 		for (Size i = 0; i < n; i++)
@@ -143,18 +143,19 @@ fail(PrepareTask *p, int code, const char *message, const char *detail, const ch
 static void
 fail_event_id(PrepareTask *p, const EsPrepareRow *row, const IdEntry *e)
 {
-	char		id[64];
-	char		message[512];
-	char		detail[256];
+	char id[64];
+	char message[512];
+	char detail[256];
 
 	strlcpy(id, context_text(ES_CONTEXT_UUID, row->event_id, 16), sizeof(id));
-	snprintf(message, sizeof(message), "event id %s already exists in context \"%s\" with other content",
-			 id, context_text(p->group.klass, row->bytes, row->len));
+	snprintf(message, sizeof(message), "event id %s already exists in context \"%s\" with other content", id,
+			 context_text(p->group.klass, row->bytes, row->len));
 	if (!e->committed)
 		strcpy(detail, "An earlier row of the same transaction has it.");
 	else if (e->version > 0)
-		snprintf(detail, sizeof(detail), "It is the event with version " INT64_FORMAT " at position " UINT64_FORMAT ".",
-				 e->version, e->position);
+		snprintf(detail, sizeof(detail),
+				 "It is the event with version " INT64_FORMAT " at position " UINT64_FORMAT ".", e->version,
+				 e->position);
 	else
 		snprintf(detail, sizeof(detail), "It is the event at position " UINT64_FORMAT ".", e->position);
 	fail(p, ERRCODE_UNIQUE_VIOLATION, message, detail,
@@ -170,8 +171,9 @@ fail_version(PrepareTask *p, const EsPrepareRow *row, int64 actual)
 
 	snprintf(message, sizeof(message), "version " INT64_FORMAT " is not the next one of context \"%s\"",
 			 row->version, context);
-	snprintf(detail, sizeof(detail), "Its actual version is " INT64_FORMAT ", so the next one is " INT64_FORMAT ".",
-			 actual, actual + 1);
+	snprintf(detail, sizeof(detail),
+			 "Its actual version is " INT64_FORMAT ", so the next one is " INT64_FORMAT ".", actual,
+			 actual + 1);
 	fail(p, ERRCODE_UNIQUE_VIOLATION, message, detail, "Replay the context and decide again.");
 }
 
@@ -182,11 +184,11 @@ fail_restored_version(PrepareTask *p, const EsPrepareRow *row, int64 version, in
 	char		detail[384];
 	const char *context = context_text(p->group.klass, row->bytes, row->len);
 
-	snprintf(message, sizeof(message), "version " INT64_FORMAT " of context \"%s\" is there already",
-			 version, context);
+	snprintf(message, sizeof(message), "version " INT64_FORMAT " of context \"%s\" is there already", version,
+			 context);
 	if (version <= head)
-		snprintf(detail, sizeof(detail), "Its actual version is " INT64_FORMAT "; restored rows must be above it.",
-				 head);
+		snprintf(detail, sizeof(detail),
+				 "Its actual version is " INT64_FORMAT "; restored rows must be above it.", head);
 	else
 		snprintf(detail, sizeof(detail), "Two restored rows of the context have it.");
 	fail(p, ERRCODE_UNIQUE_VIOLATION, message, detail, "");
@@ -199,7 +201,7 @@ compare_ids(const void *a, const void *b)
 {
 	const IdEntry *x = a;
 	const IdEntry *y = b;
-	int			c = memcmp(x->id, y->id, 16);
+	int			   c = memcmp(x->id, y->id, 16);
 
 	if (c != 0)
 		return c;
@@ -211,13 +213,13 @@ compare_ids(const void *a, const void *b)
 static IdEntry *
 find_id(const IdTable *t, const uint8 *id)
 {
-	uint64		low = 0;
-	uint64		high = t->n;
+	uint64 low = 0;
+	uint64 high = t->n;
 
 	while (low < high)
 	{
-		uint64		mid = low + (high - low) / 2;
-		int			c = memcmp(t->entries[mid].id, id, 16);
+		uint64 mid = low + (high - low) / 2;
+		int	   c = memcmp(t->entries[mid].id, id, 16);
 
 		if (c == 0)
 			return &t->entries[mid];
@@ -238,7 +240,7 @@ id_wanted(void *arg, const uint8 *event_id)
 static void
 id_found(void *arg, const uint8 *event_id, const EsEventFound *event)
 {
-	IdEntry    *e = find_id(arg, event_id);
+	IdEntry *e = find_id(arg, event_id);
 
 	e->committed = true;
 	e->has_content = event->content != NULL;
@@ -250,12 +252,12 @@ id_found(void *arg, const uint8 *event_id, const EsEventFound *event)
 
 /* The distinct ids of the rows, each with the committed event that has it; false = damage. */
 static bool
-gather_ids(PrepareTask *p, const EsContextId *context, const EsPrepareRow *rows, uint64 n,
-		   IdTable *t, EsDamage *damage)
+gather_ids(PrepareTask *p, const EsContextId *context, const EsPrepareRow *rows, uint64 n, IdTable *t,
+		   EsDamage *damage)
 {
-	EsEventProbe probe = {id_wanted, id_found, t};
+	EsEventProbe  probe = {id_wanted, id_found, t};
 	const uint8 **distinct;
-	uint64		kept = 0;
+	uint64		  kept = 0;
 
 	t->n = 0;
 	for (uint64 i = 0; i < n; i++)
@@ -301,8 +303,8 @@ skip_row(PrepareTask *p, const EsPrepareRow *row)
 	if (p->bitmap == NULL)
 	{
 		p->bitmap_len = (p->view.table->nrows + 63) / 64 * 8;
-		p->bitmap = MemoryContextAllocExtended(p->task.context, p->bitmap_len,
-											   MCXT_ALLOC_HUGE | MCXT_ALLOC_ZERO);
+		p->bitmap =
+			MemoryContextAllocExtended(p->task.context, p->bitmap_len, MCXT_ALLOC_HUGE | MCXT_ALLOC_ZERO);
 	}
 	p->bitmap[row->number >> 3] |= 1 << (row->number & 7);
 	p->nskipped++;
@@ -319,14 +321,14 @@ note_version(PrepareTask *p, uint64 hash, int64 version)
 		else
 			p->versions = repalloc(p->versions, p->versions_allocated * sizeof(EsFirstVersion));
 	}
-	p->versions[p->nversions++] = (EsFirstVersion) {hash, version};
+	p->versions[p->nversions++] = (EsFirstVersion){hash, version};
 }
 
 static int
 compare_int64(const void *a, const void *b)
 {
-	int64		x = *(const int64 *) a;
-	int64		y = *(const int64 *) b;
+	int64 x = *(const int64 *) a;
+	int64 y = *(const int64 *) b;
 
 	return x < y ? -1 : x > y;
 }
@@ -334,7 +336,7 @@ compare_int64(const void *a, const void *b)
 static void
 check_restored(PrepareTask *p, const EsPrepareRow *rows, const int64 *given, uint64 n, int64 head)
 {
-	int64	   *versions = unconstify(int64 *, given);
+	int64 *versions = unconstify(int64 *, given);
 
 	if (n > 1)
 		qsort(versions, n, sizeof(int64), compare_int64);
@@ -356,15 +358,15 @@ static bool
 check_context(PrepareTask *p, const EsPrepareRow *rows, uint64 n, EsDamage *damage)
 {
 	const EsRoles *roles = es_prepare_roles(p->source);
-	EsContextId context = {&p->view.table->table, p->group.hash, rows[0].bytes, rows[0].len};
-	IdTable		ids = {0};
-	EsHead		head = {0};
-	bool		versioned = roles->version != 0;
-	bool		wants_head = false;
-	int64		next;
-	int64	   *restored = NULL;
-	uint64		nrestored = 0;
-	bool		first = true;
+	EsContextId	   context = {&p->view.table->table, p->group.hash, rows[0].bytes, rows[0].len};
+	IdTable		   ids = {0};
+	EsHead		   head = {0};
+	bool		   versioned = roles->version != 0;
+	bool		   wants_head = false;
+	int64		   next;
+	int64		  *restored = NULL;
+	uint64		   nrestored = 0;
+	bool		   first = true;
 
 	if (roles->event_id != 0 && !gather_ids(p, &context, rows, n, &ids, damage))
 		return false;
@@ -373,9 +375,8 @@ check_context(PrepareTask *p, const EsPrepareRow *rows, uint64 n, EsDamage *dama
 		wants_head = !p->given_versions && p->nversions < ES_FINISH_MAX_VERSIONS;
 		for (uint64 i = 0; i < n && !wants_head; i++)
 			wants_head = rows[i].version != 0;
-		if (wants_head &&
-			!es_head_lookup(context.table, context.hash, context.bytes, context.len, &head,
-							&damage->err, &damage->path))
+		if (wants_head && !es_head_lookup(context.table, context.hash, context.bytes, context.len, &head,
+										  &damage->err, &damage->path))
 			return false;
 		if (p->restore)
 			restored = MemoryContextAllocHuge(p->group.context, n * sizeof(int64));
@@ -397,8 +398,8 @@ check_context(PrepareTask *p, const EsPrepareRow *rows, uint64 n, EsDamage *dama
 
 			if (e->committed || e->row != row)
 			{
-				if (same_content(row->content, e->committed ? (e->has_content ? e->content : NULL) :
-								 e->row->content))
+				if (same_content(row->content,
+								 e->committed ? (e->has_content ? e->content : NULL) : e->row->content))
 				{
 					skip_row(p, row);
 					continue;
@@ -439,7 +440,7 @@ compare_rows(const void *a, const void *b)
 		return x->len < y->len ? -1 : 1;
 	if (x->bytes != y->bytes)
 	{
-		int			c = memcmp(x->bytes, y->bytes, x->len);
+		int c = memcmp(x->bytes, y->bytes, x->len);
 
 		if (c != 0)
 			return c;
@@ -452,8 +453,8 @@ static bool
 check_group(PrepareTask *p, EsDamage *damage)
 {
 	EsPrepareGroup *g = &p->group;
-	bool		sorted = true;
-	uint64		begin = 0;
+	bool			sorted = true;
+	uint64			begin = 0;
 
 	for (uint64 i = 1; i < g->nrows && sorted; i++)
 		sorted = compare_rows(&g->rows[i - 1], &g->rows[i]) < 0;
@@ -478,7 +479,7 @@ put(PrepareTask *p, const void *data, Size len)
 {
 	if (p->answer_len + len > p->answer_allocated)
 	{
-		Size		allocated = Max(p->answer_len + len, Max(256, p->answer_allocated * 2));
+		Size allocated = Max(p->answer_len + len, Max(256, p->answer_allocated * 2));
 
 		if (p->answer == NULL)
 			p->answer = MemoryContextAllocHuge(p->task.context, allocated);
@@ -519,7 +520,7 @@ end_table(PrepareTask *p)
 static bool
 begin_table(PrepareTask *p)
 {
-	EsLsn		missing;
+	EsLsn missing;
 
 	es_finish_table_view(p->table, &p->view);
 	p->restore = (p->table->flags & ES_FINISH_GIVEN_POSITIONS) != 0;
@@ -528,12 +529,12 @@ begin_table(PrepareTask *p)
 	missing = es_prepare_missing(p->source);
 	if (missing != 0)
 	{
-		char		detail[128];
+		char detail[128];
 
 		snprintf(detail, sizeof(detail), "The batch logged at %X/%X has not arrived.",
 				 LSN_FORMAT_ARGS(missing));
-		fail(p, ERRCODE_INTERNAL_ERROR, "a shard of the event store misses rows of this transaction",
-			 detail, "Try the transaction again.");
+		fail(p, ERRCODE_INTERNAL_ERROR, "a shard of the event store misses rows of this transaction", detail,
+			 "Try the transaction again.");
 		return false;
 	}
 	return true;
@@ -543,17 +544,24 @@ begin_table(PrepareTask *p)
 static EsTaskState
 run_table(PrepareTask *p, int64 deadline)
 {
-	/* nothing can be wrong with it: only first versions are wanted, as far as they go */
-	bool		only_versions = !es_prepare_has_checks(p->source);
+	EsDamage damage;
+	bool	 failed;
+	bool	 checks;
+
+	if (es_prepare_find_checks(p->source, deadline, &checks, &damage, &failed) == ES_TASK_MORE)
+		return ES_TASK_MORE;
+	if (failed)
+	{
+		es_segment_send_error(p->task.conn, ES_REQ_PREPARE, p->task.id, damage.path, &damage.err);
+		p->failed = true;
+		return ES_TASK_DONE;
+	}
 
 	for (;;)
 	{
-		EsDamage	damage;
-		bool		failed;
-
-		if (only_versions &&
-			(p->given_versions || es_prepare_roles(p->source)->version == 0 ||
-			 p->nversions >= ES_FINISH_MAX_VERSIONS))
+		/* nothing can be wrong with it: first versions are wanted, as far as they go */
+		if (!checks && (p->given_versions || es_prepare_roles(p->source)->version == 0 ||
+						p->nversions >= ES_FINISH_MAX_VERSIONS))
 			break;
 		if (es_prepare_next_group(p->source, deadline, &p->group, &damage, &failed) == ES_TASK_MORE)
 			return ES_TASK_MORE;
@@ -586,9 +594,9 @@ run_table(PrepareTask *p, int64 deadline)
 static EsTaskState
 run_prepare(EsTask *task, int64 deadline)
 {
-	PrepareTask *p = (PrepareTask *) task;
+	PrepareTask	   *p = (PrepareTask *) task;
 	EsPrepareAnswer answer = {0};
-	EsPart		parts[2];
+	EsPart			parts[2];
 
 	while (p->table != NULL)
 	{
@@ -604,8 +612,8 @@ run_prepare(EsTask *task, int64 deadline)
 	answer.answer.flags = ES_ANSWER_LAST;
 	answer.answer.id = task->id;
 	answer.ntables = p->ntables;
-	parts[0] = (EsPart) {&answer, sizeof(answer)};
-	parts[1] = (EsPart) {p->answer, p->answer_len};
+	parts[0] = (EsPart){&answer, sizeof(answer)};
+	parts[1] = (EsPart){p->answer, p->answer_len};
 	ES_FAULT("prepare-before-answer");
 	es_conn_send(task->conn, &answer.answer, parts, 2);
 	return ES_TASK_DONE;
@@ -626,9 +634,9 @@ void
 es_handle_prepare(EsConn *conn, const EsPrepareRequest *req, Size len)
 {
 	PrepareTask *p;
-	Size		section_len = len - sizeof(EsPrepareRequest);
-	char	   *section;
-	EsError		err = {0};
+	Size		 section_len = len - sizeof(EsPrepareRequest);
+	char		*section;
+	EsError		 err = {0};
 
 	if (len < sizeof(EsPrepareRequest) + sizeof(EsSectionHeader) ||
 		es_section_check(req + 1, section_len, &err) != ES_OK)
@@ -647,7 +655,7 @@ es_handle_prepare(EsConn *conn, const EsPrepareRequest *req, Size len)
 	p->txn = es_txn_find(req->fxid);
 	if (p->txn != NULL)
 		es_txn_ref(p->txn);
-	p->group.context = AllocSetContextCreate(p->task.context, "event_store prepare group",
-											 ALLOCSET_DEFAULT_SIZES);
+	p->group.context =
+		AllocSetContextCreate(p->task.context, "event_store prepare group", ALLOCSET_DEFAULT_SIZES);
 	es_task_start(&p->task);
 }

@@ -22,48 +22,49 @@
 #include "core/route.h"
 #include "shard/prepare.h"
 
-#define ROWS_PER_LOOK	2048
+#define ROWS_PER_LOOK 2048
 
 typedef struct MemRow
 {
-	uint64		hash;
-	uint32		batch;
-	uint32		row;
+	uint64 hash;
+	uint32 batch;
+	uint32 row;
 } MemRow;
 
 /* A pending segment being walked. */
 typedef struct Walk
 {
-	EsSegmentRef *ref;			/* one reference */
-	EsSegment  *segment;
+	EsSegmentRef		*ref; /* one reference */
+	EsSegment			*segment;
 	const EsSegmentInfo *info;
-	bool	   *wanted;
-	EsRowBlock *block;
-	uint32	   *batches;		/* numbers in source->batches by those of the segment; UINT32_MAX = dead */
-	uint32		next_zone;
-	uint32		zone_rows;
-	uint32		row;			/* in the block */
-	uint64		hash;			/* of that row, if it was computed */
-	bool		has_hash;
-	bool		counted;		/* all zones of the first walk are done */
+	bool				*wanted;
+	EsRowBlock			*block;
+	uint32				*batches; /* numbers in source->batches by those of the segment; UINT32_MAX = dead */
+	uint32				 next_zone;
+	uint32				 zone_rows;
+	uint32				 row;  /* in the block */
+	uint64				 hash; /* of that row, if it was computed */
+	bool				 has_hash;
+	bool				 counted; /* all zones of the first walk are done */
 } Walk;
 
 struct EsPrepareSource
 {
-	MemoryContext context;
-	EsTxn	   *txn;
-	EsRoles		roles;
+	MemoryContext	context;
+	EsTxn		   *txn;
+	EsRoles			roles;
 	EsPrepareBatch *batches;
-	uint32		nbatches;
-	EsLsn		missing;
-	MemRow	   *rows;
-	uint64		nrows;
-	uint64		next;
-	bool		sorted;
-	bool		flagged;		/* some batch in memory has given versions or event ids */
-	Walk	   *walks;
-	int			nwalks;
-	bool		numbered;
+	uint32			nbatches;
+	EsLsn			missing;
+	MemRow		   *rows;
+	uint64			nrows;
+	uint64			next;
+	bool			sorted;
+	bool			flagged; /* some batch in memory has given versions or event ids */
+	Walk		   *walks;
+	int				nwalks;
+	int				looked; /* walks that were looked through for checks */
+	bool			numbered;
 };
 
 /* ---- gathering batches ---- */
@@ -71,8 +72,8 @@ struct EsPrepareSource
 static int
 compare_starts(const void *a, const void *b)
 {
-	EsLsn		x = (*(EsPrepareBatch *const *) a)->start;
-	EsLsn		y = (*(EsPrepareBatch *const *) b)->start;
+	EsLsn x = (*(EsPrepareBatch *const *) a)->start;
+	EsLsn y = (*(EsPrepareBatch *const *) b)->start;
 
 	return x < y ? -1 : x > y;
 }
@@ -80,12 +81,12 @@ compare_starts(const void *a, const void *b)
 static EsPrepareBatch *
 find_start(EsPrepareBatch **sorted, uint32 n, EsLsn start)
 {
-	uint32		low = 0;
-	uint32		high = n;
+	uint32 low = 0;
+	uint32 high = n;
 
 	while (low < high)
 	{
-		uint32		mid = low + (high - low) / 2;
+		uint32 mid = low + (high - low) / 2;
 
 		if (sorted[mid]->start < start)
 			low = mid + 1;
@@ -105,15 +106,14 @@ take_flags(EsPrepareSource *s, const EsBatchHeader *h)
 static void
 take_staged(EsPrepareSource *s, const EsTableKey *table, EsPrepareBatch **sorted, uint32 n)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &s->txn->staged)
 	{
-		EsMemBatch *b = dlist_container(EsMemBatch, node, iter.cur);
+		EsMemBatch	   *b = dlist_container(EsMemBatch, node, iter.cur);
 		EsPrepareBatch *p = find_start(sorted, n, b->start);
 
-		if (p == NULL || p->staged != NULL ||
-			!es_table_key_equal(&b->view.header->table, table))
+		if (p == NULL || p->staged != NULL || !es_table_key_equal(&b->view.header->table, table))
 			continue;
 		es_membatch_ref(b);
 		p->staged = b;
@@ -126,14 +126,14 @@ take_staged(EsPrepareSource *s, const EsTableKey *table, EsPrepareBatch **sorted
 static void
 take_pending(EsPrepareSource *s, const EsTableKey *table, EsPrepareBatch **sorted, uint32 n)
 {
-	ListCell   *lc;
+	ListCell *lc;
 
 	foreach(lc, s->txn->pending)
 	{
-		EsSegmentRef *ref = lfirst(lc);
+		EsSegmentRef		  *ref = lfirst(lc);
 		const EsManifestEntry *e = &ref->entry;
-		Walk	   *w = &s->walks[s->nwalks];
-		bool		any = false;
+		Walk				  *w = &s->walks[s->nwalks];
+		bool				   any = false;
 
 		if (!es_table_key_equal(&e->segment.table, table))
 			continue;
@@ -161,10 +161,10 @@ take_pending(EsPrepareSource *s, const EsTableKey *table, EsPrepareBatch **sorte
 EsPrepareSource *
 es_prepare_source(EsTxn *txn, const EsFinishTableView *view, MemoryContext context)
 {
-	MemoryContext old = MemoryContextSwitchTo(context);
-	EsPrepareSource *s = palloc0(sizeof(EsPrepareSource));
+	MemoryContext		 old = MemoryContextSwitchTo(context);
+	EsPrepareSource		*s = palloc0(sizeof(EsPrepareSource));
 	const EsFinishTable *table = view->table;
-	const char *at = view->inline_batches;
+	const char			*at = view->inline_batches;
 
 	s->context = context;
 	s->txn = txn;
@@ -221,13 +221,6 @@ es_prepare_source_free(EsPrepareSource *s)
 	s->nwalks = 0;
 }
 
-bool
-es_prepare_has_checks(const EsPrepareSource *source)
-{
-	/* of rows in pending segments it is not known without reading them */
-	return source->flagged || source->nwalks > 0;
-}
-
 const EsRoles *
 es_prepare_roles(const EsPrepareSource *source)
 {
@@ -252,7 +245,7 @@ compare_mem_rows(const void *a, const void *b)
 static void
 sort_mem_rows(EsPrepareSource *s)
 {
-	uint64		n = 0;
+	uint64 n = 0;
 
 	for (uint32 i = 0; i < s->nbatches; i++)
 		if (!s->batches[i].pending)
@@ -265,7 +258,7 @@ sort_mem_rows(EsPrepareSource *s)
 		if (p->pending)
 			continue;
 		for (uint32 row = 0; row < p->nrows; row++)
-			s->rows[s->nrows++] = (MemRow) {es_batch_context_hash(&p->view, row), i, row};
+			s->rows[s->nrows++] = (MemRow){es_batch_context_hash(&p->view, row), i, row};
 	}
 	if (s->nrows > 1)
 		qsort(s->rows, s->nrows, sizeof(MemRow), compare_mem_rows);
@@ -293,11 +286,11 @@ static void
 add_mem_row(EsPrepareSource *s, EsPrepareGroup *g, const MemRow *m)
 {
 	const EsPrepareBatch *p = &s->batches[m->batch];
-	const EsBatchView *v = &p->view;
-	const EsRoles *roles = &v->header->roles;
-	EsPrepareRow *r = add_row(g);
-	int64		scratch;
-	size_t		len;
+	const EsBatchView	 *v = &p->view;
+	const EsRoles		 *roles = &v->header->roles;
+	EsPrepareRow		 *r = add_row(g);
+	int64				  scratch;
+	size_t				  len;
 
 	memset(r, 0, sizeof(*r));
 	r->number = p->first_number + m->row;
@@ -306,7 +299,7 @@ add_mem_row(EsPrepareSource *s, EsPrepareGroup *g, const MemRow *m)
 	r->len = len;
 	if (r->bytes == &scratch)
 	{
-		void	   *copy = MemoryContextAlloc(g->context, sizeof(scratch));
+		void *copy = MemoryContextAlloc(g->context, sizeof(scratch));
 
 		r->bytes = memcpy(copy, &scratch, sizeof(scratch));
 	}
@@ -387,15 +380,16 @@ count_rows(EsPrepareSource *s, Walk *w, int64 deadline, EsDamage *damage, bool *
 	w->wanted[es_segment_ncols(w->info) + ES_PENDING_PLACE] = true;
 	while (w->next_zone < w->info->nzones)
 	{
-		EsZoneInfo	z = es_segment_zone(w->segment, w->next_zone);
+		EsZoneInfo z = es_segment_zone(w->segment, w->next_zone);
 
-		if (walk_failed(w, es_segment_read(w->segment, z.first_row, z.nrows, w->wanted, 0, w->block,
-										   &damage->err), damage, false))
+		if (walk_failed(
+				w, es_segment_read(w->segment, z.first_row, z.nrows, w->wanted, 0, w->block, &damage->err),
+				damage, false))
 			return ES_TASK_DONE;
 		for (uint32 r = 0; r < z.nrows; r++)
 		{
-			int64		place = place_of(w, r);
-			uint32		batch;
+			int64  place = place_of(w, r);
+			uint32 batch;
 
 			if (bad_place(w, place, damage))
 				return ES_TASK_DONE;
@@ -420,6 +414,59 @@ count_rows(EsPrepareSource *s, Walk *w, int64 deadline, EsDamage *damage, bool *
 	return ES_TASK_DONE;
 }
 
+/* Are all event ids and given versions of the zone NULL? */
+static EsStatus
+zone_has_checks(Walk *w, uint32 zone, bool *found, EsError *err)
+{
+	EsZoneInfo z = es_segment_zone(w->segment, zone);
+	const EsRoles *roles = &w->info->roles;
+	EsStatus status;
+
+	if (roles->event_id > 0 &&
+		es_segment_column_stats(w->segment, zone, roles->event_id - 1).nnulls < z.nrows)
+	{
+		*found = true;
+		return ES_OK;
+	}
+	if (roles->version == 0)
+		return ES_OK;
+	status = es_segment_read(w->segment, z.first_row, z.nrows, w->wanted, ES_WANT_VERSION, w->block, err);
+	for (uint32 r = 0; r < z.nrows && status == ES_OK && !*found; r++)
+		*found = es_block_version(w->block, r) != 0;
+	return status;
+}
+
+EsTaskState
+es_prepare_find_checks(EsPrepareSource *s, int64 deadline, bool *found, EsDamage *damage, bool *failed)
+{
+	*failed = false;
+	*found = s->flagged;
+	for (; s->looked < s->nwalks && !*found; s->looked++)
+	{
+		Walk *w = &s->walks[s->looked];
+
+		if (!open_walk(s, w, damage))
+		{
+			*failed = true;
+			return ES_TASK_DONE;
+		}
+		while (w->next_zone < w->info->nzones && !*found)
+		{
+			if (walk_failed(w, zone_has_checks(w, w->next_zone, found, &damage->err), damage, false))
+			{
+				*failed = true;
+				return ES_TASK_DONE;
+			}
+			w->next_zone++;
+			if (es_task_clock() >= deadline && w->next_zone < w->info->nzones)
+				return ES_TASK_MORE;
+		}
+		w->next_zone = 0;
+	}
+	s->flagged = *found;
+	return ES_TASK_DONE;
+}
+
 /* Second walk: the row at hand, reading the next zone if need be; false: at the end, or failed. */
 static bool
 walk_row(EsPrepareSource *s, Walk *w, EsDamage *damage, bool *failed)
@@ -429,11 +476,11 @@ walk_row(EsPrepareSource *s, Walk *w, EsDamage *damage, bool *failed)
 		while (w->row < w->zone_rows)
 		{
 			const EsRoles *roles = &w->info->roles;
-			int64		place = place_of(w, w->row);
-			const void *value;
-			const void *bytes;
-			size_t		len;
-			int64		scratch;
+			int64		   place = place_of(w, w->row);
+			const void	  *value;
+			const void	  *bytes;
+			size_t		   len;
+			int64		   scratch;
 
 			if (bad_place(w, place, damage))
 			{
@@ -452,8 +499,8 @@ walk_row(EsPrepareSource *s, Walk *w, EsDamage *damage, bool *failed)
 				w->hash = 0;
 				if (value != NULL)
 				{
-					es_context_bytes(roles->context_class, w->info->columns[roles->context - 1].len,
-									 value, &scratch, &bytes, &len);
+					es_context_bytes(roles->context_class, w->info->columns[roles->context - 1].len, value,
+									 &scratch, &bytes, &len);
 					w->hash = es_context_hash(roles->context_class, bytes, len);
 				}
 				w->has_hash = true;
@@ -466,11 +513,13 @@ walk_row(EsPrepareSource *s, Walk *w, EsDamage *damage, bool *failed)
 			*failed = true;
 		else
 		{
-			EsZoneInfo	z = es_segment_zone(w->segment, w->next_zone++);
+			EsZoneInfo z = es_segment_zone(w->segment, w->next_zone++);
 
-			*failed = walk_failed(w, es_segment_read(w->segment, z.first_row, z.nrows, w->wanted,
-													 ES_WANT_VERSION | ES_WANT_CONTENT_HASH, w->block,
-													 &damage->err), damage, false);
+			*failed =
+				walk_failed(w,
+							es_segment_read(w->segment, z.first_row, z.nrows, w->wanted,
+											ES_WANT_VERSION | ES_WANT_CONTENT_HASH, w->block, &damage->err),
+							damage, false);
 			w->zone_rows = z.nrows;
 			w->row = 0;
 			w->has_hash = false;
@@ -483,20 +532,20 @@ walk_row(EsPrepareSource *s, Walk *w, EsDamage *damage, bool *failed)
 static void
 add_walk_row(EsPrepareSource *s, EsPrepareGroup *g, Walk *w)
 {
-	const EsRoles *roles = &w->info->roles;
-	const EsPrepareRow *last = g->nrows > 0 ? &g->rows[g->nrows - 1] : NULL;
-	EsPrepareRow row = {0};
-	int64		place = place_of(w, w->row);
+	const EsRoles		 *roles = &w->info->roles;
+	const EsPrepareRow	 *last = g->nrows > 0 ? &g->rows[g->nrows - 1] : NULL;
+	EsPrepareRow		  row = {0};
+	int64				  place = place_of(w, w->row);
 	const EsPrepareBatch *p = &s->batches[w->batches[(uint64) place >> ES_PENDING_ROW_BITS]];
-	const void *value = es_block_value(w->block, roles->context - 1, w->row);
-	const void *bytes = "";
-	size_t		len = 0;
-	int64		scratch;
+	const void			 *value = es_block_value(w->block, roles->context - 1, w->row);
+	const void			 *bytes = "";
+	size_t				  len = 0;
+	int64				  scratch;
 
 	row.number = p->first_number + (place & ((1 << ES_PENDING_ROW_BITS) - 1));
 	if (value != NULL)
-		es_context_bytes(roles->context_class, w->info->columns[roles->context - 1].len, value,
-						 &scratch, &bytes, &len);
+		es_context_bytes(roles->context_class, w->info->columns[roles->context - 1].len, value, &scratch,
+						 &bytes, &len);
 	row.len = len;
 	if (last != NULL && last->len == len && memcmp(last->bytes, bytes, len) == 0)
 		row.bytes = last->bytes;
@@ -522,7 +571,7 @@ add_walk_row(EsPrepareSource *s, EsPrepareGroup *g, Walk *w)
 static EsTaskState
 number_batches(EsPrepareSource *s, int64 deadline, EsDamage *damage, bool *failed)
 {
-	uint64		n = 0;
+	uint64 n = 0;
 
 	for (int i = 0; i < s->nwalks; i++)
 	{
@@ -544,10 +593,9 @@ number_batches(EsPrepareSource *s, int64 deadline, EsDamage *damage, bool *faile
 
 /* group->nrows = 0 at the first call for a group; kept when it returns MORE. */
 EsTaskState
-es_prepare_next_group(EsPrepareSource *s, int64 deadline, EsPrepareGroup *g, EsDamage *damage,
-					  bool *failed)
+es_prepare_next_group(EsPrepareSource *s, int64 deadline, EsPrepareGroup *g, EsDamage *damage, bool *failed)
 {
-	uint32		looked = 0;
+	uint32 looked = 0;
 
 	*failed = false;
 	if (!s->numbered)
@@ -562,7 +610,7 @@ es_prepare_next_group(EsPrepareSource *s, int64 deadline, EsPrepareGroup *g, EsD
 
 	if (g->nrows == 0)
 	{
-		bool		found = false;
+		bool found = false;
 
 		if (s->next < s->nrows)
 		{
@@ -571,7 +619,7 @@ es_prepare_next_group(EsPrepareSource *s, int64 deadline, EsPrepareGroup *g, EsD
 		}
 		for (int i = 0; i < s->nwalks; i++)
 		{
-			Walk	   *w = &s->walks[i];
+			Walk *w = &s->walks[i];
 
 			if (!walk_row(s, w, damage, failed))
 			{
@@ -596,7 +644,7 @@ es_prepare_next_group(EsPrepareSource *s, int64 deadline, EsPrepareGroup *g, EsD
 	}
 	for (int i = 0; i < s->nwalks; i++)
 	{
-		Walk	   *w = &s->walks[i];
+		Walk *w = &s->walks[i];
 
 		while (walk_row(s, w, damage, failed) && w->hash == g->hash)
 		{

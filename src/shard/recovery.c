@@ -12,6 +12,9 @@
  *		forgotten the transaction.  FINISHes that the manifest says are in segments are only
  *		remembered: their batches are dropped.  Own WAL is as large as a few MemTables, so
  *		all this is bounded.
+ *		A FINISH of own WAL may list batches that were on their way to a segment and are in
+ *		PostgreSQL's WAL only.  It and all later ones are left to 5, where they come again
+ *		in their order.
  *	 3. A new file for own WAL, and the control block says "not clean".
  *	 4. MARK goes into PostgreSQL's WAL and is flushed; its end is E.  The shard's
  *		generation was advanced before: whoever logs a message behind MARK
@@ -89,6 +92,7 @@ static known_hash *known;
 static HeldFinish *held;
 static uint32 nheld;
 static uint32 held_allocated;
+static uint32 held_done;		/* applied */
 static EsLsn restart_lsn;
 static EsOwnLsn flushed_up_to;
 static EsPosition reserved_below;
@@ -205,30 +209,67 @@ compare_held(const void *a, const void *b)
 	return x < y ? -1 : x > y;
 }
 
+/*
+ * Applies what own WAL holds, up to the first FINISH that lacks a batch.  With lossy (release_wal,
+ * and PostgreSQL's WAL is gone) only those are left out, for good.
+ */
 static void
-apply_held(void)
+apply_held(bool lossy)
 {
 	MemoryContext old = MemoryContextSwitchTo(scratch_context);
 
-	qsort(held, nheld, sizeof(HeldFinish), compare_held);
-	for (uint32 i = 0; i < nheld; i++)
+	for (; held_done < nheld; held_done++)
 	{
-		HeldFinish *f = &held[i];
+		HeldFinish *f = &held[held_done];
+		EsTxn	   *txn;
 
-		/* logged a second time by a flush: the first one did it */
-		if (i == 0 || f->start != held[i - 1].start)
-		{
-			es_txn_verdict(es_txn_get(f->fxid));
-			if (!es_apply_finish(f->fxid, f->start, f->end, f->section, f->len, true))
-				no_memory();
-		}
-		if (i % HOUSEKEEPING_MESSAGES == 0)
+		if (held_done % HOUSEKEEPING_MESSAGES == 0)
 		{
 			es_shard_interrupts();
 			MemoryContextReset(scratch_context);
 		}
+
+		/* logged a second time by a flush: the first one did it */
+		if (held_done > 0 && f->start == held[held_done - 1].start)
+			continue;
+		txn = es_txn_get(f->fxid);
+		if (es_txn_verdict(txn) != ES_VERDICT_ABORTED && !txn->finished &&
+			!es_finish_complete(txn, f->section, f->len))
+		{
+			if (!lossy)
+				break;
+			ereport(WARNING,
+					(errcode(ERRCODE_DATA_CORRUPTED),
+					 errmsg("shard %d gives up transaction %llu", es_shard_id,
+							(unsigned long long) f->fxid),
+					 errdetail("Its FINISH at %X/%X lists rows that are in no file any more.",
+							   LSN_FORMAT_ARGS(f->start))));
+			es_apply_drop_staged(txn);
+			txn->finished = true;
+			continue;
+		}
+		if (!es_apply_finish(f->fxid, f->start, f->end, f->section, f->len, true))
+			no_memory();
 	}
 	MemoryContextSwitchTo(old);
+}
+
+static void
+apply_own_wal(bool clean)
+{
+	qsort(held, nheld, sizeof(HeldFinish), compare_held);
+	apply_held(false);
+
+	if (clean && held_done < nheld)
+		ereport(ERROR,
+				(errcode(ERRCODE_DATA_CORRUPTED),
+				 errmsg("own write-ahead log of shard %d lacks rows of transaction %llu",
+						es_shard_id, (unsigned long long) held[held_done].fxid),
+				 errdetail("The shard was stopped cleanly, so it should have everything in its own files.")));
+
+	/* the rest comes again from PostgreSQL's WAL: its starts lie behind that of a batch that does */
+	for (uint32 i = held_done; i < nheld; i++)
+		(void) known_delete(known, held[i].start);
 }
 
 /* ---- PostgreSQL's WAL ---- */
@@ -297,6 +338,7 @@ static void
 read_pg_wal(void)
 {
 	MemoryContext caller = CurrentMemoryContext;
+	volatile bool lost = false;
 
 	if (pg_atomic_read_u32(&es_shard->release_wal) == 0)
 	{
@@ -324,8 +366,16 @@ read_pg_wal(void)
 				 errdetail("event_store.release_wal(%d) was called; events logged there and not durable in the shard's own files are lost. The reason was: %s",
 						   es_shard_id, error->message)));
 		FreeErrorData(error);
+		lost = true;
 	}
 	PG_END_TRY();
+
+	if (lost)
+	{
+		es_versions_as_promised = true;
+		apply_held(true);
+		es_versions_as_promised = false;
+	}
 }
 
 /* ---- positions ---- */
@@ -385,7 +435,7 @@ es_recover(void)
 
 	/* 2 */
 	es_log_replay(&files, own_frame);
-	apply_held();
+	apply_own_wal(clean);
 	pg_atomic_write_u32(&es_shard->state, ES_SHARD_RECOVERING);
 	ConditionVariableBroadcast(&es_shard->changed);
 	ES_FAULT("recovery-own-wal-read");
@@ -421,5 +471,5 @@ es_recover(void)
 	MemoryContextDelete(recovery_context);
 	known = NULL;
 	held = NULL;
-	nheld = held_allocated = 0;
+	nheld = held_done = held_allocated = 0;
 }

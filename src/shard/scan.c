@@ -29,7 +29,7 @@
 #include "shard/scan.h"
 #include "shard/shard.h"
 
-#define DEFAULT_BATCH_BYTES	(64 * 1024)
+#define DEFAULT_BATCH_BYTES (64 * 1024)
 #define MAX_BATCH_BYTES		(16 * 1024 * 1024)
 
 /* ---- running ---- */
@@ -47,7 +47,7 @@ next_phase(EsScan *scan)
 static EsTaskState
 run_scan(EsTask *task, int64 deadline)
 {
-	EsScan	   *scan = (EsScan *) task;
+	EsScan *scan = (EsScan *) task;
 
 	scan->deadline = deadline;
 	for (;;)
@@ -81,8 +81,8 @@ run_scan(EsTask *task, int64 deadline)
 		if (es_task_clock() >= deadline)
 			return ES_TASK_MORE;
 
-		state = scan->ordered ? es_scan_ordered_next(scan, &scan->chunk) :
-			es_scan_any_next(scan, &scan->chunk);
+		state =
+			scan->ordered ? es_scan_ordered_next(scan, &scan->chunk) : es_scan_any_next(scan, &scan->chunk);
 		if (scan->failed)
 			return ES_TASK_DONE;
 		if (scan->counted + ES_CHUNK_ROWS > ES_BATCH_MAX_ROWS)
@@ -95,7 +95,7 @@ run_scan(EsTask *task, int64 deadline)
 static void
 release_scan(EsTask *task)
 {
-	EsScan	   *scan = (EsScan *) task;
+	EsScan *scan = (EsScan *) task;
 
 	es_scan_close_streams(scan);
 	es_block_free(scan->block);
@@ -122,7 +122,7 @@ take(const char **p, Size *left, Size len)
 static const void *
 copy(const char *from, Size len)
 {
-	void	   *to = palloc(Max(len, 1));
+	void *to = palloc(Max(len, 1));
 
 	memcpy(to, from, len);
 	return to;
@@ -145,7 +145,7 @@ parse_request(EsScan *scan, const EsOpenRequest *req, Size len)
 	scan->flags = req->flags;
 	/* a number has no order */
 	scan->ordered = (req->order != ES_ORDER_ANY && !(req->flags & ES_OPEN_COUNT_ONLY)) ||
-		(req->flags & ES_OPEN_HAS_CONTEXT) != 0;
+					(req->flags & ES_OPEN_HAS_CONTEXT) != 0;
 	scan->descending = req->order == ES_ORDER_POSITION_DESC;
 	scan->after = req->after;
 	scan->below = req->below != 0 ? req->below : UINT64_MAX;
@@ -200,7 +200,7 @@ void
 es_handle_open(EsConn *conn, const EsOpenRequest *req, Size len)
 {
 	MemoryContext old;
-	EsScan	   *scan;
+	EsScan		 *scan;
 
 	scan = (EsScan *) es_task_create(conn, &req->req, sizeof(EsScan), "event_store scan");
 	scan->task.run = run_scan;
@@ -231,7 +231,7 @@ es_handle_open(EsConn *conn, const EsOpenRequest *req, Size len)
 void
 es_handle_fetch(EsConn *conn, const EsRequest *req)
 {
-	EsTask	   *task = es_task_find(conn, req->id);
+	EsTask *task = es_task_find(conn, req->id);
 
 	/* it may have ended meanwhile, by its last answer or by an error */
 	if (task == NULL || task->type != ES_REQ_OPEN)

@@ -22,7 +22,7 @@
 #include "shard/segments.h"
 #include "shard/task.h"
 
-#define ES_CHUNK_ROWS	ES_ZONE_ROWS
+#define ES_CHUNK_ROWS ES_ZONE_ROWS
 
 typedef struct EsScan EsScan;
 
@@ -30,42 +30,42 @@ typedef struct EsScan EsScan;
 typedef struct EsScanSegment
 {
 	EsSegmentRef *ref;			/* one reference */
-	bool		own;			/* pending, of the reader's own transaction: judged by cid and batch */
-	bool		own_finished;	/* the same after its FINISH: by cid */
-	bool		all_visible;	/* else each row by its fxid (or as own) */
-	bool	   *dead_batches;	/* own: by number of the batch */
+	bool		  own;			/* pending, of the reader's own transaction: judged by cid and batch */
+	bool		  own_finished; /* the same after its FINISH: by cid */
+	bool		  all_visible;	/* else each row by its fxid (or as own) */
+	bool		 *dead_batches; /* own: by number of the batch */
 
 	/* filled when it is opened */
-	EsSegment  *segment;
+	EsSegment			*segment;
 	const EsSegmentInfo *info;
-	int			ncols;			/* the table's columns in it */
-	bool	   *wanted;			/* info->ncols */
-	uint32		hidden;			/* ES_WANT_* */
-	uint32		read_rows;		/* rows to read at once, by their size */
+	int					 ncols;		/* the table's columns in it */
+	bool				*wanted;	/* info->ncols */
+	uint32				 hidden;	/* ES_WANT_* */
+	uint32				 read_rows; /* rows to read at once, by their size */
 } EsScanSegment;
 
 /* Batches of the view: of one MemTable, or the own staged ones. */
 typedef struct EsScanMem
 {
-	EsMemTable *memtable;		/* one reference; NULL = own staged ones */
-	EsMemStore *store;
-	EsMemBatch **own;			/* each with a reference */
-	uint32		nbatches;
-	bool		carried;		/* its batches with moved_to are in a newer MemTable of the view */
+	EsMemTable	*memtable; /* one reference; NULL = own staged ones */
+	EsMemStore	*store;
+	EsMemBatch **own; /* each with a reference */
+	uint32		 nbatches;
+	bool		 carried; /* its batches with moved_to are in a newer MemTable of the view */
 } EsScanMem;
 
 typedef struct EsScanFilter
 {
-	int			column;
-	EsFilterOp	op;
+	int			 column;
+	EsFilterOp	 op;
 	EsFilterKind kind;
-	uint32		nvalues;
-	int64	   *ints;			/* ascending */
+	uint32		 nvalues;
+	int64		*ints; /* ascending */
 	struct EsFilterBytes
 	{
 		const char *data;
 		Size		len;
-	}		   *bytes;			/* ascending by length, then memcmp */
+	} * bytes; /* ascending by length, then memcmp */
 } EsScanFilter;
 
 typedef enum EsChunkKind
@@ -79,38 +79,38 @@ typedef struct EsWindow EsWindow;
 
 typedef struct EsChunk
 {
-	EsChunkKind kind;
-	bool		own;			/* own uncommitted rows: ordinals, no positions */
-	int			ncols;			/* columns the source has; those beyond are NULL */
+	EsChunkKind	   kind;
+	bool		   own;	  /* own uncommitted rows: ordinals, no positions */
+	int			   ncols; /* columns the source has; those beyond are NULL */
 	const EsRoles *roles;
-	uint32		relid;
+	uint32		   relid;
 
-	const EsMemBatch *batch;	/* MEM */
+	const EsMemBatch *batch; /* MEM */
 
-	EsScanSegment *segment;		/* SEGMENT, WINDOW */
-	const EsRowBlock *block;	/* SEGMENT */
-	uint64		first_row;		/* SEGMENT: of the block */
-	const EsWindow *window;		/* WINDOW */
+	EsScanSegment	 *segment;	 /* SEGMENT, WINDOW */
+	const EsRowBlock *block;	 /* SEGMENT */
+	uint64			  first_row; /* SEGMENT: of the block */
+	const EsWindow	 *window;	 /* WINDOW */
 
-	uint32		n;				/* rows left, from next on */
-	uint32		next;
-	uint32	   *rows;			/* ES_CHUNK_ROWS: in the batch, block or window */
+	uint32	n; /* rows left, from next on */
+	uint32	next;
+	uint32 *rows; /* ES_CHUNK_ROWS: in the batch, block or window */
 } EsChunk;
 
 /* Rows of a segment in the order of positions, values copied (scan_window.c). */
 typedef struct EsWindowRow
 {
-	EsPosition	position;
-	int64		version;		/* 0 = none */
-	const void **values;		/* by scan->columns[] */
+	EsPosition	 position;
+	int64		 version; /* 0 = none */
+	const void **values;  /* by scan->columns[] */
 } EsWindowRow;
 
 struct EsWindow
 {
 	MemoryContext context;
-	EsWindowRow *rows;			/* only those that are visible and pass the filters */
-	uint32		nrows;
-	uint32		next;
+	EsWindowRow	 *rows; /* only those that are visible and pass the filters */
+	uint32		  nrows;
+	uint32		  next;
 };
 
 /* A source of chunks in ascending order of keys: positions, or their complement when descending. */
@@ -118,59 +118,59 @@ typedef struct EsStream EsStream;
 
 struct EsStream
 {
-	uint64		key;			/* of its next row, or below it; UINT64_MAX = at its end */
+	uint64 key; /* of its next row, or below it; UINT64_MAX = at its end */
 	/*
 	 * Fills the chunk with rows whose keys are <= limit (at least one row was there, which need
 	 * not survive visibility and filters), and moves on.  MORE: the time is up.
 	 */
-	EsTaskState (*fill) (EsScan *scan, EsStream *stream, uint64 limit, EsChunk *chunk);
-	void		(*release) (EsStream *stream);
+	EsTaskState (*fill)(EsScan *scan, EsStream *stream, uint64 limit, EsChunk *chunk);
+	void (*release)(EsStream *stream);
 };
 
 struct EsScan
 {
-	EsTask		task;			/* first */
-	int64		deadline;		/* of the slice */
+	EsTask task;	 /* first */
+	int64  deadline; /* of the slice */
 
 	/* the request */
-	EsTableKey	table;
-	uint16		flags;
-	bool		ordered;
-	bool		descending;
-	bool		bounded;		/* after or below given */
-	EsPosition	after;
-	EsPosition	below;			/* UINT64_MAX = none */
-	uint64		max_rows;		/* UINT64_MAX = all */
-	uint64		batch_bytes;
-	uint32		credit;
-	EsSnapshot	snapshot;
-	uint64		context_hash;
-	const void *context;
-	Size		context_len;
-	const EsLsn *dead;
-	uint32		ndead;
+	EsTableKey	  table;
+	uint16		  flags;
+	bool		  ordered;
+	bool		  descending;
+	bool		  bounded; /* after or below given */
+	EsPosition	  after;
+	EsPosition	  below;	/* UINT64_MAX = none */
+	uint64		  max_rows; /* UINT64_MAX = all */
+	uint64		  batch_bytes;
+	uint32		  credit;
+	EsSnapshot	  snapshot;
+	uint64		  context_hash;
+	const void	 *context;
+	Size		  context_len;
+	const EsLsn	 *dead;
+	uint32		  ndead;
 	EsScanFilter *filters;
-	int			nfilters;
-	int			natts;			/* of the request */
-	bool	   *wanted;			/* natts: to be sent */
-	bool	   *needed;			/* natts: or filtered by */
+	int			  nfilters;
+	int			  natts;  /* of the request */
+	bool		 *wanted; /* natts: to be sent */
+	bool		 *needed; /* natts: or filtered by */
 
 	/* the view */
-	EsScanMem  *mems;			/* oldest first; the own staged ones last */
-	int			nmems;
-	bool		has_own;		/* the last of mems is */
+	EsScanMem	  *mems; /* oldest first; the own staged ones last */
+	int			   nmems;
+	bool		   has_own; /* the last of mems is */
 	EsScanSegment *segments;
-	int			nsegments;
+	int			   nsegments;
 
 	/* phases: committed rows and own ones, in the order that the request wants */
-	int			phase;
-	bool		own_phase;
-	bool		phase_ready;
+	int	 phase;
+	bool own_phase;
+	bool phase_ready;
 
 	/* ordered: streams of this phase */
-	EsStream  **streams;
-	int			nstreams;
-	struct EsCollect *collect;	/* context: rows of MemTables being gathered */
+	EsStream		**streams;
+	int				  nstreams;
+	struct EsCollect *collect; /* context: rows of MemTables being gathered */
 
 	/* any order: where it stands */
 	int			at_mem;
@@ -180,34 +180,34 @@ struct EsScan
 	uint64		at_segment_row;
 	EsRowBlock *block;
 
-	EsChunk		chunk;
+	EsChunk chunk;
 
 	/* transactions asked last */
 	const EsTxn *asked;
-	bool		asked_visible;
+	bool		 asked_visible;
 
 	/* xids of rows skipped, if wanted */
-	EsFxid	   *skipped;
-	uint32		nskipped;
-	uint32		skipped_allocated;
+	EsFxid *skipped;
+	uint32	nskipped;
+	uint32	skipped_allocated;
 
 	/* output */
-	int		   *columns;		/* numbers of the wanted columns */
-	int			ncolumns;
-	const void **values;		/* natts */
+	int			   *columns; /* numbers of the wanted columns */
+	int				ncolumns;
+	const void	  **values; /* natts */
 	EsBatchBuilder *builder;
-	EsBatchMeta builder_meta;
-	EsColumnDesc *descs;		/* natts: of the builder */
-	int			ndescs;			/* its columns: those of the rows' source */
-	bool		builder_own;
-	uint32		next_check;		/* rows at which the size is looked at again */
-	uint64		counted;		/* count only: rows not sent */
-	uint64		ordinal;
-	uint64		rows_out;
-	uint64		rows_scanned;
-	uint64		rows_pruned;
-	bool		full;			/* what is built goes out before anything else */
-	bool		failed;			/* an error was sent */
+	EsBatchMeta		builder_meta;
+	EsColumnDesc   *descs;	/* natts: of the builder */
+	int				ndescs; /* its columns: those of the rows' source */
+	bool			builder_own;
+	uint32			next_check; /* rows at which the size is looked at again */
+	uint64			counted;	/* count only: rows not sent */
+	uint64			ordinal;
+	uint64			rows_out;
+	uint64			rows_scanned;
+	uint64			rows_pruned;
+	bool			full;	/* what is built goes out before anything else */
+	bool			failed; /* an error was sent */
 };
 
 /* ---- scan_view.c ---- */
@@ -243,12 +243,12 @@ extern bool es_scan_parse_filters(EsScan *scan, const char *p, Size len, uint32 
 /* Leaves the rows that are visible, live, within the bounds and pass the filters. */
 extern void es_scan_thin_chunk(EsScan *scan, EsChunk *chunk);
 /* Has the zone no row that passes? */
-extern bool es_scan_zone_excluded(EsScan *scan, const EsScanSegment *s, uint32 zone);
+extern bool		  es_scan_zone_excluded(EsScan *scan, const EsScanSegment *s, uint32 zone);
 extern EsPosition es_chunk_position(const EsScan *scan, const EsChunk *chunk, uint32 row);
-extern int64 es_chunk_version(const EsScan *scan, const EsChunk *chunk, uint32 row);
+extern int64	  es_chunk_version(const EsScan *scan, const EsChunk *chunk, uint32 row);
 /* Value of the role position or version as readers see it; false = NULL. */
-extern bool es_chunk_role_value(const EsScan *scan, const EsChunk *c, bool is_position,
-								uint32 row, int64 *value);
+extern bool
+es_chunk_role_value(const EsScan *scan, const EsChunk *c, bool is_position, uint32 row, int64 *value);
 /* Value of a column that is neither position nor version. */
 static inline const void *
 es_chunk_value(const EsChunk *c, int column, uint32 row)
@@ -256,13 +256,12 @@ es_chunk_value(const EsChunk *c, int column, uint32 row)
 	if (column >= c->ncols)
 		return NULL;
 	if (c->kind == ES_CHUNK_MEM)
-		return es_batch_is_null(&c->batch->view, column, row) ? NULL :
-			es_batch_value(&c->batch->view, column, row);
+		return es_batch_is_null(&c->batch->view, column, row) ? NULL
+															  : es_batch_value(&c->batch->view, column, row);
 	return es_block_value(c->block, column, row);
 }
 extern void es_chunk_of_batch(EsChunk *chunk, const EsMemBatch *b, bool own);
-extern void es_chunk_of_block(EsChunk *chunk, EsScanSegment *s, const EsRowBlock *block,
-							  uint64 first_row);
+extern void es_chunk_of_block(EsChunk *chunk, EsScanSegment *s, const EsRowBlock *block, uint64 first_row);
 
 /* ---- scan_any.c ---- */
 
@@ -272,8 +271,8 @@ extern EsTaskState es_scan_any_next(EsScan *scan, EsChunk *chunk);
 /* ---- scan_order.c: the merge; scan_mem.c, scan_window.c, scan_context.c: its streams ---- */
 
 extern EsTaskState es_scan_ordered_next(EsScan *scan, EsChunk *chunk);
-extern void es_scan_close_streams(EsScan *scan);
-extern void es_scan_add_stream(EsScan *scan, EsStream *stream);
+extern void		   es_scan_close_streams(EsScan *scan);
+extern void		   es_scan_add_stream(EsScan *scan, EsStream *stream);
 
 static inline uint64
 es_scan_key(const EsScan *scan, EsPosition position)
@@ -291,14 +290,14 @@ extern EsTaskState es_scan_context_streams(EsScan *scan);
 /* Moves rows from the chunk to the batch being built until it is full or the chunk is empty. */
 typedef enum EsOutput
 {
-	ES_OUTPUT_ROOM,				/* chunk is empty */
-	ES_OUTPUT_FULL				/* send before going on */
+	ES_OUTPUT_ROOM, /* chunk is empty */
+	ES_OUTPUT_FULL	/* send before going on */
 } EsOutput;
 
 extern EsOutput es_scan_put_chunk(EsScan *scan, EsChunk *chunk);
-extern bool es_scan_output_pending(const EsScan *scan);
+extern bool		es_scan_output_pending(const EsScan *scan);
 /* Sends what was built (perhaps nothing). */
 extern void es_scan_send(EsScan *scan, bool last);
 extern void es_scan_output_free(EsScan *scan);
 
-#endif							/* ES_SHARD_SCAN_H */
+#endif /* ES_SHARD_SCAN_H */

@@ -17,7 +17,7 @@
 #include "shard/scan.h"
 
 /* Batches that may be passed over between two looks at the clock. */
-#define BATCHES_PER_LOOK	256
+#define BATCHES_PER_LOOK 256
 
 static void
 all_rows(EsChunk *chunk, uint32 first, uint32 n)
@@ -32,18 +32,17 @@ all_rows(EsChunk *chunk, uint32 first, uint32 n)
 static EsTaskState
 next_of_mem(EsScan *scan, const EsScanMem *m, EsChunk *chunk)
 {
-	uint32		passed = 0;
+	uint32 passed = 0;
 
 	while (scan->at_batch < m->nbatches)
 	{
 		const EsMemBatch *b = es_scan_mem_batch(m, scan->at_batch);
-		uint32		nrows = b->view.header->nrows;
-		uint32		n;
+		uint32			  nrows = b->view.header->nrows;
+		uint32			  n;
 
 		if (++passed % BATCHES_PER_LOOK == 0 && es_task_clock() >= scan->deadline)
 			return ES_TASK_MORE;
-		if (scan->at_row == 0 &&
-			(!es_scan_batch_here(m, b) || !es_scan_batch_visible(scan, b)))
+		if (scan->at_row == 0 && (!es_scan_batch_here(m, b) || !es_scan_batch_visible(scan, b)))
 		{
 			scan->at_batch++;
 			continue;
@@ -68,7 +67,7 @@ next_of_mem(EsScan *scan, const EsScanMem *m, EsChunk *chunk)
 static bool
 count_zone(EsScan *scan, const EsScanSegment *s, const EsZoneInfo *z)
 {
-	uint64		n;
+	uint64 n;
 
 	if (!(scan->flags & ES_OPEN_COUNT_ONLY) || scan->nfilters > 0 || scan->bounded || !s->all_visible)
 		return false;
@@ -86,16 +85,14 @@ next_of_segment(EsScan *scan, EsScanSegment *s, EsChunk *chunk)
 	if (!es_scan_open_segment(scan, s))
 		return ES_TASK_DONE;
 	if (scan->block == NULL && (scan->block = es_block_create()) == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory")));
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 
 	while (scan->at_batch < s->info->nzones)
 	{
-		EsZoneInfo	z = es_segment_zone(s->segment, scan->at_batch);
-		EsError		err = {0};
-		EsStatus	status;
-		uint32		n;
+		EsZoneInfo z = es_segment_zone(s->segment, scan->at_batch);
+		EsError	   err = {0};
+		EsStatus   status;
+		uint32	   n;
 
 		if (scan->at_row == 0 && es_scan_zone_excluded(scan, s, scan->at_batch))
 		{
@@ -112,8 +109,8 @@ next_of_segment(EsScan *scan, EsScanSegment *s, EsChunk *chunk)
 		}
 
 		n = Min(z.nrows - scan->at_row, s->read_rows);
-		status = es_segment_read(s->segment, z.first_row + scan->at_row, n, s->wanted, s->hidden,
-								 scan->block, &err);
+		status = es_segment_read(s->segment, z.first_row + scan->at_row, n, s->wanted, s->hidden, scan->block,
+								 &err);
 		if (status != ES_OK)
 		{
 			err.status = status;

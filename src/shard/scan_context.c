@@ -16,9 +16,9 @@
 
 #include "shard/scan.h"
 
-#define FIRST_BLOCK		128		/* rows */
-#define BISECT_ROWS		512		/* shorter ranges are just read */
-#define ROWS_PER_LOOK	1024
+#define FIRST_BLOCK	  128 /* rows */
+#define BISECT_ROWS	  512 /* shorter ranges are just read */
+#define ROWS_PER_LOOK 1024
 
 typedef struct RowRef
 {
@@ -29,22 +29,22 @@ typedef struct RowRef
 
 typedef struct RowsStream
 {
-	EsStream	stream;			/* first */
-	bool		own;
-	RowRef	   *rows;
-	uint32		nrows;
-	uint32		next;
+	EsStream stream; /* first */
+	bool	 own;
+	RowRef	*rows;
+	uint32	 nrows;
+	uint32	 next;
 } RowsStream;
 
 /* Rows in memory being noted. */
 typedef struct EsCollect
 {
-	int			mem;
-	uint64		cursor;			/* of its index */
-	RowRef	   *rows;
-	uint32		nrows;
-	uint32		allocated;
-	int			segment;
+	int		mem;
+	uint64	cursor; /* of its index */
+	RowRef *rows;
+	uint32	nrows;
+	uint32	allocated;
+	int		segment;
 } EsCollect;
 
 /* ---- rows in memory ---- */
@@ -52,8 +52,8 @@ typedef struct EsCollect
 static int
 compare_refs(const void *a, const void *b)
 {
-	uint64		x = ((const RowRef *) a)->key;
-	uint64		y = ((const RowRef *) b)->key;
+	uint64 x = ((const RowRef *) a)->key;
+	uint64 y = ((const RowRef *) b)->key;
 
 	return x < y ? -1 : x > y;
 }
@@ -68,8 +68,8 @@ fill_from_rows(EsScan *scan, EsStream *stream, uint64 limit, EsChunk *chunk)
 	do
 	{
 		chunk->rows[chunk->n++] = s->rows[s->next++].row;
-	} while (s->next < s->nrows && s->rows[s->next].batch == b &&
-			 s->rows[s->next].key <= limit && chunk->n < ES_CHUNK_ROWS);
+	} while (s->next < s->nrows && s->rows[s->next].batch == b && s->rows[s->next].key <= limit &&
+			 chunk->n < ES_CHUNK_ROWS);
 	stream->key = s->next < s->nrows ? s->rows[s->next].key : UINT64_MAX;
 	es_scan_thin_chunk(scan, chunk);
 	return ES_TASK_DONE;
@@ -86,12 +86,7 @@ note_row(EsScan *scan, EsCollect *c, EsMemBatch *b, uint32 row, EsPosition key)
 		else
 			c->rows = repalloc_huge(c->rows, c->allocated * sizeof(RowRef));
 	}
-	c->rows[c->nrows++] = (RowRef)
-	{
-		.key = es_scan_key(scan, key),
-		.batch = b,
-		.row = row
-	};
+	c->rows[c->nrows++] = (RowRef){.key = es_scan_key(scan, key), .batch = b, .row = row};
 }
 
 /* There are never more than spill_after bytes of them. */
@@ -120,7 +115,7 @@ collect_memtable(EsScan *scan, EsCollect *c, const EsScanMem *m)
 
 	while (es_memstore_next(m->store, scan->context_hash, m->nbatches, &c->cursor, &b, &number, &row))
 	{
-		EsPosition	position;
+		EsPosition position;
 
 		if (!es_scan_batch_here(m, b) || es_membatch_skipped(b, row) ||
 			!es_membatch_in_context(b, row, scan->context, scan->context_len))
@@ -174,15 +169,15 @@ collect_rows(EsScan *scan, EsCollect *c)
 
 typedef struct RangeStream
 {
-	EsStream	stream;			/* first */
+	EsStream	   stream; /* first */
 	EsScanSegment *s;
-	EsRowBlock *block;
-	uint64		low;			/* rows [low, high) are not read yet */
-	uint64		high;
-	uint32		size;			/* rows of the next block */
-	uint64		block_first;
-	uint32		block_rows;
-	uint32		next;			/* in the block, counted in the order of the scan */
+	EsRowBlock	  *block;
+	uint64		   low; /* rows [low, high) are not read yet */
+	uint64		   high;
+	uint32		   size; /* rows of the next block */
+	uint64		   block_first;
+	uint32		   block_rows;
+	uint32		   next; /* in the block, counted in the order of the scan */
 } RangeStream;
 
 static bool
@@ -205,7 +200,7 @@ row_in_block(const EsScan *scan, const RangeStream *r, uint32 i)
 static uint64
 key_in_block(const EsScan *scan, const RangeStream *r, uint32 i)
 {
-	EsPosition	p = es_segment_row_position(r->s->ref, es_block_position(r->block, row_in_block(scan, r, i)));
+	EsPosition p = es_segment_row_position(r->s->ref, es_block_position(r->block, row_in_block(scan, r, i)));
 
 	return es_scan_key(scan, r->s->own ? p + 1 : p);
 }
@@ -214,8 +209,8 @@ key_in_block(const EsScan *scan, const RangeStream *r, uint32 i)
 static EsZoneInfo
 zone_of(const EsScanSegment *s, uint64 row)
 {
-	uint32		number = Min((uint32) (row / ES_ZONE_ROWS), s->info->nzones - 1);
-	EsZoneInfo	z = es_segment_zone(s->segment, number);
+	uint32	   number = Min((uint32) (row / ES_ZONE_ROWS), s->info->nzones - 1);
+	EsZoneInfo z = es_segment_zone(s->segment, number);
 
 	while (row < z.first_row && number > 0)
 		z = es_segment_zone(s->segment, --number);
@@ -228,18 +223,20 @@ static bool
 read_block(EsScan *scan, RangeStream *r)
 {
 	EsScanSegment *s = r->s;
-	EsError		err = {0};
-	EsZoneInfo	z = zone_of(s, scan->descending ? r->high - 1 : r->low);
-	uint64		first = Max(r->low, z.first_row);
-	uint64		end = Min(r->high, z.first_row + z.nrows);
-	uint64		n = Min(Min(r->size, s->read_rows), end - first);
+	EsError		   err = {0};
+	EsZoneInfo	   z = zone_of(s, scan->descending ? r->high - 1 : r->low);
+	uint64		   first = Max(r->low, z.first_row);
+	uint64		   end = Min(r->high, z.first_row + z.nrows);
+	uint64		   n = Min(Min(r->size, s->read_rows), end - first);
 
 	if (scan->nfilters == 0)
 		n = Min(n, Max(scan->max_rows - scan->rows_out, 1));
 	if (scan->descending)
 		first = end - n;
-	if (read_failed(scan, s, es_segment_read(s->segment, first, (uint32) n, s->wanted,
-											 s->hidden | ES_WANT_POSITION, r->block, &err), &err))
+	if (read_failed(scan, s,
+					es_segment_read(s->segment, first, (uint32) n, s->wanted, s->hidden | ES_WANT_POSITION,
+									r->block, &err),
+					&err))
 		return false;
 	if (scan->descending)
 		r->high = first;
@@ -288,16 +285,16 @@ release_range(EsStream *stream)
 
 /* First row of [low, high) whose position is above `after`. */
 static bool
-bisect(EsScan *scan, EsScanSegment *s, EsRowBlock *block, const bool *nothing, EsPosition after,
-	   uint64 low, uint64 high, uint64 *found)
+bisect(EsScan *scan, EsScanSegment *s, EsRowBlock *block, const bool *nothing, EsPosition after, uint64 low,
+	   uint64 high, uint64 *found)
 {
 	while (low < high)
 	{
-		uint64		mid = low + (high - low) / 2;
-		EsError		err = {0};
+		uint64	mid = low + (high - low) / 2;
+		EsError err = {0};
 
-		if (read_failed(scan, s, es_segment_read(s->segment, mid, 1, nothing, ES_WANT_POSITION,
-												 block, &err), &err))
+		if (read_failed(scan, s, es_segment_read(s->segment, mid, 1, nothing, ES_WANT_POSITION, block, &err),
+						&err))
 			return false;
 		if (es_segment_row_position(s->ref, es_block_position(block, 0)) > after)
 			high = mid;
@@ -312,15 +309,17 @@ static bool
 add_range(EsScan *scan, EsScanSegment *s)
 {
 	RangeStream *r;
-	uint64		first;
-	uint64		n;
-	uint32		entry;
-	EsError		err = {0};
+	uint64		 first;
+	uint64		 n;
+	uint32		 entry;
+	EsError		 err = {0};
 
 	if (!es_scan_open_segment(scan, s))
 		return false;
-	if (read_failed(scan, s, es_segment_find_context(s->segment, scan->context_hash, scan->context,
-													 scan->context_len, &first, &n, &entry, &err), &err))
+	if (read_failed(scan, s,
+					es_segment_find_context(s->segment, scan->context_hash, scan->context, scan->context_len,
+											&first, &n, &entry, &err),
+					&err))
 		return false;
 	if (n == 0)
 	{
@@ -336,16 +335,13 @@ add_range(EsScan *scan, EsScanSegment *s)
 	r->size = FIRST_BLOCK;
 	r->block = es_block_create();
 	if (r->block == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory")));
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 	es_scan_add_stream(scan, &r->stream);
 	if (scan->bounded && !s->own && n > BISECT_ROWS)
 	{
-		bool	   *nothing = MemoryContextAllocZero(scan->task.context, Max(s->info->ncols, 1) * sizeof(bool));
+		bool *nothing = MemoryContextAllocZero(scan->task.context, Max(s->info->ncols, 1) * sizeof(bool));
 
-		if (scan->after > 0 &&
-			!bisect(scan, s, r->block, nothing, scan->after, r->low, r->high, &r->low))
+		if (scan->after > 0 && !bisect(scan, s, r->block, nothing, scan->after, r->low, r->high, &r->low))
 			return false;
 		if (scan->below != UINT64_MAX &&
 			!bisect(scan, s, r->block, nothing, scan->below - 1, r->low, r->high, &r->high))
@@ -355,15 +351,15 @@ add_range(EsScan *scan, EsScanSegment *s)
 	if (r->low >= r->high)
 		r->stream.key = UINT64_MAX;
 	else if (!s->own && s->ref->entry.segment.min_position != 0)
-		r->stream.key = es_scan_key(scan, scan->descending ? s->ref->entry.segment.max_position :
-									s->ref->entry.segment.min_position);
+		r->stream.key = es_scan_key(scan, scan->descending ? s->ref->entry.segment.max_position
+														   : s->ref->entry.segment.min_position);
 	return true;
 }
 
 EsTaskState
 es_scan_context_streams(EsScan *scan)
 {
-	EsCollect  *c = scan->collect;
+	EsCollect *c = scan->collect;
 
 	if (c == NULL)
 		c = scan->collect = MemoryContextAllocZero(scan->task.context, sizeof(EsCollect));

@@ -24,8 +24,8 @@
 static int
 compare_int64(const void *a, const void *b)
 {
-	int64		x = *(const int64 *) a;
-	int64		y = *(const int64 *) b;
+	int64 x = *(const int64 *) a;
+	int64 y = *(const int64 *) b;
 
 	return x < y ? -1 : x > y;
 }
@@ -55,17 +55,17 @@ es_scan_parse_filters(EsScan *scan, const char *p, Size len, uint32 n)
 	scan->filters = palloc0(Max(n, 1) * sizeof(EsScanFilter));
 	for (uint32 i = 0; i < n; i++)
 	{
-		EsFilter	head;
+		EsFilter	  head;
 		EsScanFilter *f = &scan->filters[i];
-		Size		body;
-		const char *v;
+		Size		  body;
+		const char	 *v;
 
 		if (len < sizeof(head))
 			return false;
 		memcpy(&head, p, sizeof(head));
-		if (head.len < sizeof(head) || head.len > len || head.len % 8 != 0 ||
-			head.column >= scan->natts || head.op < ES_FILTER_EQ || head.op > ES_FILTER_NOT_NULL ||
-			head.kind < ES_FILTER_BYTES || head.kind > ES_FILTER_INT64)
+		if (head.len < sizeof(head) || head.len > len || head.len % 8 != 0 || head.column >= scan->natts ||
+			head.op < ES_FILTER_EQ || head.op > ES_FILTER_NOT_NULL || head.kind < ES_FILTER_BYTES ||
+			head.kind > ES_FILTER_INT64)
 			return false;
 		body = head.len - sizeof(head);
 		v = p + sizeof(head);
@@ -92,7 +92,7 @@ es_scan_parse_filters(EsScan *scan, const char *p, Size len, uint32 n)
 			f->bytes = palloc(Max(f->nvalues, 1) * sizeof(struct EsFilterBytes));
 			for (uint32 j = 0; j < f->nvalues; j++)
 			{
-				uint64		vlen;
+				uint64 vlen;
 
 				if (body < sizeof(vlen))
 					return false;
@@ -155,13 +155,13 @@ es_chunk_position(const EsScan *scan, const EsChunk *chunk, uint32 row)
 	switch (chunk->kind)
 	{
 		case ES_CHUNK_MEM:
-			return chunk->own ? es_batch_ordinal(&chunk->batch->view, row) :
-				es_membatch_position(chunk->batch, row);
+			return chunk->own ? es_batch_ordinal(&chunk->batch->view, row)
+							  : es_membatch_position(chunk->batch, row);
 		case ES_CHUNK_SEGMENT:
 			if (chunk->own)
 			{
-				const int64 *ordinal = es_block_value(chunk->block,
-													  chunk->segment->ncols + ES_PENDING_ORDINAL, row);
+				const int64 *ordinal =
+					es_block_value(chunk->block, chunk->segment->ncols + ES_PENDING_ORDINAL, row);
 
 				if (ordinal != NULL)
 					return (EsPosition) *ordinal;
@@ -204,14 +204,13 @@ es_chunk_role_value(const EsScan *scan, const EsChunk *c, bool is_position, uint
 {
 	if (!c->own)
 	{
-		*value = is_position ? (int64) es_chunk_position(scan, c, row) :
-			es_chunk_version(scan, c, row);
+		*value = is_position ? (int64) es_chunk_position(scan, c, row) : es_chunk_version(scan, c, row);
 		return *value != 0;
 	}
 	if (c->kind == ES_CHUNK_MEM)
 	{
-		const int64 *given = es_chunk_value(c, (is_position ? c->roles->position : c->roles->version) - 1,
-											row);
+		const int64 *given =
+			es_chunk_value(c, (is_position ? c->roles->position : c->roles->version) - 1, row);
 
 		if (given == NULL)
 			return false;
@@ -232,22 +231,23 @@ es_chunk_role_value(const EsScan *scan, const EsChunk *c, bool is_position, uint
 
 /* ---- tests ---- */
 
-#define KEEP_ROWS(chunk, condition) \
-	do { \
-		uint32		kept_ = 0; \
+#define KEEP_ROWS(chunk, condition)                \
+	do                                             \
+	{                                              \
+		uint32 kept_ = 0;                          \
 		for (uint32 i_ = 0; i_ < (chunk)->n; i_++) \
-		{ \
-			uint32		row = (chunk)->rows[i_]; \
-			(chunk)->rows[kept_] = row; \
-			kept_ += (condition) ? 1 : 0; \
-		} \
-		(chunk)->n = kept_; \
+		{                                          \
+			uint32 row = (chunk)->rows[i_];        \
+			(chunk)->rows[kept_] = row;            \
+			kept_ += (condition) ? 1 : 0;          \
+		}                                          \
+		(chunk)->n = kept_;                        \
 	} while (0)
 
 static bool
 segment_row_visible(EsScan *scan, const EsChunk *c, uint32 row)
 {
-	EsFxid		fxid = es_block_fxid(c->block, row);
+	EsFxid fxid = es_block_fxid(c->block, row);
 
 	if (!es_snapshot_running(&scan->snapshot, fxid))
 		return true;
@@ -260,13 +260,13 @@ static bool
 pending_row_visible(const EsScan *scan, const EsChunk *c, uint32 row)
 {
 	const EsScanSegment *s = c->segment;
-	const int32 *cid = es_block_value(c->block, s->ncols + ES_PENDING_CID, row);
-	const int64 *place = es_block_value(c->block, s->ncols + ES_PENDING_PLACE, row);
+	const int32			*cid = es_block_value(c->block, s->ncols + ES_PENDING_CID, row);
+	const int64			*place = es_block_value(c->block, s->ncols + ES_PENDING_PLACE, row);
 
 	if (cid == NULL || !es_own_row_visible(&scan->snapshot, (uint32) *cid))
 		return false;
 	return s->dead_batches == NULL || place == NULL ||
-		!s->dead_batches[(uint64) *place >> ES_PENDING_ROW_BITS];
+		   !s->dead_batches[(uint64) *place >> ES_PENDING_ROW_BITS];
 }
 
 static void
@@ -340,19 +340,17 @@ int_passes(const EsScanFilter *f, int64 v)
 		case ES_FILTER_GE:
 			return v >= f->ints[0];
 		case ES_FILTER_IN:
-			return f->nvalues > 0 &&
-				bsearch(&v, f->ints, f->nvalues, sizeof(int64), compare_int64) != NULL;
+			return f->nvalues > 0 && bsearch(&v, f->ints, f->nvalues, sizeof(int64), compare_int64) != NULL;
 		default:
 			return true;
 	}
 }
 
 static bool
-role_passes(const EsScan *scan, const EsChunk *c, const EsScanFilter *f, bool is_position,
-			uint32 row)
+role_passes(const EsScan *scan, const EsChunk *c, const EsScanFilter *f, bool is_position, uint32 row)
 {
-	int64		v;
-	bool		present = es_chunk_role_value(scan, c, is_position, row, &v);
+	int64 v;
+	bool  present = es_chunk_role_value(scan, c, is_position, row, &v);
 
 	if (f->op == ES_FILTER_IS_NULL)
 		return !present;
@@ -373,8 +371,7 @@ bytes_pass(const EsScanFilter *f, const void *data, Size len)
 
 	if (f->nvalues == 1)
 		return f->bytes[0].len == len && memcmp(f->bytes[0].data, data, len) == 0;
-	return f->nvalues > 0 &&
-		bsearch(&key, f->bytes, f->nvalues, sizeof(key), compare_bytes) != NULL;
+	return f->nvalues > 0 && bsearch(&key, f->bytes, f->nvalues, sizeof(key), compare_bytes) != NULL;
 }
 
 static bool
@@ -390,12 +387,12 @@ varlena_passes(const EsScanFilter *f, const void *value)
 static void
 keep_passing(EsScan *scan, EsChunk *c, const EsScanFilter *f)
 {
-	int			column = f->column;
-	int			len;
+	int column = f->column;
+	int len;
 
 	if (column + 1 == c->roles->position || column + 1 == c->roles->version)
 	{
-		bool		is_position = column + 1 == c->roles->position;
+		bool is_position = column + 1 == c->roles->position;
 
 		KEEP_ROWS(c, role_passes(scan, c, f, is_position, row));
 		return;
@@ -434,8 +431,7 @@ keep_passing(EsScan *scan, EsChunk *c, const EsScanFilter *f)
 		const void *v;
 		int64		x = f->nvalues > 0 ? f->ints[0] : 0;
 
-#define KEEP_INTS(op) \
-		KEEP_ROWS(c, (v = es_chunk_value(c, column, row)) != NULL && read_int(v, len) op x)
+#define KEEP_INTS(op) KEEP_ROWS(c, (v = es_chunk_value(c, column, row)) != NULL && read_int(v, len) op x)
 
 		switch (f->op)
 		{
@@ -455,8 +451,7 @@ keep_passing(EsScan *scan, EsChunk *c, const EsScanFilter *f)
 				KEEP_INTS(>=);
 				break;
 			default:
-				KEEP_ROWS(c, (v = es_chunk_value(c, column, row)) != NULL &&
-						  int_passes(f, read_int(v, len)));
+				KEEP_ROWS(c, (v = es_chunk_value(c, column, row)) != NULL && int_passes(f, read_int(v, len)));
 				break;
 		}
 #undef KEEP_INTS
@@ -470,7 +465,7 @@ es_scan_thin_chunk(EsScan *scan, EsChunk *chunk)
 	keep_visible(scan, chunk);
 	if (scan->bounded && !chunk->own && chunk->n > 0)
 	{
-		EsPosition	p;
+		EsPosition p;
 
 		KEEP_ROWS(chunk, (p = es_chunk_position(scan, chunk, row)) > scan->after && p < scan->below);
 	}
@@ -509,15 +504,15 @@ range_excluded(const EsScanFilter *f, int64 min, int64 max)
 static bool
 filter_excludes(const EsScanSegment *s, uint32 zone, const EsZoneInfo *z, const EsScanFilter *f)
 {
-	EsZoneColumnStats stats;
+	EsZoneColumnStats	stats;
 	const EsColumnDesc *desc;
 
 	if (f->column + 1 == s->info->roles.version)
 		return false;
 	if (f->column + 1 == s->info->roles.position)
 		return !s->own && f->kind == ES_FILTER_INT64 &&
-			range_excluded(f, (int64) es_segment_row_position(s->ref, z->min_position),
-						   (int64) es_segment_row_position(s->ref, z->max_position));
+			   range_excluded(f, (int64) es_segment_row_position(s->ref, z->min_position),
+							  (int64) es_segment_row_position(s->ref, z->max_position));
 	if (f->column >= s->ncols)
 		return f->op != ES_FILTER_IS_NULL;
 
@@ -530,13 +525,13 @@ filter_excludes(const EsScanSegment *s, uint32 zone, const EsZoneInfo *z, const 
 	if (stats.nnulls == z->nrows)
 		return true;
 	return f->kind == ES_FILTER_INT64 && f->nvalues > 0 && stats.has_minmax &&
-		range_excluded(f, stats.min, stats.max);
+		   range_excluded(f, stats.min, stats.max);
 }
 
 bool
 es_scan_zone_excluded(EsScan *scan, const EsScanSegment *s, uint32 zone)
 {
-	EsZoneInfo	z = es_segment_zone(s->segment, zone);
+	EsZoneInfo z = es_segment_zone(s->segment, zone);
 
 	if (scan->bounded && !s->own &&
 		(es_segment_row_position(s->ref, z.max_position) <= scan->after ||

@@ -28,13 +28,13 @@
 
 typedef struct OrderEntry
 {
-	EsPosition	min;			/* UINT64_MAX if it has no rows */
-	EsPosition	max;			/* 0 if it has none; UNSORTED */
-	EsPosition	highest_before; /* of this and all before */
-	EsPosition	lowest_behind;	/* of this and all behind */
+	EsPosition min;			   /* UINT64_MAX if it has no rows */
+	EsPosition max;			   /* 0 if it has none; UNSORTED */
+	EsPosition highest_before; /* of this and all before */
+	EsPosition lowest_behind;  /* of this and all behind */
 } OrderEntry;
 
-#define UNSORTED	(UINT64CONST(1) << 63)	/* rows do not ascend */
+#define UNSORTED (UINT64CONST(1) << 63) /* rows do not ascend */
 
 typedef struct EsMemOrder
 {
@@ -45,18 +45,18 @@ typedef struct EsMemOrder
 
 typedef struct HeapItem
 {
-	uint64		key;			/* of its next row */
-	uint32		batch;
-	uint32		next;			/* rows handed out */
-	uint32	   *rows;			/* in the order of positions; NULL = as they are */
+	uint64	key; /* of its next row */
+	uint32	batch;
+	uint32	next; /* rows handed out */
+	uint32 *rows; /* in the order of positions; NULL = as they are */
 } HeapItem;
 
 typedef struct MemStream
 {
-	EsStream	stream;			/* first */
+	EsStream	stream; /* first */
 	EsScanMem  *m;
 	EsMemOrder *order;
-	int64		at;				/* next batch to take in; descending: downwards */
+	int64		at; /* next batch to take in; descending: downwards */
 	HeapItem   *heap;
 	int			nheap;
 	int			allocated;
@@ -74,7 +74,7 @@ row_position(const EsScanMem *m, const EsMemBatch *b, uint32 row)
 static void
 note_batch(const EsScanMem *m, const EsMemBatch *b, OrderEntry *e)
 {
-	uint32		nrows = b->view.header->nrows;
+	uint32 nrows = b->view.header->nrows;
 
 	e->min = UINT64_MAX;
 	e->max = 0;
@@ -87,12 +87,12 @@ note_batch(const EsScanMem *m, const EsMemBatch *b, OrderEntry *e)
 	}
 	else
 	{
-		bool		sorted = true;
-		EsPosition	last = 0;
+		bool	   sorted = true;
+		EsPosition last = 0;
 
 		for (uint32 row = 0; row < nrows; row++)
 		{
-			EsPosition	p = row_position(m, b, row);
+			EsPosition p = row_position(m, b, row);
 
 			sorted = sorted && p > last;
 			last = p;
@@ -108,8 +108,8 @@ static EsMemOrder *
 order_of(EsScan *scan, const EsScanMem *m)
 {
 	MemoryContext context = m->memtable != NULL ? m->memtable->context : scan->task.context;
-	EsMemOrder *o = m->memtable != NULL ? m->store->order : NULL;
-	Size		before;
+	EsMemOrder	 *o = m->memtable != NULL ? m->store->order : NULL;
+	Size		  before;
 
 	if (o == NULL)
 	{
@@ -119,7 +119,7 @@ order_of(EsScan *scan, const EsScanMem *m)
 	}
 	if (o->allocated < m->nbatches)
 	{
-		uint32		allocated = Max(Max(64, o->allocated * 2), m->nbatches);
+		uint32 allocated = Max(Max(64, o->allocated * 2), m->nbatches);
 
 		before = o->allocated * sizeof(OrderEntry);
 		if (o->entries == NULL)
@@ -129,7 +129,7 @@ order_of(EsScan *scan, const EsScanMem *m)
 		o->allocated = allocated;
 		if (m->memtable != NULL)
 		{
-			Size		more = allocated * sizeof(OrderEntry) - before;
+			Size more = allocated * sizeof(OrderEntry) - before;
 
 			m->memtable->nbytes += more;
 			m->store->nbytes += more;
@@ -157,11 +157,11 @@ order_of(EsScan *scan, const EsScanMem *m)
 static void
 sift_down(HeapItem *heap, int n, int i)
 {
-	HeapItem	item = heap[i];
+	HeapItem item = heap[i];
 
 	for (;;)
 	{
-		int			child = 2 * i + 1;
+		int child = 2 * i + 1;
 
 		if (child >= n)
 			break;
@@ -178,7 +178,7 @@ sift_down(HeapItem *heap, int n, int i)
 static void
 heap_push(EsScan *scan, MemStream *s, HeapItem item)
 {
-	int			i;
+	int i;
 
 	if (s->nheap == s->allocated)
 	{
@@ -197,17 +197,17 @@ heap_push(EsScan *scan, MemStream *s, HeapItem item)
 
 typedef struct SortArg
 {
-	const EsScanMem *m;
+	const EsScanMem	 *m;
 	const EsMemBatch *b;
-	bool		descending;
+	bool			  descending;
 } SortArg;
 
 static int
 compare_rows(const void *a, const void *b, void *arg)
 {
 	const SortArg *s = arg;
-	EsPosition	x = row_position(s->m, s->b, *(const uint32 *) a);
-	EsPosition	y = row_position(s->m, s->b, *(const uint32 *) b);
+	EsPosition	   x = row_position(s->m, s->b, *(const uint32 *) a);
+	EsPosition	   y = row_position(s->m, s->b, *(const uint32 *) b);
 
 	if (s->descending)
 		return x > y ? -1 : x < y;
@@ -236,8 +236,8 @@ take_batch(EsScan *scan, MemStream *s, uint32 number)
 {
 	const EsMemBatch *b = es_scan_mem_batch(s->m, number);
 	const OrderEntry *e = &s->order->entries[number];
-	uint32		nrows = b->view.header->nrows;
-	HeapItem	item = {.batch = number};
+	uint32			  nrows = b->view.header->nrows;
+	HeapItem		  item = {.batch = number};
 
 	if (nrows == 0 || !es_scan_batch_here(s->m, b))
 		return;
@@ -248,7 +248,7 @@ take_batch(EsScan *scan, MemStream *s, uint32 number)
 		return;
 	if (e->max & UNSORTED)
 	{
-		SortArg		arg = {s->m, b, scan->descending};
+		SortArg arg = {s->m, b, scan->descending};
 
 		item.rows = MemoryContextAllocHuge(scan->task.context, nrows * sizeof(uint32));
 		for (uint32 i = 0; i < nrows; i++)
@@ -265,7 +265,7 @@ refill(EsScan *scan, MemStream *s)
 {
 	for (;;)
 	{
-		uint64		bound = bound_of_rest(scan, s);
+		uint64 bound = bound_of_rest(scan, s);
 
 		if (bound == UINT64_MAX || (s->nheap > 0 && bound > s->heap[0].key))
 			break;
@@ -285,10 +285,10 @@ refill(EsScan *scan, MemStream *s)
 static EsTaskState
 fill_from_mem(EsScan *scan, EsStream *stream, uint64 limit, EsChunk *chunk)
 {
-	MemStream  *s = (MemStream *) stream;
-	HeapItem   *item = &s->heap[0];
+	MemStream		 *s = (MemStream *) stream;
+	HeapItem		 *item = &s->heap[0];
 	const EsMemBatch *b = es_scan_mem_batch(s->m, item->batch);
-	uint32		nrows = b->view.header->nrows;
+	uint32			  nrows = b->view.header->nrows;
 
 	limit = Min(limit, bound_of_rest(scan, s));
 	for (int child = 1; child <= 2 && child < s->nheap; child++)
@@ -298,7 +298,7 @@ fill_from_mem(EsScan *scan, EsStream *stream, uint64 limit, EsChunk *chunk)
 	es_chunk_of_batch(chunk, b, s->m->memtable == NULL);
 	while (item->next < nrows && chunk->n < ES_CHUNK_ROWS)
 	{
-		uint32		row = item_row(scan, item, nrows, item->next);
+		uint32 row = item_row(scan, item, nrows, item->next);
 
 		item->key = es_scan_key(scan, row_position(s->m, b, row));
 		if (item->key > limit)
@@ -324,9 +324,9 @@ fill_from_mem(EsScan *scan, EsStream *stream, uint64 limit, EsChunk *chunk)
 EsStream *
 es_stream_of_mem(EsScan *scan, EsScanMem *m)
 {
-	MemStream  *s = MemoryContextAllocZero(scan->task.context, sizeof(MemStream));
-	int64		low = 0;
-	int64		high = m->nbatches;
+	MemStream *s = MemoryContextAllocZero(scan->task.context, sizeof(MemStream));
+	int64	   low = 0;
+	int64	   high = m->nbatches;
 
 	s->m = m;
 	s->stream.fill = fill_from_mem;
@@ -338,7 +338,7 @@ es_stream_of_mem(EsScan *scan, EsScanMem *m)
 		{
 			/* ascending: the first batch up to which there is something above `after`; descending: the
 			 * first from which on nothing is below `below` */
-			int64		mid = low + (high - low) / 2;
+			int64			  mid = low + (high - low) / 2;
 			const OrderEntry *e = &s->order->entries[mid];
 
 			if (scan->descending ? e->lowest_behind < scan->below : e->highest_before <= scan->after)

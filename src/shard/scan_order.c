@@ -23,8 +23,8 @@ void
 es_scan_add_stream(EsScan *scan, EsStream *stream)
 {
 	if (scan->streams == NULL)
-		scan->streams = MemoryContextAlloc(scan->task.context,
-										   (scan->nmems + scan->nsegments + 2) * sizeof(EsStream *));
+		scan->streams =
+			MemoryContextAlloc(scan->task.context, (scan->nmems + scan->nsegments + 2) * sizeof(EsStream *));
 	scan->streams[scan->nstreams++] = stream;
 }
 
@@ -72,7 +72,7 @@ es_scan_ordered_next(EsScan *scan, EsChunk *chunk)
 
 		for (int i = 0; i < scan->nstreams; i++)
 		{
-			EsStream   *s = scan->streams[i];
+			EsStream *s = scan->streams[i];
 
 			if (s->key == UINT64_MAX)
 				continue;

@@ -19,15 +19,15 @@
 #include "shard/shard.h"
 
 /* Larger answers have a buffer of their own. */
-#define KEEP_BUFFER	(256 * 1024)
+#define KEEP_BUFFER (256 * 1024)
 
 static char *send_buffer = NULL;
 
 static const EsColumnDesc *
 source_desc(const EsChunk *chunk, int column)
 {
-	return chunk->kind == ES_CHUNK_MEM ? &chunk->batch->view.columns[column].desc :
-		&chunk->segment->info->columns[column];
+	return chunk->kind == ES_CHUNK_MEM ? &chunk->batch->view.columns[column].desc
+									   : &chunk->segment->info->columns[column];
 }
 
 /* Can the chunk's rows go into the builder as it is? */
@@ -40,7 +40,7 @@ builder_fits(const EsScan *scan, const EsChunk *chunk)
 		return false;
 	for (int i = 0; i < scan->ncolumns; i++)
 	{
-		int			column = scan->columns[i];
+		int					column = scan->columns[i];
 		const EsColumnDesc *desc;
 
 		if (column >= chunk->ncols)
@@ -67,9 +67,7 @@ make_builder(EsScan *scan, const EsChunk *chunk)
 		scan->descs[i] = *source_desc(chunk, i);
 	scan->builder = es_batch_create(scan->descs, scan->ndescs, scan->wanted);
 	if (scan->builder == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory")));
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 	scan->builder_own = chunk->own;
 
 	meta.table = scan->table;
@@ -84,11 +82,11 @@ make_builder(EsScan *scan, const EsChunk *chunk)
 
 /* Fills scan->values with the row's wanted columns. */
 static void
-row_values(EsScan *scan, const EsChunk *chunk, uint32 row, int64 *position, int64 *version,
-		   bool has_position, bool has_version)
+row_values(EsScan *scan, const EsChunk *chunk, uint32 row, int64 *position, int64 *version, bool has_position,
+		   bool has_version)
 {
-	int			position_column = chunk->roles->position - 1;
-	int			version_column = chunk->roles->version - 1;
+	int position_column = chunk->roles->position - 1;
+	int version_column = chunk->roles->version - 1;
 
 	for (int i = 0; i < scan->ncolumns; i++)
 	{
@@ -110,23 +108,23 @@ row_values(EsScan *scan, const EsChunk *chunk, uint32 row, int64 *position, int6
 static EsStatus
 put_row(EsScan *scan, const EsChunk *chunk, uint32 row)
 {
-	EsPosition	position = es_chunk_position(scan, chunk, row);
-	int64		version = es_chunk_version(scan, chunk, row);
-	int64		shown_position = (int64) position;
-	int64		shown_version = version;
-	bool		has_position = true;
-	bool		has_version = version != 0;
+	EsPosition position = es_chunk_position(scan, chunk, row);
+	int64	   version = es_chunk_version(scan, chunk, row);
+	int64	   shown_position = (int64) position;
+	int64	   shown_version = version;
+	bool	   has_position = true;
+	bool	   has_version = version != 0;
 
 	if (chunk->own && chunk->kind != ES_CHUNK_WINDOW)
 	{
-		has_position = chunk->roles->position > 0 &&
-			es_chunk_role_value(scan, chunk, true, row, &shown_position);
-		has_version = chunk->roles->version > 0 &&
-			es_chunk_role_value(scan, chunk, false, row, &shown_version);
+		has_position =
+			chunk->roles->position > 0 && es_chunk_role_value(scan, chunk, true, row, &shown_position);
+		has_version =
+			chunk->roles->version > 0 && es_chunk_role_value(scan, chunk, false, row, &shown_version);
 	}
 	row_values(scan, chunk, row, &shown_position, &shown_version, has_position, has_version);
-	return es_batch_add(scan->builder, scan->values, es_batch_nrows(scan->builder), 0,
-						position, (uint64) version);
+	return es_batch_add(scan->builder, scan->values, es_batch_nrows(scan->builder), 0, position,
+						(uint64) version);
 }
 
 EsOutput
@@ -152,13 +150,13 @@ es_scan_put_chunk(EsScan *scan, EsChunk *chunk)
 	}
 	while (chunk->n > 0)
 	{
-		uint32		nrows = es_batch_nrows(scan->builder);
-		EsStatus	status;
+		uint32	 nrows = es_batch_nrows(scan->builder);
+		EsStatus status;
 
 		if (nrows >= scan->next_check)
 		{
-			Size		size = es_batch_size(scan->builder);
-			Size		per_row = size / nrows + 1;
+			Size size = es_batch_size(scan->builder);
+			Size per_row = size / nrows + 1;
 
 			if (size >= scan->batch_bytes)
 				return ES_OUTPUT_FULL;
@@ -169,14 +167,12 @@ es_scan_put_chunk(EsScan *scan, EsChunk *chunk)
 		if (status == ES_ERR_TOO_LARGE && nrows > 0)
 			return ES_OUTPUT_FULL;
 		if (status == ES_ERR_NOMEM)
-			ereport(ERROR,
-					(errcode(ERRCODE_OUT_OF_MEMORY),
-					 errmsg("out of memory")));
+			ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 		if (status != ES_OK)
-			ereport(ERROR,
-					(errcode(status == ES_ERR_TOO_LARGE ? ERRCODE_PROGRAM_LIMIT_EXCEEDED : ERRCODE_INTERNAL_ERROR),
-					 errmsg("a row of event storage " UINT64_FORMAT " does not fit into an answer",
-							scan->table.storage_id)));
+			ereport(ERROR, (errcode(status == ES_ERR_TOO_LARGE ? ERRCODE_PROGRAM_LIMIT_EXCEEDED
+															   : ERRCODE_INTERNAL_ERROR),
+							errmsg("a row of event storage " UINT64_FORMAT " does not fit into an answer",
+								   scan->table.storage_id)));
 		chunk->next++;
 		chunk->n--;
 		scan->rows_out++;
@@ -193,18 +189,18 @@ es_scan_output_pending(const EsScan *scan)
 void
 es_scan_send(EsScan *scan, bool last)
 {
-	EsDataAnswer answer = {0};
+	EsDataAnswer  answer = {0};
 	EsBatchHeader counted = {0};
-	EsPart		parts[3];
-	int			nparts = 0;
-	void	   *buffer = NULL;
+	EsPart		  parts[3];
+	int			  nparts = 0;
+	void		 *buffer = NULL;
 
 	answer.answer.type = ES_REQ_OPEN;
 	answer.answer.id = scan->task.id;
 	answer.answer.flags = last ? ES_ANSWER_LAST : 0;
 	answer.rows_scanned = scan->rows_scanned;
 	answer.rows_pruned = scan->rows_pruned;
-	parts[nparts++] = (EsPart) {&answer, sizeof(answer)};
+	parts[nparts++] = (EsPart){&answer, sizeof(answer)};
 
 	if (scan->flags & ES_OPEN_COUNT_ONLY)
 	{
@@ -216,14 +212,14 @@ es_scan_send(EsScan *scan, bool last)
 			counted.table = scan->table;
 			answer.nrows = scan->counted;
 			answer.batch_len = sizeof(counted);
-			parts[nparts++] = (EsPart) {&counted, sizeof(counted)};
+			parts[nparts++] = (EsPart){&counted, sizeof(counted)};
 			scan->counted = 0;
 		}
 	}
 	else if (scan->builder != NULL && es_batch_nrows(scan->builder) > 0)
 	{
-		Size		size = es_batch_size(scan->builder);
-		EsStatus	status;
+		Size	 size = es_batch_size(scan->builder);
+		EsStatus status;
 
 		if (size > KEEP_BUFFER)
 			buffer = MemoryContextAllocHuge(scan->task.context, size);
@@ -231,12 +227,11 @@ es_scan_send(EsScan *scan, bool last)
 			send_buffer = MemoryContextAlloc(TopMemoryContext, KEEP_BUFFER);
 		status = es_batch_finish(scan->builder, buffer != NULL ? buffer : send_buffer, size);
 		if (status != ES_OK)
-			ereport(ERROR,
-					(errcode(ERRCODE_INTERNAL_ERROR),
-					 errmsg("could not build an answer: status %d", (int) status)));
+			ereport(ERROR, (errcode(ERRCODE_INTERNAL_ERROR),
+							errmsg("could not build an answer: status %d", (int) status)));
 		answer.nrows = es_batch_nrows(scan->builder);
 		answer.batch_len = size;
-		parts[nparts++] = (EsPart) {buffer != NULL ? buffer : send_buffer, size};
+		parts[nparts++] = (EsPart){buffer != NULL ? buffer : send_buffer, size};
 		es_batch_reset(scan->builder, &scan->builder_meta);
 		scan->next_check = 1;
 	}
@@ -244,7 +239,7 @@ es_scan_send(EsScan *scan, bool last)
 	{
 		es_scan_skip_sort(scan);
 		answer.nskipped = scan->nskipped;
-		parts[nparts++] = (EsPart) {scan->skipped, scan->nskipped * sizeof(EsFxid)};
+		parts[nparts++] = (EsPart){scan->skipped, scan->nskipped * sizeof(EsFxid)};
 	}
 	ES_COUNT(rows_sent, answer.nrows);
 	es_conn_send(scan->task.conn, &answer.answer, parts, nparts);

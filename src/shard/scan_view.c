@@ -30,7 +30,7 @@
 #include "shard/shard.h"
 
 /* Rows of a block are bounded by this, whatever their size. */
-#define BLOCK_BYTES	(2 * 1024 * 1024)
+#define BLOCK_BYTES (2 * 1024 * 1024)
 
 /* ---- visibility ---- */
 
@@ -45,7 +45,7 @@ es_scan_skip(EsScan *scan, EsFxid fxid)
 		es_scan_skip_sort(scan);
 		if (scan->nskipped * 2 >= scan->skipped_allocated)
 		{
-			uint32		allocated = Max(64, scan->skipped_allocated * 2);
+			uint32 allocated = Max(64, scan->skipped_allocated * 2);
 
 			if (scan->skipped == NULL)
 				scan->skipped = MemoryContextAlloc(scan->task.context, allocated * sizeof(EsFxid));
@@ -60,8 +60,8 @@ es_scan_skip(EsScan *scan, EsFxid fxid)
 static int
 compare_fxids(const void *a, const void *b)
 {
-	EsFxid		x = *(const EsFxid *) a;
-	EsFxid		y = *(const EsFxid *) b;
+	EsFxid x = *(const EsFxid *) a;
+	EsFxid y = *(const EsFxid *) b;
 
 	return x < y ? -1 : x > y;
 }
@@ -69,7 +69,7 @@ compare_fxids(const void *a, const void *b)
 void
 es_scan_skip_sort(EsScan *scan)
 {
-	uint32		kept = 0;
+	uint32 kept = 0;
 
 	if (scan->nskipped == 0)
 		return;
@@ -116,10 +116,10 @@ es_scan_batch_visible(EsScan *scan, const EsMemBatch *b)
 static void
 open_own(EsScan *scan)
 {
-	EsTxn	   *txn;
-	EsScanMem  *m;
-	uint32		n = 0;
-	dlist_iter	iter;
+	EsTxn	  *txn;
+	EsScanMem *m;
+	uint32	   n = 0;
+	dlist_iter iter;
 
 	if (scan->snapshot.own == 0 || (scan->flags & ES_OPEN_NO_OWN) || scan->below != UINT64_MAX)
 		return;
@@ -157,20 +157,20 @@ open_own(EsScan *scan)
 static void
 report_staged(EsScan *scan)
 {
-	dlist_iter	iter;
-	dlist_iter	at;
+	dlist_iter iter;
+	dlist_iter at;
 
 	dlist_foreach(iter, &es_txn_undecided)
 	{
-		EsTxn	   *txn = dlist_container(EsTxn, node, iter.cur);
-		bool		conflict = false;
+		EsTxn *txn = dlist_container(EsTxn, node, iter.cur);
+		bool   conflict = false;
 
 		if (txn->finished || txn->fxid == scan->snapshot.own || txn->verdict == ES_VERDICT_ABORTED)
 			continue;
 		dlist_foreach(at, &txn->staged)
 		{
 			const EsMemBatch *b = dlist_container(EsMemBatch, node, at.cur);
-			uint32		nrows = b->view.header->nrows;
+			uint32			  nrows = b->view.header->nrows;
 
 			if (!es_table_key_equal(&b->view.header->table, &scan->table))
 				continue;
@@ -210,9 +210,9 @@ judge_own_batches(EsScan *scan, EsScanSegment *s)
 static bool
 judge_segment(EsScan *scan, EsScanSegment *s)
 {
-	EsSegmentRef *ref = s->ref;
+	EsSegmentRef			*ref = s->ref;
 	const EsManifestSegment *m = &ref->entry.segment;
-	EsFxid		own = scan->snapshot.own;
+	EsFxid					 own = scan->snapshot.own;
 
 	/* finished without a live row: it goes when its transaction is decided */
 	if (ref->finished && ref->entry.nlive == 0)
@@ -243,8 +243,8 @@ judge_segment(EsScan *scan, EsScanSegment *s)
 			return false;
 		}
 		s->all_visible = true;
-		return ref->txn != NULL ? txn_visible(scan, ref->txn) :
-			!es_snapshot_running(&scan->snapshot, m->min_fxid);
+		return ref->txn != NULL ? txn_visible(scan, ref->txn)
+								: !es_snapshot_running(&scan->snapshot, m->min_fxid);
 	}
 	if (es_all_visible(&scan->snapshot, m->max_fxid))
 		s->all_visible = true;
@@ -268,7 +268,7 @@ static void
 open_segments(EsScan *scan)
 {
 	EsSegmentRef **refs;
-	int			n;
+	int			   n;
 
 	refs = es_segments_of(&scan->table, &n);
 	if (n == 0)
@@ -295,7 +295,7 @@ open_segments(EsScan *scan)
 void
 es_scan_open_view(EsScan *scan)
 {
-	int			n = 1;
+	int n = 1;
 
 	for (EsMemTable *mt = es_memtable_oldest; mt != NULL; mt = mt->next)
 		n++;
@@ -307,13 +307,8 @@ es_scan_open_view(EsScan *scan)
 		if (store == NULL || store->nbatches == 0)
 			continue;
 		es_memtable_ref(mt);
-		scan->mems[scan->nmems++] = (EsScanMem)
-		{
-			.memtable = mt,
-			.store = store,
-			.nbatches = store->nbatches,
-			.carried = mt->carried
-		};
+		scan->mems[scan->nmems++] =
+			(EsScanMem){.memtable = mt, .store = store, .nbatches = store->nbatches, .carried = mt->carried};
 	}
 	open_own(scan);
 	open_segments(scan);
@@ -326,7 +321,7 @@ es_scan_close_view(EsScan *scan)
 {
 	for (int i = 0; i < scan->nmems; i++)
 	{
-		EsScanMem  *m = &scan->mems[i];
+		EsScanMem *m = &scan->mems[i];
 
 		if (m->memtable != NULL)
 			es_memtable_unref(m->memtable);
@@ -358,11 +353,11 @@ column_needed(const EsScan *scan, int column)
 bool
 es_scan_open_segment(EsScan *scan, EsScanSegment *s)
 {
-	EsError		err;
-	MemoryContext old;
+	EsError				 err;
+	MemoryContext		 old;
 	const EsSegmentInfo *info;
-	uint64		row_bytes;
-	bool		versions;
+	uint64				 row_bytes;
+	bool				 versions;
 
 	if (s->segment != NULL)
 	{
@@ -391,17 +386,15 @@ es_scan_open_segment(EsScan *scan, EsScanSegment *s)
 		s->wanted[s->ncols + ES_PENDING_ORDINAL] = true;
 	}
 
-	versions = info->roles.version > 0 &&
-		((scan->ordered && !(scan->flags & ES_OPEN_COUNT_ONLY)) ||
-		 column_needed(scan, info->roles.version - 1));
+	versions = info->roles.version > 0 && ((scan->ordered && !(scan->flags & ES_OPEN_COUNT_ONLY)) ||
+										   column_needed(scan, info->roles.version - 1));
 	if (!(scan->flags & ES_OPEN_COUNT_ONLY) || scan->bounded || scan->ordered ||
 		(info->roles.position > 0 && column_needed(scan, info->roles.position - 1)))
 		s->hidden |= ES_WANT_POSITION;
 	if (versions)
 	{
 		s->hidden |= ES_WANT_VERSION;
-		if (s->ref->entry.first_versions != NULL &&
-			!es_segment_contexts(s->ref, s->segment, &err))
+		if (s->ref->entry.first_versions != NULL && !es_segment_contexts(s->ref, s->segment, &err))
 		{
 			es_scan_damage(scan, s->ref, &err);
 			return false;

@@ -24,16 +24,16 @@
 #include "guc.h"
 #include "shard/scan.h"
 
-#define FIRST_WINDOW	256		/* rows */
-#define FOLLOWER_WINDOW	(16 * 1024) /* who says how many rows he wants gets them in one window */
-#define LAST_WINDOW		(256 * 1024)
+#define FIRST_WINDOW	 256		 /* rows */
+#define FOLLOWER_WINDOW	 (16 * 1024) /* who says how many rows he wants gets them in one window */
+#define LAST_WINDOW		 (256 * 1024)
 #define MIN_WINDOW_BYTES (1024 * 1024)
 #define MAX_WINDOW_BYTES (32 * 1024 * 1024)
 
 /* Rows that are not wanted between two that are, for which one read is better than two. */
-#define GAP				24
+#define GAP 24
 
-#define BUMP_BLOCK		(128 * 1024)
+#define BUMP_BLOCK (128 * 1024)
 
 typedef enum SegmentStage
 {
@@ -44,48 +44,48 @@ typedef enum SegmentStage
 
 typedef struct SegmentStream
 {
-	EsStream	stream;			/* first */
+	EsStream	   stream; /* first */
 	EsScanSegment *s;
-	SegmentStage stage;
+	SegmentStage   stage;
 	/* in the order of positions: rows [low, high) are left */
-	uint64		low;
-	uint64		high;
-	uint32		size;			/* rows of the next window */
+	uint64 low;
+	uint64 high;
+	uint32 size; /* rows of the next window */
 
 	EsWindow	window;
 	bool		gathering;
-	uint64	   *rows;			/* ascending row numbers of the window being gathered */
+	uint64	   *rows; /* ascending row numbers of the window being gathered */
 	uint32		nrows;
 	uint32		done;
-	uint32		allocated;		/* of window.rows */
+	uint32		allocated; /* of window.rows */
 	Size		bytes;
 	char	   *bump;
 	Size		bump_left;
 	EsRowBlock *block;
-	EsChunk		part;			/* of one read */
+	EsChunk		part; /* of one read */
 } SegmentStream;
 
 static int
 compare_uint64(const void *a, const void *b)
 {
-	uint64		x = *(const uint64 *) a;
-	uint64		y = *(const uint64 *) b;
+	uint64 x = *(const uint64 *) a;
+	uint64 y = *(const uint64 *) b;
 
 	return x < y ? -1 : x > y;
 }
 
-#define ST_SORT sort_ascending
-#define ST_ELEMENT_TYPE EsWindowRow
+#define ST_SORT			 sort_ascending
+#define ST_ELEMENT_TYPE	 EsWindowRow
 #define ST_COMPARE(a, b) ((a)->position < (b)->position ? -1 : (a)->position > (b)->position)
-#define ST_SCOPE static
+#define ST_SCOPE		 static
 #define ST_DEFINE
 #define ST_DECLARE
 #include "lib/sort_template.h"
 
-#define ST_SORT sort_descending
-#define ST_ELEMENT_TYPE EsWindowRow
+#define ST_SORT			 sort_descending
+#define ST_ELEMENT_TYPE	 EsWindowRow
 #define ST_COMPARE(a, b) ((a)->position > (b)->position ? -1 : (a)->position < (b)->position)
-#define ST_SCOPE static
+#define ST_SCOPE		 static
 #define ST_DEFINE
 #define ST_DECLARE
 #include "lib/sort_template.h"
@@ -100,7 +100,7 @@ key_of(const EsScan *scan, const SegmentStream *s, EsPosition position)
 static Size
 window_bytes(void)
 {
-	Size		bytes = (Size) es_guc_cache_size * 1024 / 4;
+	Size bytes = (Size) es_guc_cache_size * 1024 / 4;
 
 	return Max(MIN_WINDOW_BYTES, Min(bytes, MAX_WINDOW_BYTES));
 }
@@ -110,7 +110,7 @@ window_bytes(void)
 static void *
 bump_alloc(SegmentStream *s, Size len)
 {
-	void	   *p;
+	void *p;
 
 	len = MAXALIGN(len);
 	if (len > BUMP_BLOCK / 4)
@@ -134,7 +134,7 @@ static void
 copy_row(EsScan *scan, SegmentStream *s, uint32 row)
 {
 	const EsChunk *part = &s->part;
-	EsWindowRow *out;
+	EsWindowRow	  *out;
 
 	if (s->window.nrows == s->allocated)
 	{
@@ -168,8 +168,8 @@ copy_row(EsScan *scan, SegmentStream *s, uint32 row)
 			value = es_chunk_value(part, column, row);
 			if (value == NULL)
 				continue;
-			len = part->segment->info->columns[column].len > 0 ?
-				part->segment->info->columns[column].len : es_varlena_size(value);
+			len = part->segment->info->columns[column].len > 0 ? part->segment->info->columns[column].len
+															   : es_varlena_size(value);
 		}
 		out->values[i] = memcpy(bump_alloc(s, len), value, len);
 	}
@@ -193,16 +193,15 @@ empty_window(SegmentStream *s)
 static void
 begin_window(EsScan *scan, SegmentStream *s)
 {
-	uint64		n = Min(s->size, s->high - s->low);
-	EsPosition	stored;
+	uint64	   n = Min(s->size, s->high - s->low);
+	EsPosition stored;
 
 	if (scan->nfilters == 0)
 		n = Min(n, Max(scan->max_rows - scan->rows_out, 16));
 	empty_window(s);
 	s->rows = MemoryContextAllocHuge(s->window.context, n * sizeof(uint64));
 	for (uint64 i = 0; i < n; i++)
-		es_segment_order_at(s->s->ref, scan->descending ? s->high - 1 - i : s->low + i, &stored,
-							&s->rows[i]);
+		es_segment_order_at(s->s->ref, scan->descending ? s->high - 1 - i : s->low + i, &stored, &s->rows[i]);
 	qsort(s->rows, n, sizeof(uint64), compare_uint64);
 	s->nrows = (uint32) n;
 	s->done = 0;
@@ -214,12 +213,12 @@ static bool
 gather_some(EsScan *scan, SegmentStream *s)
 {
 	EsScanSegment *seg = s->s;
-	uint64		first = s->rows[s->done];
-	uint32		zone_number = (uint32) (first / ES_ZONE_ROWS);
-	EsZoneInfo	zone;
-	uint32		end = s->done + 1;
-	EsError		err = {0};
-	EsStatus	status;
+	uint64		   first = s->rows[s->done];
+	uint32		   zone_number = (uint32) (first / ES_ZONE_ROWS);
+	EsZoneInfo	   zone;
+	uint32		   end = s->done + 1;
+	EsError		   err = {0};
+	EsStatus	   status;
 
 	/* zones are full but for the last; a file that does it otherwise is found by walking */
 	zone = es_segment_zone(seg->segment, Min(zone_number, seg->info->nzones - 1));
@@ -240,8 +239,8 @@ gather_some(EsScan *scan, SegmentStream *s)
 	while (end < s->nrows && s->rows[end] < zone.first_row + zone.nrows &&
 		   s->rows[end] - s->rows[end - 1] <= GAP && s->rows[end] - first < seg->read_rows)
 		end++;
-	status = es_segment_read(seg->segment, first, (uint32) (s->rows[end - 1] - first + 1),
-							 seg->wanted, seg->hidden, s->block, &err);
+	status = es_segment_read(seg->segment, first, (uint32) (s->rows[end - 1] - first + 1), seg->wanted,
+							 seg->hidden, s->block, &err);
 	if (status != ES_OK)
 	{
 		err.status = status;
@@ -263,7 +262,7 @@ gather_some(EsScan *scan, SegmentStream *s)
 static EsTaskState
 gather(EsScan *scan, SegmentStream *s)
 {
-	Size		room = window_bytes();
+	Size room = window_bytes();
 
 	if (!s->gathering)
 		begin_window(scan, s);
@@ -299,8 +298,8 @@ gather(EsScan *scan, SegmentStream *s)
 static void
 set_key(EsScan *scan, SegmentStream *s)
 {
-	EsPosition	stored;
-	uint64		row;
+	EsPosition stored;
+	uint64	   row;
 
 	if (s->window.next < s->window.nrows)
 		s->stream.key = key_of(scan, s, s->window.rows[s->window.next].position);
@@ -317,8 +316,8 @@ static EsTaskState
 open_stream(EsScan *scan, SegmentStream *s)
 {
 	EsSegmentRef *ref = s->s->ref;
-	EsPosition	base = ref->entry.base;
-	EsError		err;
+	EsPosition	  base = ref->entry.base;
+	EsError		  err;
 
 	if (s->stage == STAGE_CLOSED)
 	{
@@ -351,11 +350,9 @@ open_stream(EsScan *scan, SegmentStream *s)
 	scan->rows_pruned += s->s->info->summary.nrows - (s->high - s->low);
 	s->block = es_block_create();
 	if (s->block == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory")));
-	s->window.context = AllocSetContextCreate(scan->task.context, "event_store window",
-											  ALLOCSET_DEFAULT_SIZES);
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
+	s->window.context =
+		AllocSetContextCreate(scan->task.context, "event_store window", ALLOCSET_DEFAULT_SIZES);
 	s->part.rows = MemoryContextAlloc(scan->task.context, ES_CHUNK_ROWS * sizeof(uint32));
 	s->stage = STAGE_OPEN;
 	set_key(scan, s);
@@ -366,7 +363,7 @@ static EsTaskState
 fill_from_segment(EsScan *scan, EsStream *stream, uint64 limit, EsChunk *chunk)
 {
 	SegmentStream *s = (SegmentStream *) stream;
-	EsWindow   *w = &s->window;
+	EsWindow	  *w = &s->window;
 
 	if (s->stage != STAGE_OPEN)
 		return open_stream(scan, s);
@@ -407,7 +404,7 @@ release_segment(EsStream *stream)
 EsStream *
 es_stream_of_segment(EsScan *scan, EsScanSegment *segment)
 {
-	SegmentStream *s = MemoryContextAllocZero(scan->task.context, sizeof(SegmentStream));
+	SegmentStream			*s = MemoryContextAllocZero(scan->task.context, sizeof(SegmentStream));
 	const EsManifestSegment *m = &segment->ref->entry.segment;
 
 	s->s = segment;

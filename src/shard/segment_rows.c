@@ -28,29 +28,29 @@
 
 typedef struct EsSegmentContexts
 {
-	uint32		n;
-	uint64	   *first_rows;
+	uint32	n;
+	uint64 *first_rows;
 	/* the row asked for last: its context, and the live rows of the context before it */
-	uint32		context;
-	uint64		row;
-	uint64		rank;
+	uint32 context;
+	uint64 row;
+	uint64 rank;
 } EsSegmentContexts;
 
 typedef struct Pair
 {
-	uint64		position;
-	uint64		row;
+	uint64 position;
+	uint64 row;
 } Pair;
 
 typedef struct EsSegmentOrder
 {
-	uint64		nrows;
-	EsPosition	min;
-	int			row_bits;
-	uint32		next_zone;
-	bool		ready;
-	uint64	   *keys;			/* (position - min) << row_bits | row; or */
-	Pair	   *pairs;
+	uint64	   nrows;
+	EsPosition min;
+	int		   row_bits;
+	uint32	   next_zone;
+	bool	   ready;
+	uint64	  *keys; /* (position - min) << row_bits | row; or */
+	Pair	  *pairs;
 } EsSegmentOrder;
 
 /* ---- live rows ---- */
@@ -67,8 +67,8 @@ uint64
 es_segment_live_rows(const EsSegmentRef *ref, uint64 first, uint64 end)
 {
 	const uint8 *bitmap = ref->entry.dead_bitmap;
-	uint64		dead = 0;
-	uint64		row = first;
+	uint64		 dead = 0;
+	uint64		 row = first;
 
 	if (end <= first)
 		return 0;
@@ -78,7 +78,7 @@ es_segment_live_rows(const EsSegmentRef *ref, uint64 first, uint64 end)
 		dead += (bitmap[row >> 3] >> (row & 7)) & 1;
 	while (end - row >= 8)
 	{
-		uint64		bytes = Min((end - row) / 8, 1 << 20);
+		uint64 bytes = Min((end - row) / 8, 1 << 20);
 
 		dead += pg_popcount((const char *) bitmap + (row >> 3), (int) bytes);
 		row += bytes * 8;
@@ -105,8 +105,8 @@ bool
 es_segment_contexts(EsSegmentRef *ref, EsSegment *seg, EsError *err)
 {
 	EsSegmentContexts *c;
-	EsStatus	status;
-	uint64		n = es_segment_info(seg)->summary.ncontexts;
+	EsStatus		   status;
+	uint64			   n = es_segment_info(seg)->summary.ncontexts;
 
 	if (ref->contexts != NULL)
 		return true;
@@ -151,13 +151,12 @@ int64
 es_segment_row_version(EsSegmentRef *ref, uint64 row)
 {
 	EsSegmentContexts *c = ref->contexts;
-	uint32		context = c->context;
+	uint32			   context = c->context;
 
-	if (row < c->first_rows[context] ||
-		(context + 1 < c->n && row >= c->first_rows[context + 1]))
+	if (row < c->first_rows[context] || (context + 1 < c->n && row >= c->first_rows[context + 1]))
 	{
-		uint32		low = 0;
-		uint32		high = c->n - 1;
+		uint32 low = 0;
+		uint32 high = c->n - 1;
 
 		if (context + 1 < c->n && row >= c->first_rows[context + 1])
 		{
@@ -168,7 +167,7 @@ es_segment_row_version(EsSegmentRef *ref, uint64 row)
 		}
 		while (low < high)
 		{
-			uint32		mid = low + (high - low + 1) / 2;
+			uint32 mid = low + (high - low + 1) / 2;
 
 			if (c->first_rows[mid] <= row)
 				low = mid;
@@ -194,8 +193,8 @@ es_segment_row_version(EsSegmentRef *ref, uint64 row)
 static int
 compare_pairs(const void *a, const void *b)
 {
-	uint64		x = ((const Pair *) a)->position;
-	uint64		y = ((const Pair *) b)->position;
+	uint64 x = ((const Pair *) a)->position;
+	uint64 y = ((const Pair *) b)->position;
 
 	return x < y ? -1 : x > y;
 }
@@ -204,24 +203,24 @@ compare_pairs(const void *a, const void *b)
 static bool
 radix_sort(uint64 **keys, uint64 n, int low_bit, uint64 max_key)
 {
-	const int	digit = 11;
-	uint64	   *from = *keys;
-	uint64	   *to = malloc(Max(n, 1) * sizeof(uint64));
+	const int digit = 11;
+	uint64	 *from = *keys;
+	uint64	 *to = malloc(Max(n, 1) * sizeof(uint64));
 
 	if (to == NULL)
 		return false;
 	for (int shift = low_bit; shift < 64 && (max_key >> shift) != 0; shift += digit)
 	{
-		uint64		count[1 << 11];
-		uint64		sum = 0;
-		uint64	   *swap;
+		uint64	count[1 << 11];
+		uint64	sum = 0;
+		uint64 *swap;
 
 		memset(count, 0, sizeof(count));
 		for (uint64 i = 0; i < n; i++)
 			count[(from[i] >> shift) & ((1 << digit) - 1)]++;
 		for (int i = 0; i < 1 << digit; i++)
 		{
-			uint64		c = count[i];
+			uint64 c = count[i];
 
 			count[i] = sum;
 			sum += c;
@@ -241,8 +240,8 @@ static EsSegmentOrder *
 begin_order(const EsSegmentInfo *info)
 {
 	EsSegmentOrder *o = calloc(1, sizeof(EsSegmentOrder));
-	uint64		nrows = info->summary.nrows;
-	uint64		span = info->summary.max_position - info->summary.min_position;
+	uint64			nrows = info->summary.nrows;
+	uint64			span = info->summary.max_position - info->summary.min_position;
 
 	if (o == NULL)
 		return NULL;
@@ -250,8 +249,7 @@ begin_order(const EsSegmentInfo *info)
 	o->min = info->summary.min_position;
 	while (o->row_bits < 63 && (nrows >> o->row_bits) != 0)
 		o->row_bits++;
-	if (info->summary.max_position >= info->summary.min_position &&
-		(span >> (63 - o->row_bits)) == 0)
+	if (info->summary.max_position >= info->summary.min_position && (span >> (63 - o->row_bits)) == 0)
 		o->keys = malloc(Max(nrows, 1) * sizeof(uint64));
 	else
 		o->pairs = malloc(Max(nrows, 1) * sizeof(Pair));
@@ -267,10 +265,10 @@ EsOrderState
 es_segment_order(EsSegmentRef *ref, EsSegment *seg, int64 deadline, EsError *err)
 {
 	const EsSegmentInfo *info = es_segment_info(seg);
-	EsSegmentOrder *o = ref->order;
-	EsRowBlock *block;
-	bool	   *nothing;
-	EsOrderState state = ES_ORDER_READY;
+	EsSegmentOrder		*o = ref->order;
+	EsRowBlock			*block;
+	bool				*nothing;
+	EsOrderState		 state = ES_ORDER_READY;
 
 	if (o != NULL && o->ready)
 		return ES_ORDER_READY;
@@ -288,11 +286,10 @@ es_segment_order(EsSegmentRef *ref, EsSegment *seg, int64 deadline, EsError *err
 	nothing = palloc0(info->ncols * sizeof(bool));
 	while (o->next_zone < info->nzones)
 	{
-		EsZoneInfo	zone = es_segment_zone(seg, o->next_zone);
-		EsStatus	status;
+		EsZoneInfo zone = es_segment_zone(seg, o->next_zone);
+		EsStatus   status;
 
-		status = es_segment_read(seg, zone.first_row, zone.nrows, nothing, ES_WANT_POSITION,
-								 block, err);
+		status = es_segment_read(seg, zone.first_row, zone.nrows, nothing, ES_WANT_POSITION, block, err);
 		if (status == ES_OK && zone.first_row + zone.nrows > o->nrows)
 			status = es_fail(err, ES_ERR_CORRUPT, 0, "zone %u ends behind the last row", o->next_zone);
 		if (status != ES_OK)
@@ -304,8 +301,8 @@ es_segment_order(EsSegmentRef *ref, EsSegment *seg, int64 deadline, EsError *err
 		}
 		for (uint32 r = 0; r < zone.nrows; r++)
 		{
-			uint64		row = zone.first_row + r;
-			uint64		position = es_block_position(block, r);
+			uint64 row = zone.first_row + r;
+			uint64 position = es_block_position(block, r);
 
 			if (o->keys != NULL)
 				o->keys[row] = (position - o->min) << o->row_bits | row;
@@ -359,14 +356,14 @@ es_segment_order_at(const EsSegmentRef *ref, uint64 i, EsPosition *stored, uint6
 uint64
 es_segment_order_above(const EsSegmentRef *ref, EsPosition after)
 {
-	uint64		low = 0;
-	uint64		high = ref->order->nrows;
+	uint64 low = 0;
+	uint64 high = ref->order->nrows;
 
 	while (low < high)
 	{
-		uint64		mid = low + (high - low) / 2;
-		EsPosition	position;
-		uint64		row;
+		uint64	   mid = low + (high - low) / 2;
+		EsPosition position;
+		uint64	   row;
 
 		es_segment_order_at(ref, mid, &position, &row);
 		if (position > after)
@@ -382,7 +379,7 @@ es_segment_order_above(const EsSegmentRef *ref, EsPosition after)
 Size
 es_segment_rows_memory(const EsSegmentRef *ref)
 {
-	Size		memory = 0;
+	Size memory = 0;
 
 	if (ref->order != NULL)
 		memory += ref->order->nrows * (ref->order->keys != NULL ? sizeof(uint64) : sizeof(Pair));

@@ -40,47 +40,45 @@
 #include "shard/segments.h"
 #include "shard/shard.h"
 
-const EsColumnDesc es_pending_columns[ES_PENDING_COLUMNS] = {
-	[ES_PENDING_PLACE] = {8, 8, ES_COLUMN_BYVAL},
-	[ES_PENDING_CID] = {4, 4, ES_COLUMN_BYVAL},
-	[ES_PENDING_ORDINAL] = {8, 8, ES_COLUMN_BYVAL}
-};
+const EsColumnDesc es_pending_columns[ES_PENDING_COLUMNS] = {[ES_PENDING_PLACE] = {8, 8, ES_COLUMN_BYVAL},
+															 [ES_PENDING_CID] = {4, 4, ES_COLUMN_BYVAL},
+															 [ES_PENDING_ORDINAL] = {8, 8, ES_COLUMN_BYVAL}};
 
 typedef struct SegmentArray
 {
-	EsSegmentRef **refs;		/* ascending id */
-	uint32		n;
-	uint32		allocated;
+	EsSegmentRef **refs; /* ascending id */
+	uint32		   n;
+	uint32		   allocated;
 } SegmentArray;
 
 typedef struct TableSegments
 {
-	EsTableKey	key;			/* hash key */
+	EsTableKey	 key; /* hash key */
 	SegmentArray segments;
 } TableSegments;
 
 static MemoryContext segments_context = NULL;
-static HTAB *tables = NULL;
-static SegmentArray live;
-static uint64 last_number = 0;
+static HTAB			*tables = NULL;
+static SegmentArray	 live;
+static uint64		 last_number = 0;
 
 static dlist_head dropped = DLIST_STATIC_INIT(dropped);
 static dlist_head lru = DLIST_STATIC_INIT(lru); /* most recently used first */
 
 static Size cache_limit = 64 * 1024 * 1024;
-static Size cache_used = 0;		/* sum of memory of all in lru */
+static Size cache_used = 0; /* sum of memory of all in lru */
 
 /* ---- arrays in the order of ids ---- */
 
 static uint32
 array_search(const SegmentArray *a, uint64 id)
 {
-	uint32		low = 0;
-	uint32		high = a->n;
+	uint32 low = 0;
+	uint32 high = a->n;
 
 	while (low < high)
 	{
-		uint32		mid = low + (high - low) / 2;
+		uint32 mid = low + (high - low) / 2;
 
 		if (a->refs[mid]->entry.segment.id < id)
 			low = mid + 1;
@@ -93,11 +91,11 @@ array_search(const SegmentArray *a, uint64 id)
 static void
 array_insert(SegmentArray *a, EsSegmentRef *ref)
 {
-	uint32		at = array_search(a, ref->entry.segment.id);
+	uint32 at = array_search(a, ref->entry.segment.id);
 
 	if (a->n == a->allocated)
 	{
-		uint32		allocated = Max(8, a->allocated * 2);
+		uint32 allocated = Max(8, a->allocated * 2);
 
 		if (a->refs == NULL)
 			a->refs = MemoryContextAlloc(segments_context, allocated * sizeof(EsSegmentRef *));
@@ -113,7 +111,7 @@ array_insert(SegmentArray *a, EsSegmentRef *ref)
 static void
 array_remove(SegmentArray *a, EsSegmentRef *ref)
 {
-	uint32		at = array_search(a, ref->entry.segment.id);
+	uint32 at = array_search(a, ref->entry.segment.id);
 
 	Assert(at < a->n && a->refs[at] == ref);
 	a->n--;
@@ -123,25 +121,24 @@ array_remove(SegmentArray *a, EsSegmentRef *ref)
 static void
 segments_init(void)
 {
-	HASHCTL		ctl;
+	HASHCTL ctl;
 
 	if (tables != NULL)
 		return;
-	segments_context = AllocSetContextCreate(TopMemoryContext, "event_store segments",
-											 ALLOCSET_DEFAULT_SIZES);
+	segments_context =
+		AllocSetContextCreate(TopMemoryContext, "event_store segments", ALLOCSET_DEFAULT_SIZES);
 	memset(&ctl, 0, sizeof(ctl));
 	ctl.keysize = sizeof(EsTableKey);
 	ctl.entrysize = sizeof(TableSegments);
 	ctl.hcxt = segments_context;
-	tables = hash_create("event_store segments of tables", 64, &ctl,
-						 HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+	tables = hash_create("event_store segments of tables", 64, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 }
 
 static TableSegments *
 table_segments(const EsTableKey *key, bool create)
 {
 	TableSegments *t;
-	bool		found;
+	bool		   found;
 
 	if (tables == NULL)
 		return NULL;
@@ -156,15 +153,13 @@ table_segments(const EsTableKey *key, bool create)
 static void *
 copy_array(const void *from, Size len)
 {
-	void	   *to;
+	void *to;
 
 	if (from == NULL || len == 0)
 		return NULL;
 	to = malloc(len);
 	if (to == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory")));
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 	memcpy(to, from, len);
 	return to;
 }
@@ -172,9 +167,9 @@ copy_array(const void *from, Size len)
 void
 es_segments_changed(void)
 {
-	uint64		rows = 0;
-	uint64		bytes = 0;
-	uint64		pending = 0;
+	uint64 rows = 0;
+	uint64 bytes = 0;
+	uint64 pending = 0;
 
 	for (uint32 i = 0; i < live.n; i++)
 	{
@@ -206,8 +201,7 @@ add_segment(const EsManifestEntry *entry, EsTxn *txn)
 	ref->fd = -1;
 	ref->entry = *entry;
 	ref->entry.dead_bitmap = copy_array(entry->dead_bitmap, (entry->segment.nrows + 63) / 64 * 8);
-	ref->entry.first_versions = copy_array(entry->first_versions,
-										   entry->nfirst_versions * sizeof(int64));
+	ref->entry.first_versions = copy_array(entry->first_versions, entry->nfirst_versions * sizeof(int64));
 	ref->entry.starts = copy_array(entry->starts, entry->nstarts * sizeof(uint64));
 	ref->starts = ref->entry.starts;
 	ref->path = es_path_segment(es_shard_id, entry->segment.id);
@@ -230,8 +224,8 @@ es_segments_load(const EsManifestState *manifest)
 	for (uint32 i = 0; i < manifest->nentries; i++)
 	{
 		const EsManifestEntry *entry = &manifest->entries[i];
-		EsTxn	   *txn = NULL;
-		EsSegmentRef *ref;
+		EsTxn				  *txn = NULL;
+		EsSegmentRef		  *ref;
 
 		if (entry->pending)
 			txn = es_txn_get(entry->segment.min_fxid);
@@ -297,7 +291,7 @@ es_segments_drop_storage(const EsTableKey *table)
 EsSegmentRef *
 es_segments_find(uint64 id)
 {
-	uint32		at = array_search(&live, id);
+	uint32 at = array_search(&live, id);
 
 	return at < live.n && live.refs[at]->entry.segment.id == id ? live.refs[at] : NULL;
 }
@@ -344,7 +338,7 @@ es_segment_unref(EsSegmentRef *ref)
 void
 es_segment_forget_txn(EsSegmentRef *ref)
 {
-	EsTxn	   *txn = ref->txn;
+	EsTxn *txn = ref->txn;
 
 	if (txn == NULL)
 		return;
@@ -376,7 +370,7 @@ close_segment(EsSegmentRef *ref)
 static void
 count_memory(EsSegmentRef *ref)
 {
-	Size		memory = es_segment_memory(ref->segment) + es_segment_rows_memory(ref);
+	Size memory = es_segment_memory(ref->segment) + es_segment_rows_memory(ref);
 
 	cache_used = cache_used - ref->memory + memory;
 	ref->memory = memory;
@@ -417,7 +411,7 @@ shrink_cache(const EsSegmentRef *keep)
 void
 es_segments_set_cache(Size bytes)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	if (bytes == cache_limit)
 		return;
@@ -445,7 +439,7 @@ void
 es_segments_tick(void)
 {
 	dlist_mutable_iter iter;
-	TimestampTz now;
+	TimestampTz		   now;
 
 	if (dlist_is_empty(&dropped))
 		return;
@@ -463,10 +457,8 @@ es_segments_tick(void)
 			continue;
 		ES_FAULT("segment-unlink");
 		if (unlink(ref->path) != 0 && errno != ENOENT)
-			ereport(LOG,
-					(errcode_for_file_access(),
-					 errmsg("could not remove file \"%s\": %m", ref->path),
-					 errhint("It is no longer needed; the next start of the server tries again.")));
+			ereport(LOG, (errcode_for_file_access(), errmsg("could not remove file \"%s\": %m", ref->path),
+						  errhint("It is no longer needed; the next start of the server tries again.")));
 		dlist_delete(&ref->node);
 		free_segment(ref);
 	}
@@ -476,11 +468,11 @@ static EsStatus
 read_file(void *arg, void *buf, size_t len, uint64_t offset, EsError *err)
 {
 	EsSegmentRef *ref = arg;
-	size_t		done = 0;
+	size_t		  done = 0;
 
 	while (done < len)
 	{
-		int			n;
+		int n;
 
 		errno = ES_FAULT_IO("segment-read");
 		if (errno != 0)
@@ -496,8 +488,8 @@ read_file(void *arg, void *buf, size_t len, uint64_t offset, EsError *err)
 			return es_fail(err, ES_ERR_IO, offset, "could not read: %s", strerror(errno));
 		}
 		if (n == 0)
-			return es_fail(err, ES_ERR_TRUNCATED, offset + done,
-						   "file ends %zu bytes before it should", len - done);
+			return es_fail(err, ES_ERR_TRUNCATED, offset + done, "file ends %zu bytes before it should",
+						   len - done);
 		done += n;
 	}
 	return ES_OK;
@@ -507,14 +499,13 @@ read_file(void *arg, void *buf, size_t len, uint64_t offset, EsError *err)
 static EsStatus
 check_file(const EsSegmentRef *ref, EsError *err)
 {
-	const EsSegmentInfo *info = es_segment_info(ref->segment);
+	const EsSegmentInfo		*info = es_segment_info(ref->segment);
 	const EsManifestSegment *m = &ref->entry.segment;
 
 	if (memcmp(info->identity.store_uuid, es_shared->store_uuid, ES_UUID_LEN) != 0 ||
 		info->identity.shard != es_shard_id)
 		return es_fail(err, ES_ERR_FOREIGN, 0, "file belongs to another store or shard");
-	if (info->id != m->id || !es_table_key_equal(&info->table, &m->table) ||
-		info->summary.nrows != m->nrows)
+	if (info->id != m->id || !es_table_key_equal(&info->table, &m->table) || info->summary.nrows != m->nrows)
 		return es_fail(err, ES_ERR_CORRUPT, 0,
 					   "file holds segment %llu of %llu rows, the manifest says segment %llu of %llu",
 					   (unsigned long long) info->id, (unsigned long long) info->summary.nrows,
@@ -535,23 +526,22 @@ es_segment_damaged(EsSegmentRef *ref, const EsError *err)
 	ereport(LOG,
 			(errcode(err->status == ES_ERR_IO ? ERRCODE_IO_ERROR : ERRCODE_DATA_CORRUPTED),
 			 errmsg("file \"%s\" cannot be read", ref->path),
-			 err->expected_crc != 0 || err->found_crc != 0 ?
-			 errdetail("At offset %llu: %s; expected checksum %08X, found %08X.",
-					   (unsigned long long) err->offset, err->what, err->expected_crc,
-					   err->found_crc) :
-			 errdetail("At offset %llu: %s.", (unsigned long long) err->offset, err->what)));
+			 err->expected_crc != 0 || err->found_crc != 0
+				 ? errdetail("At offset %llu: %s; expected checksum %08X, found %08X.",
+							 (unsigned long long) err->offset, err->what, err->expected_crc, err->found_crc)
+				 : errdetail("At offset %llu: %s.", (unsigned long long) err->offset, err->what)));
 }
 
 void
 es_segment_send_error(EsConn *conn, uint16 type, uint64 id, const char *path, const EsError *err)
 {
-	char		message[MAXPGPATH + 64];
-	char		detail[256];
+	char message[MAXPGPATH + 64];
+	char detail[256];
 
 	if (err->status == ES_ERR_NOMEM)
 	{
-		es_conn_send_error(conn, type, id, ERRCODE_OUT_OF_MEMORY, "out of memory in a shard of the event store",
-						   "", "");
+		es_conn_send_error(conn, type, id, ERRCODE_OUT_OF_MEMORY,
+						   "out of memory in a shard of the event store", "", "");
 		return;
 	}
 	snprintf(message, sizeof(message), "file \"%s\" %s", path,
@@ -560,18 +550,16 @@ es_segment_send_error(EsConn *conn, uint16 type, uint64 id, const char *path, co
 		snprintf(detail, sizeof(detail), "At offset %llu: %s; expected checksum %08X, found %08X.",
 				 (unsigned long long) err->offset, err->what, err->expected_crc, err->found_crc);
 	else
-		snprintf(detail, sizeof(detail), "At offset %llu: %s.",
-				 (unsigned long long) err->offset, err->what);
-	es_conn_send_error(conn, type, id,
-					   err->status == ES_ERR_IO ? ERRCODE_IO_ERROR : ERRCODE_DATA_CORRUPTED,
-					   message, detail,
-					   "event_store.verify() lists all damage; what does not need this file goes on working.");
+		snprintf(detail, sizeof(detail), "At offset %llu: %s.", (unsigned long long) err->offset, err->what);
+	es_conn_send_error(
+		conn, type, id, err->status == ES_ERR_IO ? ERRCODE_IO_ERROR : ERRCODE_DATA_CORRUPTED, message, detail,
+		"event_store.verify() lists all damage; what does not need this file goes on working.");
 }
 
 EsSegment *
 es_segment_handle(EsSegmentRef *ref, EsError *err)
 {
-	EsStatus	status;
+	EsStatus status;
 
 	if (ref->segment != NULL)
 	{

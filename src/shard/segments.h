@@ -35,34 +35,34 @@
 #define ES_PENDING_CID		1
 #define ES_PENDING_ORDINAL	2
 #define ES_PENDING_COLUMNS	3
-#define ES_PENDING_ROW_BITS	20
+#define ES_PENDING_ROW_BITS 20
 
 /* The shapes of those columns, for the writer. */
 extern const EsColumnDesc es_pending_columns[ES_PENDING_COLUMNS];
 
 typedef struct EsSegmentRef
 {
-	int			refs;			/* the live set, readers */
-	EsManifestEntry entry;		/* deep copy, arrays malloc'd; while finished but not yet adopted in the
+	int				refs;	  /* the live set, readers */
+	EsManifestEntry entry;	  /* deep copy, arrays malloc'd; while finished but not yet adopted in the
 								 * manifest the adoption data (base, bitmap, first versions) is here
 								 * already */
-	EsTxn	   *txn;			/* of a pending or just finished one; NULL once its commit is durable
+	EsTxn		   *txn;	  /* of a pending or just finished one; NULL once its commit is durable
 								 * and every older snapshot can judge by fxid */
-	bool		finished;		/* pending: FINISH applied; readers judge by txn */
-	bool		dropped;		/* no longer live: unlink at the last unref */
-	uint64	   *starts;			/* entry.starts: pending: the batches it holds */
-	EsSegment  *segment;		/* opened lazily */
-	int			fd;				/* a File of PostgreSQL's fd.h; -1 = not open */
+	bool			finished; /* pending: FINISH applied; readers judge by txn */
+	bool			dropped;  /* no longer live: unlink at the last unref */
+	uint64		   *starts;	  /* entry.starts: pending: the batches it holds */
+	EsSegment	   *segment;  /* opened lazily */
+	int				fd;		  /* a File of PostgreSQL's fd.h; -1 = not open */
 
-	uint64		number;			/* grows as segments become live in this process; from 1 */
+	uint64 number; /* grows as segments become live in this process; from 1 */
 
 	/* private to segments.c and segment_rows.c */
-	char	   *path;
-	TimestampTz dropped_at;
-	Size		memory;			/* as last counted in the cache */
-	dlist_node	lru;			/* in the list of open segments; next is NULL if it is in none */
-	dlist_node	node;			/* in the list of dropped ones */
-	struct EsSegmentOrder *order;	/* rows by position, NULL = not made */
+	char					 *path;
+	TimestampTz				  dropped_at;
+	Size					  memory;	/* as last counted in the cache */
+	dlist_node				  lru;		/* in the list of open segments; next is NULL if it is in none */
+	dlist_node				  node;		/* in the list of dropped ones */
+	struct EsSegmentOrder	 *order;	/* rows by position, NULL = not made */
 	struct EsSegmentContexts *contexts; /* first rows of its contexts, NULL = not made */
 } EsSegmentRef;
 
@@ -76,15 +76,15 @@ extern void es_segments_load(const EsManifestState *manifest);
  * puts the segment into txn->pending.  Takes a reference to txn. */
 extern EsSegmentRef *es_segments_add(const EsManifestEntry *entry, EsTxn *txn);
 /* No longer live; its file goes when the last reader is done and obsolete_retention is over. */
-extern void es_segments_drop(uint64 id);
-extern void es_segments_drop_storage(const EsTableKey *table);
+extern void			 es_segments_drop(uint64 id);
+extern void			 es_segments_drop_storage(const EsTableKey *table);
 extern EsSegmentRef *es_segments_find(uint64 id);
-extern void es_segments_tick(void); /* unlinks what is due */
+extern void			 es_segments_tick(void); /* unlinks what is due */
 
 /* Live segments of a table, palloc'd array, each with a reference taken; ascending id. */
 extern EsSegmentRef **es_segments_of(const EsTableKey *table, int *n);
-extern void es_segment_ref(EsSegmentRef *ref);
-extern void es_segment_unref(EsSegmentRef *ref);
+extern void			  es_segment_ref(EsSegmentRef *ref);
+extern void			  es_segment_unref(EsSegmentRef *ref);
 
 /* Every live segment: start with *state = 0; NULL at the end; no reference is taken. */
 extern EsSegmentRef *es_segments_each(uint32 *state);
@@ -101,15 +101,14 @@ extern void es_segment_forget_txn(EsSegmentRef *ref);
  * corruption is counted); the caller answers XX001 with es_segment_path(ref).  Valid as long as the
  * caller has a reference to ref, or until the next call here.
  */
-extern EsSegment *es_segment_handle(EsSegmentRef *ref, EsError *err);
+extern EsSegment  *es_segment_handle(EsSegmentRef *ref, EsError *err);
 extern const char *es_segment_path(const EsSegmentRef *ref);
 
 /* Damage was found by a read through the handle: counts and logs it. */
 extern void es_segment_damaged(EsSegmentRef *ref, const EsError *err);
 
 /* Sends the error that this damage is for a client. */
-extern void es_segment_send_error(EsConn *conn, uint16 type, uint64 id, const char *path,
-								  const EsError *err);
+extern void es_segment_send_error(EsConn *conn, uint16 type, uint64 id, const char *path, const EsError *err);
 
 /* The table's columns in the segment (without those of a pending one). */
 static inline int
@@ -133,7 +132,7 @@ extern uint64 es_segment_live_rows(const EsSegmentRef *ref, uint64 first, uint64
 
 /* Only if ref->entry.first_versions: version of a live row; es_segment_contexts was called. */
 extern int64 es_segment_row_version(EsSegmentRef *ref, uint64 row);
-extern bool es_segment_contexts(EsSegmentRef *ref, EsSegment *seg, EsError *err);
+extern bool	 es_segment_contexts(EsSegmentRef *ref, EsSegment *seg, EsError *err);
 
 /*
  * Row numbers in the order of stored positions (of ordinals, while it is pending).  Built in steps
@@ -142,15 +141,13 @@ extern bool es_segment_contexts(EsSegmentRef *ref, EsSegment *seg, EsError *err)
  */
 typedef enum EsOrderState
 {
-	ES_ORDER_FAILED,			/* *err */
+	ES_ORDER_FAILED, /* *err */
 	ES_ORDER_BUILDING,
 	ES_ORDER_READY
 } EsOrderState;
 
-extern EsOrderState es_segment_order(EsSegmentRef *ref, EsSegment *seg, int64 deadline,
-									 EsError *err);
-extern void es_segment_order_at(const EsSegmentRef *ref, uint64 i, EsPosition *stored,
-								uint64 *row);
+extern EsOrderState es_segment_order(EsSegmentRef *ref, EsSegment *seg, int64 deadline, EsError *err);
+extern void			es_segment_order_at(const EsSegmentRef *ref, uint64 i, EsPosition *stored, uint64 *row);
 /* First index whose stored position is above `after`. */
 extern uint64 es_segment_order_above(const EsSegmentRef *ref, EsPosition after);
 
@@ -160,4 +157,4 @@ extern void es_segment_rows_free(EsSegmentRef *ref);
 /* Decoded pages of all segments stay within cache_size together. */
 extern void es_segments_set_cache(Size bytes);
 
-#endif							/* ES_SHARD_SEGMENTS_H */
+#endif /* ES_SHARD_SEGMENTS_H */

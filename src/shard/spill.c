@@ -507,6 +507,22 @@ es_spill_idle(void)
 	return dlist_is_empty(&spills);
 }
 
+const EsBuild *
+es_spill_failed(void)
+{
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &spills)
+	{
+		Spill	   *s = dlist_container(Spill, node, iter.cur);
+
+		for (uint32 i = 0; i < s->nbuilds; i++)
+			if (s->builds[i]->failures > 0)
+				return s->builds[i];
+	}
+	return NULL;
+}
+
 bool
 es_spill_taking_back(void)
 {

@@ -27,16 +27,16 @@
 typedef struct Stats
 {
 	MemoryContext context;
-	HTAB	   *tables;			/* EsTableStat by key */
-	bool		one;			/* only this table: */
-	EsTableKey	key;
+	HTAB		 *tables; /* EsTableStat by key */
+	bool		  one;	  /* only this table: */
+	EsTableKey	  key;
 } Stats;
 
 static EsTableStat *
 stat_of(Stats *s, const EsTableKey *key)
 {
 	EsTableStat *t;
-	bool		found;
+	bool		 found;
 
 	if (s->one && !es_table_key_equal(key, &s->key))
 		return NULL;
@@ -63,7 +63,7 @@ static void
 note_batch(Stats *s, const EsMemBatch *b)
 {
 	const EsBatchHeader *h = b->view.header;
-	EsTableStat *t;
+	EsTableStat			*t;
 
 	/* carried over: counted where it is now */
 	if (b->moved_to != 0 || h->nrows == 0)
@@ -78,7 +78,7 @@ note_batch(Stats *s, const EsMemBatch *b)
 	{
 		for (uint32 row = 0; row < h->nrows; row++)
 		{
-			EsPosition	p = es_membatch_position(b, row);
+			EsPosition p = es_membatch_position(b, row);
 
 			note_positions(t, p, p);
 		}
@@ -90,8 +90,8 @@ note_batch(Stats *s, const EsMemBatch *b)
 static void
 note_memtables(Stats *s)
 {
-	dlist_iter	iter;
-	dlist_iter	at;
+	dlist_iter iter;
+	dlist_iter at;
 
 	for (EsMemTable *mt = es_memtable_oldest; mt != NULL; mt = mt->next)
 	{
@@ -112,12 +112,12 @@ note_memtables(Stats *s)
 	}
 	dlist_foreach(iter, &es_txn_undecided)
 	{
-		EsTxn	   *txn = dlist_container(EsTxn, node, iter.cur);
+		EsTxn *txn = dlist_container(EsTxn, node, iter.cur);
 
 		dlist_foreach(at, &txn->staged)
 		{
 			const EsMemBatch *b = dlist_container(EsMemBatch, node, at.cur);
-			EsTableStat *t = stat_of(s, &b->view.header->table);
+			EsTableStat		 *t = stat_of(s, &b->view.header->table);
 
 			if (t == NULL)
 				continue;
@@ -130,15 +130,15 @@ note_memtables(Stats *s)
 static void
 note_segments(Stats *s)
 {
-	uint32		state = 0;
+	uint32		  state = 0;
 	EsSegmentRef *ref;
 
 	while ((ref = es_segments_each(&state)) != NULL)
 	{
 		const EsManifestEntry *e = &ref->entry;
-		EsTableStat *t = stat_of(s, &e->segment.table);
-		EsSegment  *seg;
-		EsError		err;
+		EsTableStat			  *t = stat_of(s, &e->segment.table);
+		EsSegment			  *seg;
+		EsError				   err;
 
 		if (t == NULL)
 			continue;
@@ -167,26 +167,26 @@ note_segments(Stats *s)
 static void
 send_array(EsConn *conn, const EsRequest *req, const void *array, Size len)
 {
-	EsAnswer	answer = {0};
-	EsPart		parts[2];
+	EsAnswer answer = {0};
+	EsPart	 parts[2];
 
 	answer.type = ES_REQ_STAT;
 	answer.flags = ES_ANSWER_LAST;
 	answer.id = req->id;
-	parts[0] = (EsPart) {&answer, sizeof(answer)};
-	parts[1] = (EsPart) {array, len};
+	parts[0] = (EsPart){&answer, sizeof(answer)};
+	parts[1] = (EsPart){array, len};
 	es_conn_send(conn, &answer, parts, len > 0 ? 2 : 1);
 }
 
 static void
 send_tables(EsConn *conn, const EsStatRequest *req, Stats *s)
 {
-	long		n = hash_get_num_entries(s->tables);
+	long			n = hash_get_num_entries(s->tables);
 	HASH_SEQ_STATUS seq;
-	EsTableStat *t;
-	EsTableStat *stats = palloc(Max(n, 1) * sizeof(EsTableStat));
-	EsTableKey *keys = palloc(Max(n, 1) * sizeof(EsTableKey));
-	int			i = 0;
+	EsTableStat	   *t;
+	EsTableStat	   *stats = palloc(Max(n, 1) * sizeof(EsTableStat));
+	EsTableKey	   *keys = palloc(Max(n, 1) * sizeof(EsTableKey));
+	int				i = 0;
 
 	hash_seq_init(&seq, s->tables);
 	while ((t = hash_seq_search(&seq)) != NULL)
@@ -209,18 +209,18 @@ send_tables(EsConn *conn, const EsStatRequest *req, Stats *s)
 static void
 send_segments(EsConn *conn, const EsStatRequest *req)
 {
-	uint32		state = 0;
-	uint32		n = 0;
-	uint32		allocated = 64;
+	uint32		   state = 0;
+	uint32		   n = 0;
+	uint32		   allocated = 64;
 	EsSegmentStat *stats = palloc(allocated * sizeof(EsSegmentStat));
-	EsSegmentRef *ref;
+	EsSegmentRef  *ref;
 
 	while ((ref = es_segments_each(&state)) != NULL)
 	{
 		const EsManifestEntry *e = &ref->entry;
-		EsSegmentStat *t;
-		EsSegment  *seg;
-		EsError		err;
+		EsSegmentStat		  *t;
+		EsSegment			  *seg;
+		EsError				   err;
 
 		if (req->table.storage_id != 0 && !es_table_key_equal(&req->table, &e->segment.table))
 			continue;
@@ -255,22 +255,21 @@ send_segments(EsConn *conn, const EsStatRequest *req)
 void
 es_handle_stat(EsConn *conn, const EsStatRequest *req)
 {
-	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "event_store statistics",
-												  ALLOCSET_DEFAULT_SIZES);
+	MemoryContext context =
+		AllocSetContextCreate(CurrentMemoryContext, "event_store statistics", ALLOCSET_DEFAULT_SIZES);
 	MemoryContext old = MemoryContextSwitchTo(context);
 
 	if (req->kind == ES_STAT_SEGMENTS)
 		send_segments(conn, req);
 	else if (req->kind >= ES_STAT_TABLE && req->kind <= ES_STAT_STORAGES)
 	{
-		Stats		s = {.context = context};
-		HASHCTL		ctl = {0};
+		Stats	s = {.context = context};
+		HASHCTL ctl = {0};
 
 		ctl.keysize = sizeof(EsTableKey);
 		ctl.entrysize = sizeof(EsTableStat);
 		ctl.hcxt = context;
-		s.tables = hash_create("event_store statistics", 64, &ctl,
-							   HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+		s.tables = hash_create("event_store statistics", 64, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 		s.one = req->kind == ES_STAT_TABLE;
 		s.key = req->table;
 		s.key.reserved = 0;
@@ -289,26 +288,26 @@ es_handle_stat(EsConn *conn, const EsStatRequest *req)
 
 typedef struct VerifyTask
 {
-	EsTask		task;			/* first */
-	uint64		last_id;		/* segments up to this one are done */
-	const char *path;			/* of the one at work */
+	EsTask		task;	 /* first */
+	uint64		last_id; /* segments up to this one are done */
+	const char *path;	 /* of the one at work */
 } VerifyTask;
 
 static void
 report(void *arg, const EsError *err)
 {
-	VerifyTask *v = arg;
+	VerifyTask	  *v = arg;
 	EsVerifyAnswer answer = {0};
-	EsPart		parts[3];
+	EsPart		   parts[3];
 
 	answer.answer.type = ES_REQ_VERIFY;
 	answer.answer.id = v->task.id;
 	answer.offset = err->offset;
 	answer.expected_crc = err->expected_crc;
 	answer.found_crc = err->found_crc;
-	parts[0] = (EsPart) {&answer, sizeof(answer)};
-	parts[1] = (EsPart) {v->path, strlen(v->path) + 1};
-	parts[2] = (EsPart) {err->what, strlen(err->what) + 1};
+	parts[0] = (EsPart){&answer, sizeof(answer)};
+	parts[1] = (EsPart){v->path, strlen(v->path) + 1};
+	parts[2] = (EsPart){err->what, strlen(err->what) + 1};
 	es_conn_send(v->task.conn, &answer.answer, parts, 3);
 	if (err->status != ES_ERR_IO && err->status != ES_ERR_NOMEM)
 		ES_COUNT(corruptions, 1);
@@ -317,7 +316,7 @@ report(void *arg, const EsError *err)
 static EsSegmentRef *
 next_segment(const VerifyTask *v)
 {
-	uint32		state = 0;
+	uint32		  state = 0;
 	EsSegmentRef *ref;
 
 	while ((ref = es_segments_each(&state)) != NULL)
@@ -329,14 +328,14 @@ next_segment(const VerifyTask *v)
 static EsTaskState
 run_verify(EsTask *task, int64 deadline)
 {
-	VerifyTask *v = (VerifyTask *) task;
+	VerifyTask	 *v = (VerifyTask *) task;
 	EsSegmentRef *ref;
-	EsAnswer	answer = {0};
+	EsAnswer	  answer = {0};
 
 	while ((ref = next_segment(v)) != NULL)
 	{
-		EsSegment  *seg;
-		EsError		err = {0};
+		EsSegment *seg;
+		EsError	   err = {0};
 
 		v->last_id = ref->entry.segment.id;
 		v->path = es_segment_path(ref);
@@ -372,7 +371,7 @@ void
 es_handle_undecided(EsConn *conn, const EsRequest *req)
 {
 	EsUndecidedAnswer answer = {0};
-	EsPart		part = {&answer, sizeof(answer)};
+	EsPart			  part = {&answer, sizeof(answer)};
 
 	answer.answer.type = ES_REQ_UNDECIDED;
 	answer.answer.flags = ES_ANSWER_LAST;

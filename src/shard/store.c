@@ -47,14 +47,14 @@
 #include "shard/control.h"
 #include "shard/files.h"
 
-#define STORE_NAME		"store"
-#define STORE_PATH		ES_STORE_DIR "/" STORE_NAME
+#define STORE_NAME "store"
+#define STORE_PATH ES_STORE_DIR "/" STORE_NAME
 
 /* What the control blocks of one shard say. */
 typedef struct ShardFound
 {
-	bool		readable;
-	EsControl	control;
+	bool	  readable;
+	EsControl control;
 } ShardFound;
 
 /* ---- the store file ---- */
@@ -69,8 +69,7 @@ es_store_peek_nshards(void)
 
 	if (fd < 0)
 		return 0;
-	if (read(fd, block, sizeof(block)) == sizeof(block) &&
-		es_store_decode(block, &store, NULL) == ES_OK)
+	if (read(fd, block, sizeof(block)) == sizeof(block) && es_store_decode(block, &store, NULL) == ES_OK)
 		nshards = (int) store.nshards;
 	close(fd);
 	return nshards;
@@ -80,9 +79,9 @@ es_store_peek_nshards(void)
 static bool
 read_store(EsStoreFile *store)
 {
-	size_t		len;
-	void	   *data = es_read_file(STORE_PATH, &len);
-	EsError		err;
+	size_t	len;
+	void   *data = es_read_file(STORE_PATH, &len);
+	EsError err;
 
 	if (data == NULL)
 		return false;
@@ -100,7 +99,7 @@ read_store(EsStoreFile *store)
 static void
 write_store(EsStoreFile *store)
 {
-	char		block[ES_WAL_BLOCK];
+	char block[ES_WAL_BLOCK];
 
 	es_store_encode(store, block);
 	es_replace_file(ES_STORE_DIR, STORE_NAME, block, sizeof(block));
@@ -130,10 +129,10 @@ es_store_set_detached(bool detached)
 static bool
 shard_is_unused(int shard)
 {
-	char	   *path = es_path_shard(shard);
-	DIR		   *dir = AllocateDir(path);
+	char		  *path = es_path_shard(shard);
+	DIR			  *dir = AllocateDir(path);
 	struct dirent *entry;
-	bool		unused = true;
+	bool		   unused = true;
 
 	while (unused && (entry = ReadDir(dir, path)) != NULL)
 	{
@@ -144,13 +143,13 @@ shard_is_unused(int shard)
 			continue;
 		if (strcmp(name, "control.0") == 0 || strcmp(name, "control.1") == 0)
 		{
-			char	   *file = psprintf("%s/%s", path, name);
-			size_t		len;
-			void	   *data = es_read_file(file, &len);
-			EsControl	control;
+			char	 *file = psprintf("%s/%s", path, name);
+			size_t	  len;
+			void	 *data = es_read_file(file, &len);
+			EsControl control;
 
 			unused = data != NULL && len == ES_WAL_BLOCK &&
-				es_control_decode(data, &control, NULL) == ES_OK && control.incarnation == 0;
+					 es_control_decode(data, &control, NULL) == ES_OK && control.incarnation == 0;
 		}
 		else
 			unused = false;
@@ -166,16 +165,17 @@ shard_is_unused(int shard)
 static void
 check_nothing_was_here(void)
 {
-	DIR		   *dir;
+	DIR			  *dir;
 	struct dirent *entry;
-	struct stat st;
+	struct stat	   st;
 
 	if (SearchNamedReplicationSlot(ES_SLOT_NAME, true) != NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("file \"%s\" is missing", STORE_PATH),
-				 errdetail("Replication slot \"%s\" says that this cluster has an event store.", ES_SLOT_NAME),
-				 errhint("Restore the data directory from a backup. If this cluster never had an event store, drop the slot with pg_drop_replication_slot.")));
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_DATA_CORRUPTED), errmsg("file \"%s\" is missing", STORE_PATH),
+			 errdetail("Replication slot \"%s\" says that this cluster has an event store.", ES_SLOT_NAME),
+			 errhint(
+				 "Restore the data directory from a backup. If this cluster never had an event store, drop the slot with pg_drop_replication_slot.")));
 
 	if (stat(ES_STORE_DIR, &st) != 0)
 	{
@@ -186,8 +186,8 @@ check_nothing_was_here(void)
 	dir = AllocateDir(ES_STORE_DIR);
 	while ((entry = ReadDir(dir, ES_STORE_DIR)) != NULL)
 	{
-		char	   *path = psprintf("%s/%s", ES_STORE_DIR, entry->d_name);
-		int			shard;
+		char *path = psprintf("%s/%s", ES_STORE_DIR, entry->d_name);
+		int	  shard;
 
 		if (strncmp(entry->d_name, ES_TMP_PREFIX, strlen(ES_TMP_PREFIX)) == 0)
 		{
@@ -199,12 +199,13 @@ check_nothing_was_here(void)
 		else if (sscanf(entry->d_name, "shard_%d", &shard) == 1)
 		{
 			if (!shard_is_unused(shard))
-				ereport(ERROR,
-						(errcode(ERRCODE_DATA_CORRUPTED),
-						 errmsg("file \"%s\" is missing", STORE_PATH),
-						 errdetail("Directory \"%s\" holds files of an event store.", path),
-						 errhint("Restore the data directory from a backup. To give up all events, remove directory \"%s\" while the server is stopped.",
-								 ES_STORE_DIR)));
+				ereport(
+					ERROR,
+					(errcode(ERRCODE_DATA_CORRUPTED), errmsg("file \"%s\" is missing", STORE_PATH),
+					 errdetail("Directory \"%s\" holds files of an event store.", path),
+					 errhint(
+						 "Restore the data directory from a backup. To give up all events, remove directory \"%s\" while the server is stopped.",
+						 ES_STORE_DIR)));
 			rmtree(path, true);
 		}
 		pfree(path);
@@ -226,9 +227,8 @@ make_store(EsStoreFile *store)
 
 	memset(store, 0, sizeof(*store));
 	if (!pg_strong_random(store->store_uuid, ES_UUID_LEN))
-		ereport(ERROR,
-				(errcode(ERRCODE_INTERNAL_ERROR),
-				 errmsg("could not generate random values for the event store")));
+		ereport(ERROR, (errcode(ERRCODE_INTERNAL_ERROR),
+						errmsg("could not generate random values for the event store")));
 	store->system_identifier = GetSystemIdentifier();
 	store->nshards = (uint32) es_shared->nshards;
 	store->created_at = es_unix_micros();
@@ -244,8 +244,8 @@ make_store(EsStoreFile *store)
 	identity.nshards = (uint16) store->nshards;
 	for (int shard = 0; shard < es_shared->nshards; shard++)
 	{
-		char	   *path = es_path_shard(shard);
-		char	   *tmp = psprintf("%s/" ES_TMP_PREFIX "shard_%d", ES_STORE_DIR, shard);
+		char *path = es_path_shard(shard);
+		char *tmp = psprintf("%s/" ES_TMP_PREFIX "shard_%d", ES_STORE_DIR, shard);
 
 		make_directory(tmp);
 		identity.shard = (uint16) shard;
@@ -261,9 +261,8 @@ make_store(EsStoreFile *store)
 	write_store(store);
 	ES_FAULT("store-made");
 
-	ereport(LOG,
-			(errmsg("event_store made a new store with %d shards in directory \"%s\"", es_shared->nshards,
-					ES_STORE_DIR)));
+	ereport(LOG, (errmsg("event_store made a new store with %d shards in directory \"%s\"",
+						 es_shared->nshards, ES_STORE_DIR)));
 }
 
 /* ---- may this cluster open it? ---- */
@@ -271,7 +270,7 @@ make_store(EsStoreFile *store)
 static bool
 adoption_allowed(const EsStoreFile *store)
 {
-	char	   *end;
+	char			  *end;
 	unsigned long long id;
 
 	if (es_guc_adopt_system_id == NULL || es_guc_adopt_system_id[0] == '\0')
@@ -286,13 +285,14 @@ check_shard_count(const EsStoreFile *store)
 {
 	if ((int) store->nshards == es_shared->nshards)
 		return;
-	ereport(ERROR,
-			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-			 errmsg("event_store.shards is %d, but the store has %u shards", es_shared->nshards,
-					store->nshards),
-			 errdetail("The number of shards is fixed when the store is made."),
-			 errhint("Set \"event_store.shards = %u\" in postgresql.conf and restart the server. To change the number, dump the event tables, remove the store and restore them.",
-					 store->nshards)));
+	ereport(
+		ERROR,
+		(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+		 errmsg("event_store.shards is %d, but the store has %u shards", es_shared->nshards, store->nshards),
+		 errdetail("The number of shards is fixed when the store is made."),
+		 errhint(
+			 "Set \"event_store.shards = %u\" in postgresql.conf and restart the server. To change the number, dump the event tables, remove the store and restore them.",
+			 store->nshards)));
 }
 
 /* Damage is the shard's own refusal: it will find it, and say so. */
@@ -321,7 +321,7 @@ read_controls(const EsStoreFile *store, ShardFound *found)
 {
 	for (int i = 0; i < es_shared->nshards; i++)
 		found[i].readable = try_read_control(i, &found[i].control) &&
-			memcmp(found[i].control.identity.store_uuid, store->store_uuid, ES_UUID_LEN) == 0;
+							memcmp(found[i].control.identity.store_uuid, store->store_uuid, ES_UUID_LEN) == 0;
 }
 
 /*
@@ -331,10 +331,10 @@ read_controls(const EsStoreFile *store, ShardFound *found)
 static void
 check_cluster(EsStoreFile *store, ShardFound *found)
 {
-	uint64		sysid = GetSystemIdentifier();
-	TimeLineID	timeline = GetWALInsertionTimeLine();
-	bool		other_cluster = store->system_identifier != sysid;
-	TimeLineID	other_timeline = 0;
+	uint64	   sysid = GetSystemIdentifier();
+	TimeLineID timeline = GetWALInsertionTimeLine();
+	bool	   other_cluster = store->system_identifier != sysid;
+	TimeLineID other_timeline = 0;
 
 	for (int i = 0; i < es_shared->nshards; i++)
 		if (found[i].readable && found[i].control.identity.timeline != timeline)
@@ -345,35 +345,42 @@ check_cluster(EsStoreFile *store, ShardFound *found)
 	if (!adoption_allowed(store))
 	{
 		if (other_cluster)
-			ereport(ERROR,
-					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-					 errmsg("the event store in directory \"%s\" belongs to another cluster", ES_STORE_DIR),
-					 errdetail("Its system identifier is %llu, this cluster's is %llu.",
-							   (unsigned long long) store->system_identifier, (unsigned long long) sysid),
-					 errhint("A store cannot be copied from one cluster to another. After pg_upgrade of a server that was stopped cleanly, set \"event_store.adopt_system_id = '%llu'\" in postgresql.conf.",
-							 (unsigned long long) store->system_identifier)));
-		ereport(ERROR,
+			ereport(
+				ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("the event store was written on timeline %u, but the cluster is on timeline %u",
-						other_timeline, timeline),
-				 errdetail("Promoted standbys and clusters recovered from an archive may hold events in PostgreSQL's write-ahead log that the store's own files have not."),
-				 errhint("Use the server that wrote the store. If the store was stopped cleanly and no events were written since, set \"event_store.adopt_system_id = '%llu'\" in postgresql.conf.",
-						 (unsigned long long) store->system_identifier)));
+				 errmsg("the event store in directory \"%s\" belongs to another cluster", ES_STORE_DIR),
+				 errdetail("Its system identifier is %llu, this cluster's is %llu.",
+						   (unsigned long long) store->system_identifier, (unsigned long long) sysid),
+				 errhint(
+					 "A store cannot be copied from one cluster to another. After pg_upgrade of a server that was stopped cleanly, set \"event_store.adopt_system_id = '%llu'\" in postgresql.conf.",
+					 (unsigned long long) store->system_identifier)));
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("the event store was written on timeline %u, but the cluster is on timeline %u",
+					other_timeline, timeline),
+			 errdetail(
+				 "Promoted standbys and clusters recovered from an archive may hold events in PostgreSQL's write-ahead log that the store's own files have not."),
+			 errhint(
+				 "Use the server that wrote the store. If the store was stopped cleanly and no events were written since, set \"event_store.adopt_system_id = '%llu'\" in postgresql.conf.",
+				 (unsigned long long) store->system_identifier)));
 	}
 
 	for (int i = 0; i < es_shared->nshards; i++)
 		if (!found[i].readable || !(found[i].control.flags & ES_CONTROL_CLEAN))
-			ereport(ERROR,
-					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-					 errmsg("the event store of system identifier %llu cannot be adopted",
-							(unsigned long long) store->system_identifier),
-					 errdetail("Its shard %d was not stopped cleanly.", i),
-					 errhint("Start the server that wrote the store, stop it with pg_ctl stop -m fast, and copy or upgrade it then.")));
+			ereport(
+				ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("the event store of system identifier %llu cannot be adopted",
+						(unsigned long long) store->system_identifier),
+				 errdetail("Its shard %d was not stopped cleanly.", i),
+				 errhint(
+					 "Start the server that wrote the store, stop it with pg_ctl stop -m fast, and copy or upgrade it then.")));
 
 	/* the shards first: until the store file says so too, every start comes here again */
 	for (int i = 0; i < es_shared->nshards; i++)
 	{
-		EsControl  *c = &found[i].control;
+		EsControl *c = &found[i].control;
 
 		c->identity.system_identifier = sysid;
 		c->identity.timeline = timeline;
@@ -386,8 +393,7 @@ check_cluster(EsStoreFile *store, ShardFound *found)
 		store->system_identifier = sysid;
 		write_store(store);
 	}
-	ereport(LOG,
-			(errmsg("event_store adopted the store of system identifier %s", es_guc_adopt_system_id)));
+	ereport(LOG, (errmsg("event_store adopted the store of system identifier %s", es_guc_adopt_system_id)));
 }
 
 /* Without the slot nobody has kept PostgreSQL's WAL for shards that need it. */
@@ -402,31 +408,33 @@ check_slot(const ShardFound *found)
 			continue;
 		if (pg_atomic_read_u32(&es_shared->shards[i].release_wal) != 0)
 			continue;
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("replication slot \"%s\" is missing, but shard %d was not stopped cleanly",
-						ES_SLOT_NAME, i),
-				 found[i].readable ?
-				 errdetail("The shard needs PostgreSQL's write-ahead log from %X/%X on. A restored base backup and a promoted standby look like this.",
-						   LSN_FORMAT_ARGS(found[i].control.restart_lsn)) :
-				 errdetail("The shard's control blocks cannot be read. A restored base backup and a promoted standby look like this."),
-				 errhint("Restore a file-system snapshot or a copy of the cleanly stopped server. event_store.release_wal(%d) opens the shard with what its own files hold and gives up the rest.",
-						 i)));
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("replication slot \"%s\" is missing, but shard %d was not stopped cleanly", ES_SLOT_NAME,
+					i),
+			 found[i].readable
+				 ? errdetail(
+					   "The shard needs PostgreSQL's write-ahead log from %X/%X on. A restored base backup and a promoted standby look like this.",
+					   LSN_FORMAT_ARGS(found[i].control.restart_lsn))
+				 : errdetail(
+					   "The shard's control blocks cannot be read. A restored base backup and a promoted standby look like this."),
+			 errhint(
+				 "Restore a file-system snapshot or a copy of the cleanly stopped server. event_store.release_wal(%d) opens the shard with what its own files hold and gives up the rest.",
+				 i)));
 	}
 }
 
 static void
-publish(const EsStoreFile *store, const ShardFound *found, bool live)
+publish(const EsStoreFile *store, const ShardFound *found)
 {
 	memcpy(es_shared->store_uuid, store->store_uuid, ES_UUID_LEN);
 	es_shared->system_identifier = store->system_identifier;
 	memcpy(es_shared->slot_map, store->slot_map, ES_ROUTING_SLOTS);
-	if (live)
-		return;
 	for (int i = 0; i < es_shared->nshards; i++)
 	{
 		EsShardShared *s = &es_shared->shards[i];
-		bool		clean = found[i].readable && (found[i].control.flags & ES_CONTROL_CLEAN) != 0;
+		bool		   clean = found[i].readable && (found[i].control.flags & ES_CONTROL_CLEAN) != 0;
 
 		pg_atomic_write_u64(&s->restart_lsn, found[i].readable ? found[i].control.restart_lsn : 0);
 		pg_atomic_write_u32(&s->clean, clean ? 1 : 0);
@@ -443,27 +451,13 @@ es_store_open(void)
 {
 	EsStoreFile store;
 	ShardFound	found[ES_MAX_SHARDS];
-	bool		live = pg_atomic_read_u32(&es_shared->store_ready) != 0;
 
 	if (!read_store(&store))
 	{
-		if (live)
-		{
-			EsError		err;
-
-			es_fail(&err, ES_ERR_CORRUPT, 0, "the file is missing");
-			es_corruption(ERROR, STORE_PATH, &err);
-		}
 		check_nothing_was_here();
 		make_store(&store);
 	}
 	check_shard_count(&store);
-	if (live)
-	{
-		/* this keeper comes after another one: the shards have what they need */
-		publish(&store, NULL, true);
-		return;
-	}
 	read_controls(&store, found);
 	check_cluster(&store, found);
 	check_slot(found);
@@ -472,5 +466,5 @@ es_store_open(void)
 		ereport(LOG, (errmsg("the event store, which was detached, is in use again")));
 		es_store_set_detached(false);
 	}
-	publish(&store, found, false);
+	publish(&store, found);
 }

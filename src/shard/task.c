@@ -24,15 +24,15 @@
 #include "shard/task.h"
 
 /* µs that a task gets in one go. */
-#define FIRST_SLICE		1000	/* in the handler of its request */
-#define SLICE			2000
+#define FIRST_SLICE 1000 /* in the handler of its request */
+#define SLICE		2000
 
 static dlist_head tasks = DLIST_STATIC_INIT(tasks);
 
 int64
 es_task_clock(void)
 {
-	instr_time	now;
+	instr_time now;
 
 	INSTR_TIME_SET_CURRENT(now);
 	return (int64) INSTR_TIME_GET_MICROSEC(now);
@@ -42,7 +42,7 @@ EsTask *
 es_task_create(EsConn *conn, const EsRequest *req, Size size, const char *name)
 {
 	MemoryContext context;
-	EsTask	   *task;
+	EsTask		 *task;
 
 	context = AllocSetContextCreateInternal(TopMemoryContext, name, ALLOCSET_DEFAULT_SIZES);
 	task = MemoryContextAllocZero(context, size);
@@ -83,15 +83,14 @@ run_slice(EsTask *task, int64 slice)
 	}
 	PG_CATCH();
 	{
-		ErrorData  *error;
+		ErrorData *error;
 
 		MemoryContextSwitchTo(task->context);
 		error = CopyErrorData();
 		FlushErrorState();
 		ereport(LOG,
 				(errcode(error->sqlerrcode),
-				 errmsg("event store shard %d could not answer a request: %s", es_shard_id,
-						error->message)));
+				 errmsg("event store shard %d could not answer a request: %s", es_shard_id, error->message)));
 		es_conn_send_error(task->conn, task->type, task->id, error->sqlerrcode, error->message,
 						   error->detail ? error->detail : "", error->hint ? error->hint : "");
 		state = ES_TASK_DONE;
@@ -121,11 +120,11 @@ es_task_start(EsTask *task)
 EsTask *
 es_task_find(EsConn *conn, uint64 id)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &tasks)
 	{
-		EsTask	   *task = dlist_container(EsTask, node, iter.cur);
+		EsTask *task = dlist_container(EsTask, node, iter.cur);
 
 		if (task->conn == conn && task->id == id)
 			return task;
@@ -148,7 +147,7 @@ es_task_close(EsConn *conn, uint64 id)
 
 	dlist_foreach_modify(iter, &tasks)
 	{
-		EsTask	   *task = dlist_container(EsTask, node, iter.cur);
+		EsTask *task = dlist_container(EsTask, node, iter.cur);
 
 		if (task->conn != conn || (id != 0 && task->id != id))
 			continue;
@@ -161,8 +160,8 @@ es_task_close(EsConn *conn, uint64 id)
 bool
 es_task_run(int64 max_us)
 {
-	int64		end;
-	dlist_iter	iter;
+	int64	   end;
+	dlist_iter iter;
 
 	if (dlist_is_empty(&tasks))
 		return false;
@@ -170,11 +169,11 @@ es_task_run(int64 max_us)
 	end = es_task_clock() + max_us;
 	for (;;)
 	{
-		EsTask	   *ready = NULL;
+		EsTask *ready = NULL;
 
 		dlist_foreach(iter, &tasks)
 		{
-			EsTask	   *task = dlist_container(EsTask, node, iter.cur);
+			EsTask *task = dlist_container(EsTask, node, iter.cur);
 
 			if (!task->waits && es_conn_parked(task->conn) == 0)
 			{

@@ -43,10 +43,11 @@
 #include "utils/wait_event.h"
 
 #include "guc.h"
+#include "ipc/fault.h"
 #include "shard/shard.h"
 #include "shard/uring.h"
 
-#define QUEUE_DEPTH		64
+#define QUEUE_DEPTH 64
 
 typedef enum OpKind
 {
@@ -57,29 +58,29 @@ typedef enum OpKind
 
 typedef struct Op
 {
-	dlist_node	node;			/* in free_ops, waiting or completed; none while in the ring */
+	dlist_node	node; /* in free_ops, waiting or completed; none while in the ring */
 	OpKind		kind;
 	int			fd;
 	const char *buf;
 	size_t		len;
 	size_t		written;
 	uint64		offset;
-	int			result;			/* valid in the list of completed ones */
+	int			result; /* valid in the list of completed ones */
 	EsIoDone	done;
 	void	   *arg;
 } Op;
 
-static bool initialized = false;
-static bool use_ring = false;
+static bool			   initialized = false;
+static bool			   use_ring = false;
 static struct io_uring ring;
-static int	event_fd = -1;
+static int			   event_fd = -1;
 
 static dlist_head free_ops = DLIST_STATIC_INIT(free_ops);
-static dlist_head waiting = DLIST_STATIC_INIT(waiting); /* for room in the ring */
+static dlist_head waiting = DLIST_STATIC_INIT(waiting);		/* for room in the ring */
 static dlist_head completed = DLIST_STATIC_INIT(completed); /* for their callback */
-static int	in_ring = 0;		/* submissions the kernel has not answered */
-static bool unsubmitted = false;	/* the submission queue holds entries for the next submit */
-static int	in_flight = 0;		/* operations without callback so far */
+static int		  in_ring = 0;								/* submissions the kernel has not answered */
+static bool		  unsubmitted = false; /* the submission queue holds entries for the next submit */
+static int		  in_flight = 0;	   /* operations without callback so far */
 
 /* ---- start and end ---- */
 
@@ -111,16 +112,18 @@ static int
 make_ring(void)
 {
 	struct io_uring_probe *probe;
-	bool		supported;
-	int			rc;
+	bool				   supported;
+	int					   rc = ES_FAULT_IO("uring-setup");
 
+	if (rc != 0)
+		return rc;
 	rc = io_uring_queue_init(QUEUE_DEPTH, &ring, 0);
 	if (rc < 0)
 		return -rc;
 
 	probe = io_uring_get_probe_ring(&ring);
 	supported = probe != NULL && io_uring_opcode_supported(probe, IORING_OP_WRITE) &&
-		io_uring_opcode_supported(probe, IORING_OP_FSYNC);
+				io_uring_opcode_supported(probe, IORING_OP_FSYNC);
 	if (probe != NULL)
 		io_uring_free_probe(probe);
 	if (!supported)
@@ -152,7 +155,7 @@ make_ring(void)
 void
 es_uring_init(void)
 {
-	int			err;
+	int err;
 
 	Assert(!initialized);
 	initialized = true;
@@ -170,12 +173,12 @@ es_uring_init(void)
 		return;
 	}
 	errno = err;
-	ereport(es_guc_io_method == ES_IO_AUTO ? LOG : FATAL,
-			(errcode(err == ENOMEM ? ERRCODE_OUT_OF_MEMORY : ERRCODE_SYSTEM_ERROR),
-			 errmsg("could not set up io_uring: %m"),
-			 es_guc_io_method == ES_IO_AUTO ?
-			 errdetail("Files are written with io_method \"sync\" instead.") : 0,
-			 errhint("%s", ring_failure_hint(err))));
+	ereport(
+		es_guc_io_method == ES_IO_AUTO ? LOG : FATAL,
+		(errcode(err == ENOMEM ? ERRCODE_OUT_OF_MEMORY : ERRCODE_SYSTEM_ERROR),
+		 errmsg("could not set up io_uring: %m"),
+		 es_guc_io_method == ES_IO_AUTO ? errdetail("Files are written with io_method \"sync\" instead.") : 0,
+		 errhint("%s", ring_failure_hint(err))));
 }
 
 pgsocket
@@ -201,7 +204,7 @@ es_uring_in_flight(void)
 static Op *
 new_op(OpKind kind, int fd, EsIoDone done, void *arg)
 {
-	Op		   *op;
+	Op *op;
 
 	Assert(initialized);
 	if (dlist_is_empty(&free_ops))
@@ -229,7 +232,7 @@ complete(Op *op, int result)
 static void
 run_sync(Op *op)
 {
-	int			rc = 0;
+	int rc = 0;
 
 	pgstat_report_wait_start(PG_WAIT_EXTENSION);
 	switch (op->kind)
@@ -237,8 +240,8 @@ run_sync(Op *op)
 		case OP_WRITE:
 			while (op->written < op->len)
 			{
-				ssize_t		n = pwrite(op->fd, op->buf + op->written, op->len - op->written,
-									   (off_t) (op->offset + op->written));
+				ssize_t n = pwrite(op->fd, op->buf + op->written, op->len - op->written,
+								   (off_t) (op->offset + op->written));
 
 				if (n < 0 && errno == EINTR)
 					continue;
@@ -304,7 +307,7 @@ prepare(Op *op)
 static void
 submit(void)
 {
-	int			rc;
+	int rc;
 
 	while (unsubmitted)
 	{
@@ -314,10 +317,8 @@ submit(void)
 		if (rc < 0 && rc != -EAGAIN && rc != -EBUSY)
 		{
 			errno = -rc;
-			ereport(FATAL,
-					(errcode(ERRCODE_IO_ERROR),
-					 errmsg("could not submit to io_uring: %m"),
-					 errhint("%s", ring_failure_hint(-rc))));
+			ereport(FATAL, (errcode(ERRCODE_IO_ERROR), errmsg("could not submit to io_uring: %m"),
+							errhint("%s", ring_failure_hint(-rc))));
 		}
 		unsubmitted = io_uring_sq_ready(&ring) > 0;
 		if (unsubmitted)
@@ -344,7 +345,7 @@ start(Op *op)
 void
 es_uring_write(int fd, const void *buf, size_t len, uint64 offset, EsIoDone done, void *arg)
 {
-	Op		   *op = new_op(OP_WRITE, fd, done, arg);
+	Op *op = new_op(OP_WRITE, fd, done, arg);
 
 	Assert(len <= INT_MAX);
 	op->buf = buf;
@@ -384,15 +385,15 @@ static void
 collect(void)
 {
 	struct io_uring_cqe *cqe;
-	uint64		count;
+	uint64				 count;
 
 	/* first the bell, then the box: a completion that comes between rings again */
 	while (read(event_fd, &count, sizeof(count)) < 0 && errno == EINTR)
 		;
 	while (io_uring_peek_cqe(&ring, &cqe) == 0)
 	{
-		Op		   *op = io_uring_cqe_get_data(cqe);
-		int			res = cqe->res;
+		Op *op = io_uring_cqe_get_data(cqe);
+		int res = cqe->res;
 
 		io_uring_cqe_seen(&ring, cqe);
 		in_ring--;
@@ -421,7 +422,7 @@ collect(void)
 	}
 	while (!dlist_is_empty(&waiting))
 	{
-		Op		   *op = dlist_container(Op, node, dlist_head_node(&waiting));
+		Op *op = dlist_container(Op, node, dlist_head_node(&waiting));
 
 		/* off the list first: its links are in the operation */
 		dlist_pop_head_node(&waiting);
@@ -437,8 +438,8 @@ collect(void)
 int
 es_uring_reap(void)
 {
-	int			n = 0;
-	int			limit;
+	int n = 0;
+	int limit;
 
 	if (use_ring)
 		collect();
@@ -450,10 +451,10 @@ es_uring_reap(void)
 	limit = in_flight;
 	while (n < limit && !dlist_is_empty(&completed))
 	{
-		Op		   *op = dlist_container(Op, node, dlist_pop_head_node(&completed));
-		EsIoDone	done = op->done;
-		void	   *arg = op->arg;
-		int			result = op->result;
+		Op		*op = dlist_container(Op, node, dlist_pop_head_node(&completed));
+		EsIoDone done = op->done;
+		void	*arg = op->arg;
+		int		 result = op->result;
 
 		in_flight--;
 		dlist_push_head(&free_ops, &op->node);
@@ -472,7 +473,7 @@ es_uring_shutdown(void)
 	{
 		if (use_ring && in_ring > 0 && dlist_is_empty(&completed))
 		{
-			int			rc = io_uring_submit_and_wait(&ring, 1);
+			int rc = io_uring_submit_and_wait(&ring, 1);
 
 			if (rc < 0 && rc != -EINTR && rc != -EAGAIN && rc != -EBUSY)
 				break;

@@ -58,6 +58,7 @@
 
 /* µs of scanning per turn while other work waits */
 #define SCAN_SLICE		1000
+#define NAP				1000L	/* µs between two looks at the queues while only commits come */
 /* ms between two polls of verdicts, sweeps of connections and the like */
 #define POLL_INTERVAL	1000
 /* ms until a shard that must not open tries again */
@@ -353,6 +354,22 @@ es_worker_make_room(void)
 	} while (es_worker_overloaded());
 }
 
+/*
+ * After a turn that took only what needs no answer (commits): sleeps a moment without
+ * the latch, so that those who commit meanwhile find a latch that is set or that nobody
+ * sleeps on, and need no system call; the next turn takes all of them at once.
+ * es_wake_shard ends it with a signal.
+ */
+static void
+nap(long timeout)
+{
+	pg_atomic_write_u32(&es_shard->napping, 1);
+	pg_memory_barrier();
+	if (pg_atomic_read_u32(&es_shard->urgent) == 0)
+		pg_usleep(Min(timeout * 1000L, NAP));
+	pg_atomic_write_u32(&es_shard->napping, 0);
+}
+
 static long
 earlier(long a, long b)
 {
@@ -552,6 +569,24 @@ stop_cleanly(void)
 	set_state(ES_SHARD_CLEAN);
 }
 
+/*
+ * event_store.detach(): the keeper has closed the store to new statements, nothing is undecided, and
+ * nobody holds a message that we have not got.
+ */
+static bool
+may_detach(void)
+{
+	if (pg_atomic_read_u32(&es_shared->detach) != ES_DETACH_ASKED ||
+		pg_atomic_read_u32(&es_shared->store_ready) != 0 ||
+		!dlist_is_empty(&es_txn_undecided))
+		return false;
+	for (int i = 0; i < es_shared->nslots; i++)
+		if (pg_atomic_read_u64(&es_shared->slots[i].floor) != 0 ||
+			pg_atomic_read_u64(&es_shared->slots[i].lower_bound) != 0)
+			return false;
+	return true;
+}
+
 /* ---- main ---- */
 
 void
@@ -583,9 +618,14 @@ es_shard_main(Datum arg)
 	{
 		bool		idle;
 		long		timeout;
+		uint64		taken;
 
 		ResetLatch(MyLatch);
+		pg_atomic_write_u32(&es_shard->urgent, 0);
+		pg_memory_barrier();
+		taken = pg_atomic_read_u64(&es_shard->counters.messages);
 		timeout = turn(&idle);
+		taken = pg_atomic_read_u64(&es_shard->counters.messages) - taken;
 		MemoryContextReset(turn_context);
 
 		if (ShutdownRequestPending)
@@ -610,7 +650,14 @@ es_shard_main(Datum arg)
 			}
 			timeout = earlier(timeout, 20);
 		}
-		if (timeout != 0)
+		else if (may_detach() && idle)
+		{
+			stop_cleanly();
+			proc_exit(0);
+		}
+		if (timeout != 0 && taken > 0 && idle && pg_atomic_read_u32(&es_shard->urgent) == 0)
+			nap(timeout < 0 ? 1 : timeout);
+		else if (timeout != 0)
 			wait_for_events(timeout);
 		else if (!PostmasterIsAlive())
 			proc_exit(1);

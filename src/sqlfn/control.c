@@ -27,6 +27,7 @@
 #include "sqlfn/args.h"
 #include "tam/estimate.h"
 #include "tam/tam.h"
+#include "tam/xact.h"
 
 PG_FUNCTION_INFO_V1(es_flush);
 PG_FUNCTION_INFO_V1(es_sync);
@@ -34,6 +35,7 @@ PG_FUNCTION_INFO_V1(es_pause_shard);
 PG_FUNCTION_INFO_V1(es_resume_shard);
 PG_FUNCTION_INFO_V1(es_release_wal);
 PG_FUNCTION_INFO_V1(es_verify);
+PG_FUNCTION_INFO_V1(es_detach);
 PG_FUNCTION_INFO_V1(es_shard_of);
 PG_FUNCTION_INFO_V1(es_relation_size_fn);
 PG_FUNCTION_INFO_V1(es_table_roles);
@@ -172,6 +174,36 @@ es_release_wal(PG_FUNCTION_ARGS)
 	pg_atomic_write_u32(&es_shared->shards[shard].release_wal, 1);
 	es_wake_shard(shard);
 	es_wake_keeper();
+	PG_RETURN_VOID();
+}
+
+Datum
+es_detach(PG_FUNCTION_ARGS)
+{
+	static uint32 wait_event = 0;
+
+	if (!superuser())
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("must be superuser to call detach")));
+	es_wait_store_ready();
+	if (es_xact_own_fxid() != 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_ACTIVE_SQL_TRANSACTION),
+				 errmsg("cannot detach the event store in a transaction that has inserted events")));
+	pg_atomic_write_u32(&es_shared->detach, ES_DETACH_ASKED);
+	es_wake_keeper();
+	ConditionVariablePrepareToSleep(&es_shared->store_changed);
+	while (pg_atomic_read_u32(&es_shared->detach) != ES_DETACHED)
+	{
+		/* whoever still has a transaction with events is waited for */
+		for (int s = 0; s < es_shared->nshards; s++)
+			es_wake_shard(s);
+		es_wake_keeper();
+		(void) ConditionVariableTimedSleep(&es_shared->store_changed, 200,
+										   es_wait_event(&wait_event, "EventStoreDetach"));
+	}
+	ConditionVariableCancelSleep();
 	PG_RETURN_VOID();
 }
 

@@ -436,7 +436,7 @@ es_xact_precommit(void)
 
 		if (section == NULL)
 			continue;
-		es_channel_send(s, &req.req, parts, 2, true);
+		es_channel_send(s, &req.req, parts, 2, false);
 		x->shards_used |= UINT32_C(1) << s;
 		ES_FAULT_ERROR("commit-between-sends");
 	}

@@ -23,6 +23,8 @@
 #include "access/table.h"
 #include "access/xact.h"
 #include "catalog/namespace.h"
+#include "catalog/objectaccess.h"
+#include "catalog/pg_class.h"
 #include "catalog/pg_database.h"
 #include "catalog/pg_inherits.h"
 #include "commands/dbcommands.h"
@@ -48,6 +50,7 @@
 
 static ExecutorStart_hook_type previous_executor_start;
 static ProcessUtility_hook_type previous_process_utility;
+static object_access_hook_type previous_object_access;
 
 /* ---- statements ---- */
 
@@ -361,13 +364,7 @@ es_process_utility(PlannedStmt *pstmt, const char *query_string, bool read_only,
 
 	if (es_shared == NULL || !IsTransactionState())
 		return;
-	if (copy == NULL)
-	{
-		if (IsA(node, DropStmt) || IsA(node, TruncateStmt) || IsA(node, DropdbStmt))
-			pg_atomic_fetch_add_u32(&es_shared->collect_hint, 1);
-		return;
-	}
-	if (!OidIsValid(es_am_oid()))
+	if (copy == NULL || !OidIsValid(es_am_oid()))
 		return;
 	if (IsA(copy, AlterTableStmt))
 		recheck_with_children(((AlterTableStmt *) copy)->relation, false);
@@ -384,10 +381,25 @@ es_process_utility(PlannedStmt *pstmt, const char *query_string, bool read_only,
 		warn_about_publication(((AlterPublicationStmt *) copy)->pubname);
 }
 
+/* Tables and databases that go leave storages behind. */
+static void
+es_object_access(ObjectAccessType access, Oid class_id, Oid object_id, int sub_id, void *arg)
+{
+	if (previous_object_access)
+		previous_object_access(access, class_id, object_id, sub_id, arg);
+	if (access != OAT_DROP || sub_id != 0 || es_shared == NULL)
+		return;
+	if (class_id == DatabaseRelationId ||
+		(class_id == RelationRelationId && es_relid_is_event_table(object_id)))
+		es_storages_changed = true;
+}
+
 void
 es_tam_init(void)
 {
 	es_xact_init();
+	previous_object_access = object_access_hook;
+	object_access_hook = es_object_access;
 	previous_executor_start = ExecutorStart_hook;
 	ExecutorStart_hook = es_executor_start;
 	previous_process_utility = ProcessUtility_hook;

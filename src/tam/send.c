@@ -88,7 +88,7 @@ queue_batch(EsXactTable *t, EsXactBatch *b)
 	EsBatchRequest req = {.req = {.type = ES_REQ_BATCH},.fxid = es_xact->fxid,.start = b->start,.end = b->end};
 	EsPart		parts[2] = {{&req, sizeof(req)}, {b->bytes, b->size}};
 
-	es_channel_send(b->shard, &req.req, parts, 2, true);
+	es_channel_send(b->shard, &req.req, parts, 2, false);
 	b->sent = true;
 	es_xact->nunsent--;
 	es_xact->shards_used |= UINT32_C(1) << b->shard;

@@ -202,6 +202,8 @@ es_check_not_null(TupleDesc desc, const EsRoles *roles)
 
 /* ---- metapage ---- */
 
+bool		es_storages_changed = false;
+
 void
 es_metapage_create(Relation rel, void *newrlocator, char persistence)
 {
@@ -216,6 +218,7 @@ es_metapage_create(Relation rel, void *newrlocator, char persistence)
 	es_check_not_null(RelationGetDescr(rel), &meta.roles);
 
 	es_wait_store_ready();
+	es_storages_changed = true;
 	meta.storage_id = es_positions_take_id();
 	memcpy(meta.store_uuid, es_shared->store_uuid, ES_UUID_LEN);
 	es_metapage_seal(&meta);
@@ -247,6 +250,7 @@ es_metapage_renew(Relation rel)
 	memset(&meta, 0, sizeof(meta));
 	es_roles_from_desc(RelationGetDescr(rel), &meta.roles);
 	es_wait_store_ready();
+	es_storages_changed = true;
 	meta.storage_id = es_positions_take_id();
 	memcpy(meta.store_uuid, es_shared->store_uuid, ES_UUID_LEN);
 	es_metapage_seal(&meta);

@@ -59,6 +59,10 @@ extern void es_check_not_null(TupleDesc desc, const EsRoles *roles);
 /* Metapage: written by relation_set_new_filelocator with a fresh storage id. */
 extern void es_metapage_create(Relation rel, void *newrlocator, char persistence);
 
+/* The transaction made a storage or dropped an event table: when it ends, either way, some storage
+ * may be dead, and maintenance gets a hint to look. */
+extern bool es_storages_changed;
+
 /* A new storage in the same file, for TRUNCATE of what this transaction made. */
 extern void es_metapage_renew(Relation rel);
 

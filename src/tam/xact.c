@@ -34,6 +34,7 @@
 #include "core/route.h"
 #include "ipc/channel.h"
 #include "ipc/shmem.h"
+#include "tam/tam.h"
 #include "tam/xact.h"
 
 #define BUILDER_CACHE_SIZE	16
@@ -634,6 +635,15 @@ xact_forget(void)
 	es_xact = NULL;
 }
 
+/* Storages of tables that this transaction made, dropped or emptied may be dead now. */
+static void
+hint_collector(void)
+{
+	if (es_storages_changed && es_shared != NULL)
+		pg_atomic_fetch_add_u32(&es_shared->collect_hint, 1);
+	es_storages_changed = false;
+}
+
 static void
 xact_callback(XactEvent event, void *arg)
 {
@@ -646,11 +656,13 @@ xact_callback(XactEvent event, void *arg)
 			es_xact_commit();
 			es_channel_end_transaction();
 			xact_forget();
+			hint_collector();
 			break;
 		case XACT_EVENT_ABORT:
 			es_xact_abort();
 			es_channel_end_transaction();
 			xact_forget();
+			hint_collector();
 			break;
 		case XACT_EVENT_PRE_PREPARE:
 			if (es_xact != NULL && es_xact->next_ordinal > 0)
@@ -665,6 +677,7 @@ xact_callback(XactEvent event, void *arg)
 			es_xact_abort();
 			es_channel_end_transaction();
 			xact_forget();
+			hint_collector();
 			break;
 		case XACT_EVENT_PARALLEL_PRE_COMMIT:
 			break;

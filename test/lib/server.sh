@@ -211,24 +211,29 @@ es_make_tree() {
 # ---------------------------------------------------------------------------------------------------------
 # Build
 
-# Makes directory $2 a copy of the sources in $1: times are kept, so that make rebuilds what changed, and
-# build products in $2 stay, so that it rebuilds nothing else. Products in $1 do not come along.
+# Makes directory $2 a copy of the sources in $1. What differs gets the time of now, not its own: a file that
+# is saved while the last copy is compiled would look older than the objects that were made without it. Build
+# products in $2 stay, so that make rebuilds nothing else; those in $1 do not come along.
 es_sync_source() {
-	local from=$1 to=$2 list
+	local from=$1 to=$2 list changed file
 
 	mkdir -p "$to"
 	list=$(mktemp)
+	changed=$(mktemp)
 	(cd "$from" && find . \( -name .git -o -path ./build -o -path ./bin -o -path ./results \) -prune -o \
 		\( -type f -o -type l \) ! -name '*.o' ! -name '*.d' ! -name '*.so' ! -name '*.a' ! -name '*.bc' \
 		! -name '.build-flags' -print | LC_ALL=C sort) >"$list"
+	while IFS= read -r file; do
+		cmp -s "$from/$file" "$to/$file" || printf '%s\n' "$file"
+	done <"$list" >"$changed"
 	# Others may be editing: a file that changes or vanishes while it is read comes with the next run.
-	{ tar -C "$from" -cf - --no-recursion --ignore-failed-read --warning=none -T "$list" || [[ $? -eq 1 ]]; } |
-		 tar -C "$to" --no-same-owner -xf -
+	{ tar -C "$from" -cf - --no-recursion --ignore-failed-read --warning=none -T "$changed" || [[ $? -eq 1 ]]; } |
+		tar -C "$to" --no-same-owner -xmf -
 	(cd "$to" && find . \( -path ./build -o -path ./bin \) -prune -o \
 		\( -type f -o -type l \) ! -name '*.o' ! -name '*.d' ! -name '*.so' ! -name '*.a' ! -name '*.bc' \
 		! -name '.build-flags' -print | LC_ALL=C sort | LC_ALL=C comm -13 "$list" - |
 		while IFS= read -r gone; do rm -f "$gone"; done)
-	rm -f "$list"
+	rm -f "$list" "$changed"
 }
 
 # make without what an outer make left in the environment, niced; as many jobs as there are cores.

@@ -5,6 +5,7 @@ use warnings;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
+use Time::HiRes qw(sleep);
 
 my $node = PostgreSQL::Test::Cluster->new('collect');
 $node->init;
@@ -48,6 +49,11 @@ sub goes_to
 	my ($wanted, $name) = @_;
 	ok($node->poll_query_until('postgres', "SELECT sum(segments) = $wanted FROM event_store.stat_shards"), $name)
 	  or diag('segments: ' . segments());
+	foreach (1 .. 50)
+	{
+		last if files() == $wanted;
+		sleep 0.2;
+	}
 	is(files(), $wanted, "$name: and their files");
 	return;
 }

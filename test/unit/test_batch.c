@@ -499,6 +499,12 @@ test_limits(void)
 	values[0] = gigabyte;
 	values[1] = NULL;
 	values[2] = "x";
+
+	/* rows that were refused do not count */
+	values[1] = "\x01";
+	for (int i = 0; i < 3; i++)
+		CHECK(es_batch_add(b, values, 0, 0, 0, 0) == ES_ERR_ARGUMENT);
+	values[1] = NULL;
 	CHECK(es_batch_add(b, values, 0, 0, 0, 0) == ES_OK);
 	len = es_batch_size(b);
 	/* each of the two would fit alone: it is their sum that does not */
@@ -766,7 +772,11 @@ test_refused(void)
 	DAMAGED(*second = *second + (1 << 2));
 	DAMAGED(*second = UINT32_C(0xfffffffc));
 	DAMAGED(offsets[0] = 7);	/* among the offsets */
+	DAMAGED((offsets[0] = 4, offsets[1] = 9));	/* among the offsets, where a short value seems to be */
 	DAMAGED(offsets[0] = c->data_len);
+	/* read, these would be behind the end of the batch */
+	DAMAGED((c->off_data = (uint32_t) len, c->data_len = 0));
+	DAMAGED((c->desc.align = 1, offsets[1] = c->data_len - 1, buf[len - 1] = 16));
 	DAMAGED(offsets[0] = UINT32_MAX);
 	DAMAGED((offsets[1] = c->data_len - 1, buf[c->off_data + offsets[1]] = 2 << 1 | 1));
 	DAMAGED((memmove((char *) second - 1, second, 260), offsets[1] -= 1));
@@ -785,12 +795,14 @@ test_refused(void)
 	DAMAGED(h->flags = 0x8000);
 	DAMAGED(h->flags = ES_BATCH_HAS_CONTENT_HASH);
 	DAMAGED(h->nrows = ES_BATCH_MAX_ROWS + 1);
+	DAMAGED((h->ncols = 0, h->off_ordinals = 0, memset(&h->roles, 0, sizeof(h->roles)), h->nrows = ES_BATCH_MAX_ROWS + 1));
 	DAMAGED(h->nrows++);
 	DAMAGED(h->ncols = UINT16_MAX);
 	DAMAGED(h->roles.context = 2);
 	DAMAGED(h->roles.context = -1);
 	DAMAGED(h->roles.context_class = 9);
 	DAMAGED(h->roles.context_class = ES_CONTEXT_UUID);
+	DAMAGED(h->roles.reserved = 1);
 	DAMAGED(h->roles.position = 1);
 	DAMAGED(h->roles.version = 1);
 	DAMAGED(h->roles.event_id = 1);
@@ -840,6 +852,34 @@ test_context(void)
 		free(buf);
 	}
 	es_batch_free(b);
+}
+
+static void
+test_context_widths(void)
+{
+	static const int16_t widths[] = {-1, 1, 2, 4, 8, 16, 64};
+	static const char *const fits[] = {
+		/* -1, 1, 2, 4, 8, 16, 64 for each class from 1 */
+		"yyyyyyy", "ynnnnnn", "nnyyynn", "nnnnnyn", "nnnynnn", "nnnnynn", "nynnnnn", "nnnynnn"
+	};
+
+	PROMISE("a batch whose context column has not the width of its class is refused");
+	for (int klass = ES_CONTEXT_STRING; klass <= ES_CONTEXT_ENUM; klass++)
+		for (int i = 0; i < 7; i++)
+		{
+			EsColumnDesc column = {widths[i], 1, 0};
+			EsBatchBuilder *b = es_batch_create(&column, 1, NULL);
+			EsBatchMeta meta = {.roles = {.context = 1,.context_class = (uint8_t) klass}};
+			EsBatchView v;
+			size_t		len;
+			void	   *buf;
+
+			es_batch_reset(b, &meta);
+			buf = finish(b, &len);
+			CHECK(es_batch_open(buf, len, &v, NULL) == (fits[klass - 1][i] == 'y' ? ES_OK : ES_ERR_CORRUPT));
+			free(buf);
+			es_batch_free(b);
+		}
 }
 
 static void
@@ -897,6 +937,7 @@ main(int argc, char **argv)
 	test_truncated();
 	test_refused();
 	test_context();
+	test_context_widths();
 	test_frozen();
 	return done();
 }

@@ -29,7 +29,9 @@ my @plan = (
 	[ qr/^slot-dropped/, 'start', ['lost_slot'] ],
 	[ qr/^slot-before-move/, 'start', ['sync'] ],
 	[ qr/^detach-/, 'start', ['detach'] ],
-	[ qr/^spill-|^adopt-/, 'flush', [ 'bulk', 'flush' ] ],
+	[ qr/^spill-before-take-back/, 'flush', [ 'overtaken', 'slow_plain' ] ],
+	[ qr/^spill-|^adopt-/, 'flush', ['slow_bulk'] ],
+	[ qr/^flush-finished-carried/, 'flush', [ 'stuck', 'flush' ] ],
 	[ qr/^(collect|drop)-|^segment-unlink/, 'flush', ['drop'] ],
 	[ qr/^segment-read/, 'flush', [ 'flush', 'scan' ] ],
 	[ qr/^job-|^segment-|^flush-|^manifest-/, 'flush', ['flush'] ],
@@ -93,10 +95,10 @@ my %boosters = (
 sub next_unit
 {
 	my ($self, $c, $needs) = @_;
-	my @special = grep { $_ ne 'reconnect' } @$needs;
+	my @special = grep { !/^(reconnect|stuck|overtaken)$/ } @$needs;
 	my $unit;
 
-	if ($c->{number} == 0 && @special && rand() < 0.7)
+	if ($c->{number} == 0 && @special && (rand() < 0.7 || grep { /^(stuck|overtaken)$/ } @$needs))
 	{
 		my $kind = $special[ int(rand(@special)) ];
 		return $boosters{$kind}->() if $boosters{$kind};
@@ -120,11 +122,15 @@ sub under_load
 	my $kill = $action eq 'kill';
 	my ($lost, $fired_at, $polled, $committed_after) = (0, undef, 0, 0);
 	my $reconnect = grep { $_ eq 'reconnect' } @$needs;
+	my $overtaken = grep { $_ eq 'overtaken' } @$needs;
+	my $asleep = 0;
 	my $offset = -s $node->logfile;
 	my $clients;
 
 	$self->{synchronous} = rand() < 0.6 ? 1 : 0;
 	sql($node, "SELECT event_store_test.inject_fault('$point', '$action', $nth)");
+	# one transaction stays between FINISH and its commit record
+	sql($node, "SELECT event_store_test.inject_fault('commit-after-send', 'sleep', 3)") if grep { $_ eq 'stuck' } @$needs;
 	$clients = EventStore::Clients->new(
 		node => $node, n => 4, settings => $self->{synchronous} ? [] : ['SET synchronous_commit = off'],
 		next => sub {
@@ -149,6 +155,14 @@ sub under_load
 		seconds => $o{seconds} // 10,
 		tick => sub {
 			return 0 if $kill && $lost;
+			if ($overtaken && time() > $polled + 1)
+			{
+				# the shard sleeps before it names a spill, while the transaction sends its FINISH
+				my $action = $asleep ? "'kill', 1000000" : "'sleep', 1";
+				$polled = time();
+				$asleep = !$asleep;
+				try_sql($node, "SELECT event_store_test.inject_fault('spill-before-manifest', $action)");
+			}
 			return 1 if $kill || time() < $polled + 0.1;
 			$polled = time();
 			if (!defined $fired_at)

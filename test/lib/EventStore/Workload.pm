@@ -214,6 +214,20 @@ my %makers = (
 			$unit->{sql} .= rand() < 0.5 ? $self->insert_ev($unit, $n) : $self->insert_pl($unit, $n);
 		}
 	},
+	slow_bulk => sub {
+		# there is time for its first rows to be spilled before it ends
+		my ($self, $unit) = @_;
+		$unit->{block} = 1;
+		$unit->{sql} = $self->insert_hp($unit) . $self->insert_ev($unit, 3000) . $self->insert_pl($unit, 3000);
+		$unit->{sql} .= "SELECT pg_sleep(0.5);\n" . $self->insert_ev($unit, 100) . $self->insert_pl($unit, 1);
+		$unit->{wants} = 'rollback' if rand() < 0.3;
+	},
+	slow_plain => sub {
+		# the same without versions: nobody asks the shard anything before FINISH
+		my ($self, $unit) = @_;
+		$unit->{block} = 1;
+		$unit->{sql} = $self->insert_hp($unit) . $self->insert_pl($unit, 6000) . "SELECT pg_sleep(0.5);\n" . $self->insert_pl($unit, 5);
+	},
 	streams => sub {
 		my ($self, $unit) = @_;
 		$unit->{block} = 1;
