@@ -87,6 +87,7 @@ SHARD_OBJS = \
 	src/shard/memtable.o \
 	src/shard/pgwal.o \
 	src/shard/prepare.o \
+	src/shard/prepare_check.o \
 	src/shard/prepare_rows.o \
 	src/shard/recovery.o \
 	src/shard/scan.o \

@@ -188,6 +188,26 @@ extern EsStatus es_segment_walk_contexts(EsSegment *seg,
 										 void *arg, EsError *err);
 
 /*
+ * The same by pages, for who walks several segments side by side: entries of the page with
+ * this number (from 0), ES_CONTEXT_PAGE of them but for the last page; *n = 0 behind it.
+ */
+#define ES_CONTEXT_PAGE 1024
+
+typedef struct EsContextEntry
+{
+	uint64_t hash;
+	uint64_t first_row;
+	uint64_t nrows;
+} EsContextEntry;
+
+extern EsStatus es_segment_context_page(EsSegment *seg, uint32_t number,
+										EsContextEntry entries[ES_CONTEXT_PAGE], uint32_t *n, EsError *err);
+
+/* Canonical bytes of a row's context (core/route.h), valid until the next call for this segment. */
+extern EsStatus es_segment_context(EsSegment *seg, uint64_t row, int64_t *scratch, const void **bytes,
+								   size_t *len, EsError *err);
+
+/*
  * Reads the wanted columns of rows [first_row, first_row + nrows), which must
  * lie in one zone.  Only pages that hold one of the rows are read and decoded.
  * The block owns what it points to until it is read into again or freed.

@@ -299,3 +299,90 @@ es_segment_walk_contexts(EsSegment *seg,
 	}
 	return status;
 }
+
+_Static_assert(ES_CONTEXT_PAGE == ES_INDEX_PAGE_ENTRIES, "a page of entries is a page of the index");
+
+EsStatus
+es_segment_context_page(EsSegment *seg, uint32_t number, EsContextEntry entries[ES_CONTEXT_PAGE],
+						uint32_t *n, EsError *err)
+{
+	uint64_t hashes[ES_INTVEC_BLOCK];
+	uint64_t rows[ES_INTVEC_BLOCK];
+	EsPage	*page;
+	EsStatus status;
+	uint32_t count;
+
+	*n = 0;
+	if (number >= seg->footer->nindex)
+		return ES_OK;
+	status = es_segment_index_page(seg, number, &page, err);
+	if (status != ES_OK)
+		return status;
+	count = page->ints.n;
+	if (count > ES_CONTEXT_PAGE || page->rows.n != count)
+		status = es_fail(err, ES_ERR_CORRUPT, page->offset, "context index page has %u entries", count);
+	for (uint32_t e = 0; e < count && status == ES_OK; e += ES_INTVEC_BLOCK)
+	{
+		uint32_t block = count - e < ES_INTVEC_BLOCK ? count - e : ES_INTVEC_BLOCK;
+
+		es_intvec_decode(&page->ints, e, block, hashes);
+		es_intvec_decode(&page->rows, e, block, rows);
+		for (uint32_t i = 0; i < block; i++)
+		{
+			entries[e + i].hash = hashes[i];
+			entries[e + i].first_row = rows[i];
+			if (e + i > 0)
+				entries[e + i - 1].nrows = rows[i] - entries[e + i - 1].first_row;
+		}
+	}
+	if (status == ES_OK && count > 0)
+	{
+		uint64_t end = number + 1 < seg->footer->nindex ? seg->index[number + 1].first_row : seg->footer->nrows;
+
+		entries[count - 1].nrows = end - entries[count - 1].first_row;
+		for (uint32_t e = 0; e < count && status == ES_OK; e++)
+			if (entries[e].nrows == 0 || entries[e].nrows > seg->footer->nrows ||
+				entries[e].first_row > seg->footer->nrows - entries[e].nrows)
+				status = es_fail(err, ES_ERR_CORRUPT, page->offset,
+								 "context index entry %u has %llu rows from %llu on", e,
+								 (unsigned long long) entries[e].nrows,
+								 (unsigned long long) entries[e].first_row);
+	}
+	es_page_unref(page);
+	if (status == ES_OK)
+		*n = count;
+	return status;
+}
+
+EsStatus
+es_segment_context(EsSegment *seg, uint64_t row, int64_t *scratch, const void **bytes, size_t *len,
+				   EsError *err)
+{
+	EsPage	*page;
+	EsStatus status;
+
+	if (row >= seg->footer->nrows)
+		return es_fail(err, ES_ERR_ARGUMENT, 0, "segment has no row %llu", (unsigned long long) row);
+	status = es_segment_context_of(seg, row, scratch, bytes, len, &page, err);
+	if (status != ES_OK || page == NULL)
+		return status;
+	if (*bytes != scratch)
+	{
+		if (seg->context_room < *len)
+		{
+			uint8_t *p = realloc(seg->context, *len);
+
+			if (p == NULL)
+			{
+				es_page_unref(page);
+				return es_fail(err, ES_ERR_NOMEM, 0, "out of memory for a context of %zu bytes", *len);
+			}
+			seg->context = p;
+			seg->context_room = *len;
+		}
+		memcpy(seg->context, *bytes, *len);
+		*bytes = seg->context;
+	}
+	es_page_unref(page);
+	return ES_OK;
+}

@@ -69,6 +69,10 @@ typedef struct EsHead
 extern bool es_head_lookup(const EsTableKey *table, uint64 hash, const void *bytes, size_t len,
 						   EsHead *head, EsError *err, const char **path);
 
+/* The same for one of very many contexts: what is found is not kept in the cache. */
+extern bool es_head_search(const EsTableKey *table, uint64 hash, const void *bytes, size_t len,
+						   EsHead *head, EsError *err, const char **path);
+
 /* FINISH gave versions up to `version` to the context; remembered under the transaction until it
  * is decided. */
 extern void es_head_advance(const EsTableKey *table, uint64 hash, const void *bytes, size_t len,

@@ -9,18 +9,19 @@
  * segment live and all rows are taken, no row has to be read.  Otherwise one column is,
  * and a bitmap of dead rows comes from it.
  *
- * In a table with versions each context of the segment gets the version of its first live
- * row: one more than the last one in an earlier pending segment of the same transaction, or
- * than the committed head of the context.  A pending segment precedes, in the order
- * of ordinals, all later ones of its table and all batches that are still in memory, so
- * segments are done in the order of their ids, and before the batches.
+ * In a table with versions each context of a segment gets the version of its first live
+ * row.  All segments of the table are walked side by side, in the order of context
+ * hashes, which is that of their context indexes.  So a context's entries in all of them are
+ * met together: the first one begins behind the committed head, which is looked for once, and
+ * each following one behind the one before, for segments hold the rows in the order of
+ * ordinals.  They precede all batches of the table that are still in memory.
  *
  * This takes some µs per context, and a bulk load may have millions.  So it is done in
  * slices: es_apply_finish returns "not yet" after a slice, and whoever called it comes
  * again in the next turn of the loop.  Meanwhile no other FINISH is applied, so heads do not move, and
  * requests that have to see this FINISH wait, while scans that have begun, the log and
  * flushes go on.  What was computed stays here from call to call; there is one FINISH
- * at work at a time.
+ * at work at a time, and no spill of its transaction is recorded any more.
  *
  *-------------------------------------------------------------------------
  */
@@ -28,9 +29,9 @@
 
 #include <stdlib.h>
 
+#include "lib/binaryheap.h"
 #include "utils/memutils.h"
 
-#include "core/route.h"
 #include "shard/engine.h"
 #include "shard/files.h"
 #include "shard/flush.h"
@@ -41,6 +42,26 @@
 #define CONTEXTS_PER_LOOK	64
 #define SLICE				5000	/* µs */
 
+/* A segment whose context index is being walked. */
+typedef struct Walk
+{
+	EsSegmentRef *ref;
+	EsSegment  *segment;
+	uint32		number;			/* in the order of ordinals */
+	EsContextEntry *entries;	/* a page of them */
+	uint32		n;
+	uint32		at;
+	uint32		page;			/* its number */
+} Walk;
+
+/* A context of the hash at work. */
+typedef struct Context
+{
+	char	   *bytes;
+	size_t		len;
+	int64		version;		/* last one given */
+} Context;
+
 /* A table of the FINISH. */
 typedef struct Table
 {
@@ -50,21 +71,11 @@ typedef struct Table
 	EsFirstVersion *versions;	/* what PREPARE answered, by hash */
 } Table;
 
-/* Contexts of the segment at work, by number of their index entry. */
-typedef struct Contexts
-{
-	uint64	   *hashes;
-	uint64	   *first_rows;
-	uint64	   *nrows;
-	uint32		n;
-	uint32		allocated;
-} Contexts;
-
 typedef enum Phase
 {
-	PHASE_BEGIN,
-	PHASE_PLACES,				/* reading the places of rows */
-	PHASE_VERSIONS
+	PHASE_DEAD_ROWS,			/* segment by segment */
+	PHASE_VERSIONS,				/* table by table */
+	PHASE_DONE
 } Phase;
 
 /* The FINISH at work. */
@@ -75,20 +86,25 @@ typedef struct Finishing
 	EsSectionHeader *section;
 	Table	   *tables;
 	uint32		ntables;
-
-	/* the segment at work */
-	EsSegmentRef *ref;			/* with a reference; NULL = none */
-	MemoryContext segment_context;
-	Table	   *table;			/* NULL = no batch of its table lives */
+	EsSegmentRef **refs;		/* the pending segments, each with a reference */
+	Table	  **table_of;		/* NULL = no batch of that table lives */
+	uint32		nrefs;
 	Phase		phase;
-	EsSegment  *segment;
+	uint32		at;				/* number of the segment, or of the table */
 	EsRowBlock *block;
+
+	/* the segment or table at work */
+	MemoryContext step;			/* NULL = not begun */
+	EsSegment  *segment;
 	bool	   *wanted;
 	uint32		next_zone;
 	int64	   *places;
-	Contexts	contexts;
-	uint32		next_context;
-	EsZoneInfo	zone;			/* in block */
+	Walk	   *walks;
+	uint32		nwalks;
+	binaryheap *heap;			/* of Walk, lowest hash first */
+	Context    *contexts;		/* of one hash */
+	uint32		ncontexts;
+	uint32		contexts_allocated;
 } Finishing;
 
 static Finishing *work = NULL;
@@ -149,37 +165,18 @@ zeroed(Size len)
 	return p;
 }
 
-static void
-read_zone(Finishing *f, const EsZoneInfo *zone)
+static bool
+slice_over(int64 deadline)
 {
-	EsError		err = {0};
-
-	if (es_segment_read(f->segment, zone->first_row, zone->nrows, f->wanted, 0, f->block, &err) != ES_OK)
-		damaged(f->ref, &err);
-}
-
-/* Makes the block ready for reading one column. */
-static void
-want_column(Finishing *f, int column)
-{
-	const EsSegmentInfo *info = es_segment_info(f->segment);
-
-	f->wanted = palloc0(info->ncols * sizeof(bool));
-	f->wanted[column] = true;
-	if (f->block == NULL)
-		f->block = es_block_create();
-	if (f->block == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory")));
-	f->next_zone = 0;
+	es_shard_interrupts();
+	return deadline != 0 && es_task_clock() >= deadline;
 }
 
 /* ---- which rows live ---- */
 
 /* Reads the place (batch and row in it) of every row.  False: the slice is over. */
 static bool
-read_places(Finishing *f, int64 deadline)
+read_places(Finishing *f, EsSegmentRef *ref, int64 deadline)
 {
 	const EsSegmentInfo *info = es_segment_info(f->segment);
 	int			column = es_segment_ncols(info) + ES_PENDING_PLACE;
@@ -187,16 +184,17 @@ read_places(Finishing *f, int64 deadline)
 	while (f->next_zone < info->nzones)
 	{
 		EsZoneInfo	zone = es_segment_zone(f->segment, f->next_zone++);
+		EsError		err = {0};
 
-		read_zone(f, &zone);
+		if (es_segment_read(f->segment, zone.first_row, zone.nrows, f->wanted, 0, f->block, &err) != ES_OK)
+			damaged(ref, &err);
 		for (uint32 r = 0; r < zone.nrows; r++)
 		{
 			const int64 *value = es_block_value(f->block, column, r);
 
 			f->places[zone.first_row + r] = value != NULL ? *value : -1;
 		}
-		es_shard_interrupts();
-		if (deadline != 0 && es_task_clock() >= deadline)
+		if (slice_over(deadline))
 			return false;
 	}
 	return true;
@@ -204,9 +202,9 @@ read_places(Finishing *f, int64 deadline)
 
 /* Rows of live batches are numbered through in FINISH's bitmap: by batch the first one's number. */
 static uint64 *
-number_rows(Finishing *f)
+number_rows(Finishing *f, EsSegmentRef *ref, Table *t)
 {
-	const EsManifestEntry *e = &f->ref->entry;
+	const EsManifestEntry *e = &ref->entry;
 	uint64	   *first = palloc0((e->nstarts + 1) * sizeof(uint64));
 	uint64	   *counts = palloc0((e->nstarts + 1) * sizeof(uint64));
 
@@ -220,15 +218,15 @@ number_rows(Finishing *f)
 
 			es_fail(&err, ES_ERR_CORRUPT, 0, "row %llu names batch %llu of %u",
 					(unsigned long long) row, (unsigned long long) batch, e->nstarts);
-			damaged(f->ref, &err);
+			damaged(ref, &err);
 		}
 		counts[batch]++;
 	}
 	for (uint32 i = 0; i < e->nstarts; i++)
-		if (is_live(f->table, e->starts[i]))
+		if (is_live(t, e->starts[i]))
 		{
-			first[i] = f->table->nrows;
-			f->table->nrows += counts[i];
+			first[i] = t->nrows;
+			t->nrows += counts[i];
 		}
 		else
 			first[i] = UINT64_MAX;
@@ -236,11 +234,11 @@ number_rows(Finishing *f)
 }
 
 static void
-mark_dead_rows(Finishing *f)
+mark_dead_rows(Finishing *f, EsSegmentRef *ref, Table *t)
 {
-	EsManifestEntry *e = &f->ref->entry;
-	const EsFinishTableView *view = &f->table->view;
-	uint64	   *first = number_rows(f);
+	EsManifestEntry *e = &ref->entry;
+	const EsFinishTableView *view = &t->view;
+	uint64	   *first = number_rows(f, ref, t);
 
 	e->dead_bitmap = zeroed((e->segment.nrows + 63) / 64 * 8);
 	for (uint64 row = 0; row < e->segment.nrows; row++)
@@ -263,102 +261,122 @@ mark_dead_rows(Finishing *f)
 
 /* Sets nlive as far as batches tell.  Must rows be read? */
 static bool
-begin_dead_rows(Finishing *f)
+look_at_batches(EsSegmentRef *ref, Table *t)
 {
-	EsManifestEntry *e = &f->ref->entry;
-	bool		all = f->table != NULL && f->table->view.not_taken == NULL;
+	EsManifestEntry *e = &ref->entry;
+	bool		all = t != NULL && t->view.not_taken == NULL;
 	bool		none = true;
 
 	for (uint32 i = 0; i < e->nstarts; i++)
 	{
-		bool		live = is_live(f->table, e->starts[i]);
+		bool		live = is_live(t, e->starts[i]);
 
 		all &= live;
 		none &= !live;
 	}
 	e->nlive = none ? 0 : e->segment.nrows;
 	if (all && !none)
-		f->table->nrows += e->segment.nrows;
+		t->nrows += e->segment.nrows;
 	return !all && !none;
+}
+
+/* All about a segment but versions.  False: the slice is over. */
+static bool
+find_dead_rows(Finishing *f, EsSegmentRef *ref, Table *t, int64 deadline)
+{
+	EsManifestEntry *e = &ref->entry;
+
+	if (f->next_zone == 0 && look_at_batches(ref, t))
+	{
+		f->segment = open_segment(ref);
+		f->places = palloc_extended(Max(e->segment.nrows, 1) * sizeof(int64), MCXT_ALLOC_HUGE);
+		f->wanted = palloc0(es_segment_info(f->segment)->ncols * sizeof(bool));
+		f->wanted[es_segment_ncols(es_segment_info(f->segment)) + ES_PENDING_PLACE] = true;
+	}
+	if (f->places != NULL)
+	{
+		if (!read_places(f, ref, deadline))
+			return false;
+		mark_dead_rows(f, ref, t);
+	}
+	if (e->nlive > 0)
+	{
+		const EsSegmentInfo *info = es_segment_info(open_segment(ref));
+
+		e->base = (t->view.table->flags & ES_FINISH_GIVEN_POSITIONS) ? 0 : f->section->base;
+		e->segment.min_position = e->base + info->summary.min_position;
+		e->segment.max_position = e->base + info->summary.max_position;
+	}
+	return true;
 }
 
 /* ---- first versions ---- */
 
-static EsStatus
-collect_context(void *arg, uint32 entry, uint64 hash, uint64 first_row, uint64 nrows)
+static int
+compare_walks(Datum x, Datum y, void *arg)
 {
-	Contexts   *c = arg;
+	const Walk *a = (const Walk *) DatumGetPointer(x);
+	const Walk *b = (const Walk *) DatumGetPointer(y);
+	uint64		ha = a->entries[a->at].hash;
+	uint64		hb = b->entries[b->at].hash;
 
-	if (c->n == c->allocated)
-	{
-		c->allocated *= 2;
-		c->hashes = repalloc_huge(c->hashes, c->allocated * sizeof(uint64));
-		c->first_rows = repalloc_huge(c->first_rows, c->allocated * sizeof(uint64));
-		c->nrows = repalloc_huge(c->nrows, c->allocated * sizeof(uint64));
-	}
-	c->hashes[c->n] = hash;
-	c->first_rows[c->n] = first_row;
-	c->nrows[c->n++] = nrows;
-	return ES_OK;
+	/* the heap has its largest on top */
+	if (ha != hb)
+		return ha < hb ? 1 : -1;
+	return a->number < b->number ? 1 : -1;
+}
+
+/* Makes the walk's next entry ready; false at the end. */
+static bool
+next_entry(Walk *w, bool first)
+{
+	EsError		err = {0};
+
+	if (!first && ++w->at < w->n)
+		return true;
+	if (!first)
+		w->page++;
+	if (es_segment_context_page(w->segment, w->page, w->entries, &w->n, &err) != ES_OK)
+		damaged(w->ref, &err);
+	w->at = 0;
+	return w->n > 0;
 }
 
 static void
-begin_versions(Finishing *f)
+begin_versions(Finishing *f, Table *t)
 {
-	Contexts   *c = &f->contexts;
-	EsError		err = {0};
-
-	memset(c, 0, sizeof(*c));
-	c->allocated = 1024;
-	c->hashes = palloc(c->allocated * sizeof(uint64));
-	c->first_rows = palloc(c->allocated * sizeof(uint64));
-	c->nrows = palloc(c->allocated * sizeof(uint64));
-	if (es_segment_walk_contexts(f->segment, collect_context, c, &err) != ES_OK)
-		damaged(f->ref, &err);
-	f->ref->entry.first_versions = zeroed(c->n * sizeof(int64));
-	want_column(f, es_segment_info(f->segment)->roles.context - 1);
-	f->next_context = 0;
-	memset(&f->zone, 0, sizeof(f->zone));
-}
-
-/* The last version that an earlier pending segment of the transaction gave to the context, or 0. */
-static int64
-version_in_earlier(Finishing *f, uint64 hash, const void *bytes, size_t len)
-{
-	List	   *pending = f->txn->pending;
-	int			at = list_length(pending) - 1;
-
-	while (at >= 0 && list_nth(pending, at) != f->ref)
-		at--;
-	while (--at >= 0)
+	f->walks = palloc0(f->nrefs * sizeof(Walk));
+	f->nwalks = 0;
+	f->heap = binaryheap_allocate(Max(f->nrefs, 1), compare_walks, NULL);
+	f->contexts = NULL;
+	f->contexts_allocated = 0;
+	if (t->view.table->flags & ES_FINISH_GIVEN_VERSIONS)
+		return;
+	for (uint32 i = 0; i < f->nrefs; i++)
 	{
-		EsSegmentRef *earlier = list_nth(pending, at);
-		EsError		err = {0};
-		uint64		first_row;
-		uint64		nrows;
-		uint64		live;
-		uint32		entry;
+		EsSegmentRef *ref = f->refs[i];
+		Walk	   *w;
 
-		if (earlier->entry.nfirst_versions == 0 ||
-			!es_table_key_equal(&earlier->entry.segment.table, &f->ref->entry.segment.table))
+		if (f->table_of[i] != t || ref->entry.nlive == 0)
 			continue;
-		if (es_segment_find_context(open_segment(earlier), hash, bytes, len, &first_row, &nrows,
-									&entry, &err) != ES_OK)
-			damaged(earlier, &err);
-		if (nrows == 0 || entry >= earlier->entry.nfirst_versions)
+		w = &f->walks[f->nwalks];
+		w->ref = ref;
+		w->segment = open_segment(ref);
+		if (es_segment_info(w->segment)->roles.version == 0)
 			continue;
-		live = es_segment_live_rows(earlier, first_row, first_row + nrows);
-		if (live > 0)
-			return earlier->entry.first_versions[entry] + (int64) live - 1;
+		w->number = f->nwalks++;
+		w->entries = palloc(sizeof(EsContextEntry) * ES_CONTEXT_PAGE);
+		ref->entry.nfirst_versions = (uint32) es_segment_info(w->segment)->summary.ncontexts;
+		ref->entry.first_versions = zeroed(ref->entry.nfirst_versions * sizeof(int64));
+		if (next_entry(w, true))
+			binaryheap_add(f->heap, PointerGetDatum(w));
 	}
-	return 0;
 }
 
 /* Throws if PREPARE promised another version.  Two contexts may share a hash: one that agrees is enough. */
 static void
-check_promise(Finishing *f, uint64 hash, int64 version)
+check_promise(Finishing *f, const Table *t, uint64 hash, int64 version)
 {
-	const Table *t = f->table;
 	uint32		n = t->view.table->nversions;
 	EsFirstVersion key = {.context_hash = hash};
 	const EsFirstVersion *found = NULL;
@@ -385,137 +403,87 @@ check_promise(Finishing *f, uint64 hash, int64 version)
 			 errhint("The shard stops so that no version is used twice. Please report this.")));
 }
 
-/* The version before the first live row of a context. */
-static int64
-version_before(Finishing *f, uint64 hash, uint64 first_row)
+/* The context of the walk's entry among those of its hash; looks for its head if it is new. */
+static Context *
+get_context(Finishing *f, const Table *t, Walk *w)
 {
-	const EsSegmentInfo *info = es_segment_info(f->segment);
-	int			column = info->roles.context - 1;
-	const void *value;
+	const EsContextEntry *entry = &w->entries[w->at];
 	const void *bytes;
-	const char *path;
 	size_t		len;
 	int64		scratch;
-	int64		last;
+	Context    *c;
 	EsHead		head;
 	EsError		err = {0};
+	const char *path;
 
-	/* contexts come in the order of rows: a zone is read once */
-	if (first_row >= f->zone.first_row + f->zone.nrows)
+	if (es_segment_context(w->segment, entry->first_row, &scratch, &bytes, &len, &err) != ES_OK)
+		damaged(w->ref, &err);
+	for (uint32 i = 0; i < f->ncontexts; i++)
 	{
-		do
-			f->zone = es_segment_zone(f->segment, f->next_zone++);
-		while (first_row >= f->zone.first_row + f->zone.nrows);
-		read_zone(f, &f->zone);
+		c = &f->contexts[i];
+		if (c->len == len && memcmp(c->bytes, bytes, len) == 0)
+			return c;
 	}
-	value = es_block_value(f->block, column, (uint32) (first_row - f->zone.first_row));
-	if (value == NULL)
-	{
-		es_fail(&err, ES_ERR_CORRUPT, 0, "row %llu has no context", (unsigned long long) first_row);
-		damaged(f->ref, &err);
-	}
-	es_context_bytes(info->roles.context_class, info->columns[column].len, value, &scratch, &bytes, &len);
 
-	last = version_in_earlier(f, hash, bytes, len);
-	if (last > 0)
-		return last;
-	if (!es_head_lookup(&f->ref->entry.segment.table, hash, bytes, len, &head, &err, &path))
+	/* bytes and structs are used again for the next hash: there is hardly ever more than one */
+	if (f->ncontexts == f->contexts_allocated)
+	{
+		uint32		n = Max(4, f->contexts_allocated * 2);
+
+		f->contexts = f->contexts == NULL ? palloc0(n * sizeof(Context)) :
+			repalloc(f->contexts, n * sizeof(Context));
+		memset(f->contexts + f->contexts_allocated, 0, (n - f->contexts_allocated) * sizeof(Context));
+		f->contexts_allocated = n;
+	}
+	c = &f->contexts[f->ncontexts++];
+	if (c->bytes != NULL)
+		pfree(c->bytes);
+	c->bytes = palloc(Max(len, 1));
+	memcpy(c->bytes, bytes, len);
+	c->len = len;
+	if (!es_head_search(&t->view.table->table, entry->hash, c->bytes, len, &head, &err, &path))
 		es_corruption(ERROR, path, &err);
-	check_promise(f, hash, head.version + 1);
-	return head.version;
+	check_promise(f, t, entry->hash, head.version + 1);
+	c->version = head.version;
+	return c;
 }
 
 /* False: the slice is over. */
 static bool
-find_first_versions(Finishing *f, int64 deadline)
+find_first_versions(Finishing *f, Table *t, int64 deadline)
 {
-	Contexts   *c = &f->contexts;
+	uint64		hash = 0;
+	uint32		done = 0;
 
-	while (f->next_context < c->n)
+	f->ncontexts = 0;
+	while (!binaryheap_empty(f->heap))
 	{
-		uint32		i = f->next_context++;
-		uint64		first_row = c->first_rows[i];
+		Walk	   *w = (Walk *) DatumGetPointer(binaryheap_first(f->heap));
+		const EsContextEntry *e = &w->entries[w->at];
+		uint64		live;
 
-		if (es_segment_live_rows(f->ref, first_row, first_row + c->nrows[i]) > 0)
-			f->ref->entry.first_versions[i] = version_before(f, c->hashes[i], first_row) + 1;
-		if (i % CONTEXTS_PER_LOOK == 0)
+		/* a slice ends between two hashes, so that a context's entries are met in one */
+		if (e->hash != hash)
 		{
-			es_shard_interrupts();
-			if (deadline != 0 && es_task_clock() >= deadline)
+			if (++done % CONTEXTS_PER_LOOK == 0 && slice_over(deadline))
 				return false;
+			f->ncontexts = 0;
+			hash = e->hash;
 		}
-	}
-	f->ref->entry.nfirst_versions = c->n;
-	return true;
-}
-
-/* ---- a segment ---- */
-
-static void
-begin_segment(Finishing *f, EsSegmentRef *ref)
-{
-	es_segment_ref(ref);
-	f->ref = ref;
-	f->segment_context = AllocSetContextCreate(f->context, "event_store pending segment",
-											   ALLOCSET_DEFAULT_SIZES);
-	f->phase = PHASE_BEGIN;
-	f->segment = NULL;
-	f->table = NULL;
-	for (uint32 i = 0; i < f->ntables; i++)
-		if (es_table_key_equal(&f->tables[i].view.table->table, &ref->entry.segment.table))
-			f->table = &f->tables[i];
-}
-
-static void
-end_segment(Finishing *f)
-{
-	f->ref->finished = true;
-	es_segment_unref(f->ref);
-	f->ref = NULL;
-	MemoryContextDelete(f->segment_context);
-}
-
-/* False: the slice is over. */
-static bool
-run_segment(Finishing *f, int64 deadline)
-{
-	EsManifestEntry *e = &f->ref->entry;
-	MemoryContext old = MemoryContextSwitchTo(f->segment_context);
-	bool		done = true;
-
-	if (f->phase == PHASE_BEGIN && begin_dead_rows(f))
-	{
-		f->segment = open_segment(f->ref);
-		f->places = palloc_extended(Max(e->segment.nrows, 1) * sizeof(int64), MCXT_ALLOC_HUGE);
-		want_column(f, es_segment_ncols(es_segment_info(f->segment)) + ES_PENDING_PLACE);
-		f->phase = PHASE_PLACES;
-	}
-	if (f->phase == PHASE_PLACES)
-	{
-		done = read_places(f, deadline);
-		if (done)
-			mark_dead_rows(f);
-	}
-	if (done && f->phase != PHASE_VERSIONS && e->nlive > 0)
-	{
-		const EsSegmentInfo *info;
-		uint32		flags = f->table->view.table->flags;
-
-		f->segment = open_segment(f->ref);
-		info = es_segment_info(f->segment);
-		e->base = (flags & ES_FINISH_GIVEN_POSITIONS) ? 0 : f->section->base;
-		e->segment.min_position = e->base + info->summary.min_position;
-		e->segment.max_position = e->base + info->summary.max_position;
-		if (info->roles.version != 0 && !(flags & ES_FINISH_GIVEN_VERSIONS))
+		live = es_segment_live_rows(w->ref, e->first_row, e->first_row + e->nrows);
+		if (live > 0)
 		{
-			begin_versions(f);
-			f->phase = PHASE_VERSIONS;
+			Context    *c = get_context(f, t, w);
+
+			w->ref->entry.first_versions[w->page * ES_CONTEXT_PAGE + w->at] = c->version + 1;
+			c->version += (int64) live;
 		}
+		if (next_entry(w, false))
+			binaryheap_replace_first(f->heap, PointerGetDatum(w));
+		else
+			(void) binaryheap_remove_first(f->heap);
 	}
-	if (done && f->phase == PHASE_VERSIONS)
-		done = find_first_versions(f, deadline);
-	MemoryContextSwitchTo(old);
-	return done;
+	return true;
 }
 
 /* ---- a FINISH ---- */
@@ -526,19 +494,19 @@ begin(EsTxn *txn, const EsSectionHeader *section)
 	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "event_store FINISH of pending segments",
 												  ALLOCSET_DEFAULT_SIZES);
 	MemoryContext old = MemoryContextSwitchTo(context);
+	Finishing  *f = palloc0(sizeof(Finishing));
 	const EsFinishTable *table;
+	ListCell   *lc;
 
-	work = palloc0(sizeof(Finishing));
-	work->context = context;
-	work->txn = txn;
+	f->context = context;
+	f->txn = txn;
 	es_txn_ref(txn);
-	work->section = MemoryContextAllocHuge(context, section->len);
-	memcpy(work->section, section, section->len);
-	section = work->section;
-	work->tables = palloc0(Max(section->ntables, 1) * sizeof(Table));
-	for (table = es_section_first(section); table != NULL; table = es_section_next(section, table))
+	f->section = MemoryContextAllocHuge(context, section->len);
+	memcpy(f->section, section, section->len);
+	f->tables = palloc0(Max(section->ntables, 1) * sizeof(Table));
+	for (table = es_section_first(f->section); table != NULL; table = es_section_next(f->section, table))
 	{
-		Table	   *t = &work->tables[work->ntables++];
+		Table	   *t = &f->tables[f->ntables++];
 
 		es_finish_table_view(table, &t->view);
 		t->starts = palloc(Max(table->nlogged, 1) * sizeof(uint64));
@@ -548,6 +516,27 @@ begin(EsTxn *txn, const EsSectionHeader *section)
 		memcpy(t->versions, t->view.versions, table->nversions * sizeof(EsFirstVersion));
 		qsort(t->versions, table->nversions, sizeof(EsFirstVersion), compare_versions);
 	}
+	f->refs = palloc(list_length(txn->pending) * sizeof(EsSegmentRef *));
+	f->table_of = palloc0(list_length(txn->pending) * sizeof(Table *));
+	foreach(lc, txn->pending)
+	{
+		EsSegmentRef *ref = lfirst(lc);
+
+		/* adopted before a crash: all of it is there */
+		if (ref->entry.adopted)
+			continue;
+		for (uint32 i = 0; i < f->ntables; i++)
+			if (es_table_key_equal(&f->tables[i].view.table->table, &ref->entry.segment.table))
+				f->table_of[f->nrefs] = &f->tables[i];
+		es_segment_ref(ref);
+		f->refs[f->nrefs++] = ref;
+	}
+	f->block = es_block_create();
+	if (f->block == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("out of memory")));
+	work = f;
 	MemoryContextSwitchTo(old);
 }
 
@@ -555,53 +544,98 @@ static void
 end(void)
 {
 	Finishing  *f = work;
-	ListCell   *lc;
 
-	if (f->ref != NULL)
-		es_segment_unref(f->ref);
-
-	/* what is cached of these tables' heads knows nothing of the segments */
-	foreach(lc, f->txn->pending)
-		es_heads_forget_storage(&((EsSegmentRef *) lfirst(lc))->entry.segment.table);
-	es_segments_changed();
 	work = NULL;
+	es_segments_changed();
+	for (uint32 i = 0; i < f->nrefs; i++)
+		es_segment_unref(f->refs[i]);
 	es_block_free(f->block);
 	es_txn_unref(f->txn);
 	MemoryContextDelete(f->context);
 }
 
+/* One segment or table.  False: the slice is over. */
+static bool
+run_step(Finishing *f, int64 deadline)
+{
+	bool		begun = f->step != NULL;
+	MemoryContext old;
+	bool		done;
+
+	if (!begun)
+		f->step = AllocSetContextCreate(f->context, "event_store pending segment", ALLOCSET_DEFAULT_SIZES);
+	old = MemoryContextSwitchTo(f->step);
+	if (f->phase == PHASE_DEAD_ROWS)
+	{
+		if (!begun)
+		{
+			f->next_zone = 0;
+			f->places = NULL;
+		}
+		done = find_dead_rows(f, f->refs[f->at], f->table_of[f->at], deadline);
+	}
+	else
+	{
+		if (!begun)
+			begin_versions(f, &f->tables[f->at]);
+		done = find_first_versions(f, &f->tables[f->at], deadline);
+	}
+	MemoryContextSwitchTo(old);
+	if (done)
+	{
+		MemoryContextDelete(f->step);
+		f->step = NULL;
+	}
+	return done;
+}
+
 bool
 es_finish_pending(EsTxn *txn, const EsSectionHeader *section, int64 deadline)
 {
-	ListCell   *lc;
-
 	if (work == NULL)
 		begin(txn, section);
 	Assert(work->txn == txn);
-	foreach(lc, txn->pending)
+	while (work->phase != PHASE_DONE)
 	{
-		EsSegmentRef *ref = lfirst(lc);
-
-		/* done in an earlier slice, or before a crash */
-		if (ref->finished || ref->entry.adopted)
+		if (work->at == (work->phase == PHASE_DEAD_ROWS ? work->nrefs : work->ntables))
+		{
+			work->phase++;
+			work->at = 0;
 			continue;
-		if (work->ref == NULL)
-			begin_segment(work, ref);
-		Assert(work->ref == ref);
-		if (!run_segment(work, deadline))
+		}
+		if (!run_step(work, deadline))
 			return false;
-		end_segment(work);
+		work->at++;
 	}
 	/* the caller's last call, without a deadline, comes when nothing can stop the FINISH any more */
 	if (deadline == 0)
+	{
+		for (uint32 i = 0; i < work->nrefs; i++)
+		{
+			work->refs[i]->finished = true;
+			/* what is cached of the table's heads knows nothing of the segment */
+			es_heads_forget_storage(&work->refs[i]->entry.segment.table);
+		}
 		end();
+	}
 	return true;
 }
 
 bool
 es_flush_finish_slice(EsTxn *txn, const EsSectionHeader *section)
 {
+	/* what is left in memory is written first, if it is much */
+	if (work == NULL && es_spill_before_finish(txn))
+		return false;
+	if (txn->pending == NIL)
+		return true;
 	return es_finish_pending(txn, section, es_task_clock() + SLICE);
+}
+
+bool
+es_finishing(const EsTxn *txn)
+{
+	return work != NULL && work->txn == txn;
 }
 
 bool

@@ -109,6 +109,11 @@ extern void es_frame_staged(EsTxn *txn);
 extern void es_spill_tick(void);
 extern bool es_spill_idle(void);
 extern long es_spill_timeout(void);
+/*
+ * FINISH has come for a transaction that spills: must it wait for what is under way, or for one
+ * more spill of what is left?  Starts that one.
+ */
+extern bool es_spill_before_finish(EsTxn *txn);
 /* One whose file could not be written at the last attempt, or NULL. */
 extern const EsBuild *es_spill_failed(void);
 /* Was one given up whose manifest record is not taken back yet? */
@@ -144,6 +149,8 @@ extern bool es_adopt_idle(void);
  * last call for a FINISH is one without a deadline.
  */
 extern bool es_finish_pending(EsTxn *txn, const EsSectionHeader *section, int64 deadline);
+/* Has that begun for the transaction? */
+extern bool es_finishing(const EsTxn *txn);
 
 /* ---- drop.c ---- */
 

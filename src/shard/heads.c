@@ -439,8 +439,9 @@ search_segments(Search *s)
 	return ok;
 }
 
+/* keep: in the cache, if the table has versions. */
 static bool
-lookup(const EsContextId *c, bool versioned, EsHead *head, EsDamage *damage)
+lookup(const EsContextId *c, bool versioned, bool keep, EsHead *head, EsDamage *damage)
 {
 	Entry *e = find_entry(c);
 	Search s = {.context = c, .damage = damage};
@@ -462,7 +463,7 @@ lookup(const EsContextId *c, bool versioned, EsHead *head, EsDamage *damage)
 		return false;
 	}
 	*head = s.head;
-	if (s.any ? s.versioned : versioned)
+	if (keep && (s.any ? s.versioned : versioned))
 	{
 		e = add_entry(c);
 		e->head = s.head;
@@ -482,7 +483,21 @@ es_head_lookup(const EsTableKey *table, uint64 hash, const void *bytes, size_t l
 	EsDamage	damage;
 
 	/* who asks has rows with versions */
-	if (lookup(&c, true, head, &damage))
+	if (lookup(&c, true, true, head, &damage))
+		return true;
+	*err = damage.err;
+	*path = damage.path;
+	return false;
+}
+
+bool
+es_head_search(const EsTableKey *table, uint64 hash, const void *bytes, size_t len, EsHead *head,
+			   EsError *err, const char **path)
+{
+	EsContextId c = {table, hash, bytes, len};
+	EsDamage	damage;
+
+	if (lookup(&c, true, false, head, &damage))
 		return true;
 	*err = damage.err;
 	*path = damage.path;
@@ -571,7 +586,7 @@ es_handle_head(EsConn *conn, const EsHeadRequest *req, Size len)
 	answer.answer.id = req->req.id;
 
 	/* nothing is known of a table without rows: its head is not cached */
-	if (!lookup(&c, false, &head, &damage))
+	if (!lookup(&c, false, true, &head, &damage))
 	{
 		es_segment_send_error(conn, ES_REQ_HEAD, req->req.id, damage.path, &damage.err);
 		return;

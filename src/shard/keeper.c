@@ -408,7 +408,7 @@ static bool
 try_open(MemoryContext context)
 {
 	volatile bool opened = false;
-	bool		  live = pg_atomic_read_u32(&es_shared->store_ready) != 0 ||
+	volatile bool live = pg_atomic_read_u32(&es_shared->store_ready) != 0 ||
 				pg_atomic_read_u32(&es_shared->detach) != ES_ATTACHED;
 
 	PG_TRY();

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * prepare.h
- *	  What prepare.c and prepare_rows.c share.
+ *	  What prepare.c, prepare_rows.c and prepare_check.c share.
  *
  *-------------------------------------------------------------------------
  */
@@ -63,8 +63,8 @@ extern void es_prepare_source_free(EsPrepareSource *source);
  * Has any row a given version or an event id?  DONE: *found says so, or *failed: damage.  MORE: time is
  * up, call again.
  */
-extern EsTaskState es_prepare_find_checks(EsPrepareSource *source, int64 deadline, bool *found,
-										  EsDamage *damage, bool *failed);
+extern EsTaskState
+es_prepare_find_checks(EsPrepareSource *source, int64 deadline, bool *found, EsDamage *damage, bool *failed);
 
 /* Roles of the table, once that is known; all 0 if there are no rows. */
 extern const EsRoles *es_prepare_roles(const EsPrepareSource *source);
@@ -75,5 +75,71 @@ extern const EsRoles *es_prepare_roles(const EsPrepareSource *source);
  */
 extern EsTaskState es_prepare_next_group(EsPrepareSource *source, int64 deadline, EsPrepareGroup *group,
 										 EsDamage *damage, bool *failed);
+
+/* ---- prepare_check.c: one context ---- */
+
+typedef enum EsPrepareStage
+{
+	ES_CHECK_GROUP = 0, /* a group begins */
+	ES_CHECK_CONTEXT,	/* a context of it begins */
+	ES_CHECK_IDS,		/* its event ids are gathered */
+	ES_CHECK_ROWS
+} EsPrepareStage;
+
+/* The context at work. */
+typedef struct EsPrepareContext
+{
+	EsPrepareStage		stage;
+	uint64				begin; /* rows of the group */
+	uint64				end;
+	uint64				at;
+	bool				versioned;	   /* the table has versions */
+	bool				notes_version; /* the first version goes into the answer */
+	EsHead				head;
+	int64				next_version;
+	int64			   *restored; /* versions of restored rows; NULL = they are checked one by one */
+	uint64				nrestored;
+	struct EsPrepareId *ids;	  /* distinct event ids; */
+	const uint8		  **distinct; /* the ids themselves */
+	uint64			   *slots;	  /* hash table of them; NULL = none */
+	uint64				slot_mask;
+	uint64				nids;
+} EsPrepareContext;
+
+typedef struct EsPrepare
+{
+	EsTask				   task; /* first */
+	EsTxn				  *txn;	 /* with a reference; NULL = no batch was logged */
+	const EsSectionHeader *section;
+	const EsFinishTable	  *table; /* at work; NULL = done */
+	EsFinishTableView	   view;
+	EsPrepareSource		  *source;
+	EsPrepareGroup		   group;
+	bool				   gathered; /* group is complete */
+	int					   groups_since_reset;
+	EsPrepareContext	   context;
+	bool				   restore; /* positions are given */
+	bool				   given_versions;
+
+	/* of the table at work */
+	uint8		   *bitmap; /* rows not taken; NULL = all taken so far */
+	Size			bitmap_len;
+	uint64			nskipped;
+	EsFirstVersion *versions;
+	uint32			nversions;
+	uint32			versions_allocated;
+
+	/* the answer's tables so far */
+	char  *answer;
+	Size   answer_len;
+	Size   answer_allocated;
+	uint64 ntables;
+	bool   failed; /* an error was sent */
+} EsPrepare;
+
+/* Checks p->group.  DONE: all right, or p->failed, or *failed: damage. */
+extern EsTaskState es_prepare_check_group(EsPrepare *p, int64 deadline, EsDamage *damage, bool *failed);
+extern void
+es_prepare_fail(EsPrepare *p, int code, const char *message, const char *detail, const char *hint);
 
 #endif /* ES_SHARD_PREPARE_H */

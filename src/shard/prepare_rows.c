@@ -418,9 +418,9 @@ count_rows(EsPrepareSource *s, Walk *w, int64 deadline, EsDamage *damage, bool *
 static EsStatus
 zone_has_checks(Walk *w, uint32 zone, bool *found, EsError *err)
 {
-	EsZoneInfo z = es_segment_zone(w->segment, zone);
+	EsZoneInfo	   z = es_segment_zone(w->segment, zone);
 	const EsRoles *roles = &w->info->roles;
-	EsStatus status;
+	EsStatus	   status;
 
 	if (roles->event_id > 0 &&
 		es_segment_column_stats(w->segment, zone, roles->event_id - 1).nnulls < z.nrows)
@@ -636,12 +636,7 @@ es_prepare_next_group(EsPrepareSource *s, int64 deadline, EsPrepareGroup *g, EsD
 		g->klass = (EsContextClass) s->roles.context_class;
 	}
 
-	while (s->next < s->nrows && s->rows[s->next].hash == g->hash)
-	{
-		add_mem_row(s, g, &s->rows[s->next++]);
-		if (++looked % ROWS_PER_LOOK == 0 && es_task_clock() >= deadline)
-			return ES_TASK_MORE;
-	}
+	/* in the order of numbers, mostly: what is in memory came last */
 	for (int i = 0; i < s->nwalks; i++)
 	{
 		Walk *w = &s->walks[i];
@@ -656,6 +651,12 @@ es_prepare_next_group(EsPrepareSource *s, int64 deadline, EsPrepareGroup *g, EsD
 		}
 		if (*failed)
 			return ES_TASK_DONE;
+	}
+	while (s->next < s->nrows && s->rows[s->next].hash == g->hash)
+	{
+		add_mem_row(s, g, &s->rows[s->next++]);
+		if (++looked % ROWS_PER_LOOK == 0 && es_task_clock() >= deadline)
+			return ES_TASK_MORE;
 	}
 	return ES_TASK_DONE;
 }

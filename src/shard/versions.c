@@ -156,18 +156,16 @@ first_promised(const Work *w, uint64 hash)
 static int64
 version_in_pending(Work *w, const ContextKey *key)
 {
-	ListCell   *lc;
-	int64		last = 0;
-
-	foreach(lc, w->txn->pending)
+	/* they hold the rows in the order of ordinals: the last one that has the context has its last version */
+	for (int i = list_length(w->txn->pending) - 1; i >= 0; i--)
 	{
-		EsSegmentRef *ref = lfirst(lc);
+		EsSegmentRef *ref = list_nth(w->txn->pending, i);
 		EsSegment  *segment;
 		EsError		err;
 		uint64		first_row;
 		uint64		nrows;
 		uint32		entry;
-		int64		version;
+		int64		live;
 
 		if (!es_table_key_equal(&ref->entry.segment.table, w->table))
 			continue;
@@ -178,11 +176,11 @@ version_in_pending(Work *w, const ContextKey *key)
 			es_corruption(ERROR, es_segment_path(ref), &err);
 		if (nrows == 0 || entry >= ref->entry.nfirst_versions)
 			continue;
-		version = ref->entry.first_versions[entry] - 1 +
-			(int64) es_segment_live_rows(ref, first_row, first_row + nrows);
-		last = Max(last, version);
+		live = (int64) es_segment_live_rows(ref, first_row, first_row + nrows);
+		if (live > 0)
+			return ref->entry.first_versions[entry] + live - 1;
 	}
-	return last;
+	return 0;
 }
 
 /* Begins a context: the version before the transaction's next row of it. */
