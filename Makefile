@@ -76,6 +76,7 @@ SHARD_OBJS = \
 	src/shard/finish.o \
 	src/shard/finish_pending.o \
 	src/shard/flush.o \
+	src/shard/flush_request.o \
 	src/shard/heads.o \
 	src/shard/keeper.o \
 	src/shard/log.o \

@@ -242,7 +242,7 @@ FROM pg_catalog.pg_class c
      JOIN pg_catalog.pg_am a ON a.oid = c.relam AND a.amname = 'event_store'
      CROSS JOIN LATERAL event_store.table_roles(c.oid) r
      LEFT JOIN event_store.stat_tables_fn() s ON s.storage_id = r.storage_id
-WHERE c.relkind = 'r'
+WHERE c.relkind = 'r' AND r.storage_id IS NOT NULL
 GROUP BY c.oid, r.storage_id, r.context_id, r."position", r.version, r.event_id, r.event_type;
 COMMENT ON VIEW event_store.stat_tables IS 'one row per event_store table of this database: role columns, segments, rows in memory';
 

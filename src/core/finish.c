@@ -95,7 +95,7 @@ check_table(const EsSectionHeader *section, const char *buf, size_t len,
 		nrows += v.header->nrows;
 		at += v.header->total_len;
 	}
-	if (nrows > t->nrows || (t->nlogged == 0 && nrows != t->nrows) ||
+	if (nrows > t->nrows ||
 		t->nrows - nrows > (uint64_t) t->nlogged * ES_BATCH_MAX_ROWS)
 		return es_fail(err, ES_ERR_CORRUPT, where, "FINISH counts %" PRIu64 " rows, but has %" PRIu64 " in %u batches",
 					   t->nrows, nrows, t->ninline);
@@ -383,7 +383,7 @@ es_finish_add_table(EsFinishBuilder *f, const EsTableKey *table, uint32_t relid,
 	{
 		if (inline_batches[i].len % 8 != 0)
 			return ES_ERR_ARGUMENT;
-		if (inline_batches[i].len > MAX_PAYLOAD || len > MAX_PAYLOAD)
+		if (len > MAX_PAYLOAD || inline_batches[i].len > MAX_PAYLOAD - len)
 			return ES_ERR_TOO_LARGE;
 		len += inline_batches[i].len;
 	}
@@ -397,8 +397,6 @@ es_finish_add_table(EsFinishBuilder *f, const EsTableKey *table, uint32_t relid,
 		len += bitmap_len(nrows);
 	}
 	len += nversions * sizeof(EsFirstVersion);
-	if (len > MAX_PAYLOAD)
-		return ES_ERR_TOO_LARGE;
 	status = finish_room(f, len);
 	if (status != ES_OK)
 		return status;

@@ -30,7 +30,7 @@ adopt_fits(const EsManifestAdopt *a, const uint8_t *dead_bitmap, const EsManifes
 {
 	uint64_t	ndead = 0;
 
-	if (!e->pending || e->segment.min_fxid != a->fxid)
+	if (!e->pending || e->segment.min_fxid != a->fxid || a->nfirst_versions > e->segment.nrows)
 		return false;
 	if (a->dead_bitmap_len == 0)
 		return a->nlive == e->segment.nrows;
@@ -64,6 +64,23 @@ es_manifest_state_free(EsManifestState *state)
 		entry_free(&state->entries[i]);
 	free(state->entries);
 	es_manifest_state_init(state);
+}
+
+void
+es_manifest_state_slim(EsManifestState *state)
+{
+	for (uint32_t i = 0; i < state->nentries; i++)
+	{
+		EsManifestEntry *e = &state->entries[i];
+
+		entry_free(e);
+		e->dead_bitmap = NULL;
+		e->first_versions = NULL;
+		e->nfirst_versions = 0;
+		e->starts = NULL;
+		e->nstarts = 0;
+	}
+	state->slim = true;
 }
 
 /* Index of the first entry whose id is not below id. */
@@ -324,8 +341,10 @@ apply_adopt(Applier *a, const EsManifestAdopt *adopt)
 	after.starts = copy_array(e->starts, e->nstarts * sizeof(uint64_t), &ok);
 	after.dead_bitmap = copy_array(bitmap, adopt->dead_bitmap_len, &ok);
 	after.first_versions = copy_array(bitmap + adopt->dead_bitmap_len,
-									  adopt->nfirst_versions * sizeof(int64_t), &ok);
+									  es_manifest_versions_len(adopt->nfirst_versions, adopt->version_width), &ok);
 	after.nfirst_versions = adopt->nfirst_versions;
+	after.version_base = adopt->version_base;
+	after.version_width = adopt->version_width;
 	if (!ok)
 	{
 		entry_free(&after);
@@ -378,7 +397,8 @@ apply_part(Applier *a, uint32_t type, const void *body, size_t len, bool head_al
 				const EsManifestAdopt *adopt = body;
 
 				if (len < sizeof(*adopt) || !es_manifest_adopt_valid(adopt) ||
-					len - sizeof(*adopt) != adopt->dead_bitmap_len + adopt->nfirst_versions * sizeof(int64_t))
+					len - sizeof(*adopt) != adopt->dead_bitmap_len +
+					es_manifest_versions_len(adopt->nfirst_versions, adopt->version_width))
 					break;
 				return apply_adopt(a, adopt);
 			}
@@ -597,7 +617,9 @@ edit_entry(EsManifestEdit *e, const EsManifestEntry *entry)
 			.max_position = entry->segment.max_position,
 			.nlive = entry->nlive,
 			.dead_bitmap_len = entry->dead_bitmap ? (uint32_t) es_manifest_bitmap_len(entry->segment.nrows) : 0,
-			.nfirst_versions = entry->nfirst_versions
+			.nfirst_versions = entry->nfirst_versions,
+			.version_base = entry->version_base,
+			.version_width = entry->version_width
 		};
 
 		status = es_manifest_edit_adopt(e, &a, entry->dead_bitmap, entry->first_versions);
@@ -612,6 +634,11 @@ es_manifest_rewrite(const EsManifestState *state, void **file, size_t *len, uint
 	Image		image = {0};
 	EsStatus	status;
 
+	if (state->slim)
+	{
+		es_manifest_edit_free(e);
+		return ES_ERR_ARGUMENT;
+	}
 	if (e == NULL)
 		return ES_ERR_NOMEM;
 	status = es_manifest_edit_part(e, ES_PART_HEAD, &state->head, sizeof(state->head), NULL, 0, NULL, 0);

@@ -91,6 +91,9 @@ typedef struct EsManifestAdopt
 	uint64_t	nlive;
 	uint32_t	dead_bitmap_len;	/* bytes, multiple of 8; 0 = all live */
 	uint32_t	nfirst_versions;
+	int64_t		version_base;	/* first versions are kept as what they are more than this, */
+	uint32_t	version_width;	/* in 0 (all the same), 1, 2, 4 or 8 bytes each */
+	uint32_t	reserved;
 } EsManifestAdopt;
 
 typedef struct EsManifestDrop
@@ -105,7 +108,7 @@ typedef struct EsManifestFlushed
 } EsManifestFlushed;
 
 _Static_assert(sizeof(EsManifestSegment) == 80, "on disk");
-_Static_assert(sizeof(EsManifestAdopt) == 56, "on disk");
+_Static_assert(sizeof(EsManifestAdopt) == 72, "on disk");
 
 /* ---- building a record ---- */
 
@@ -118,7 +121,7 @@ extern EsStatus es_manifest_edit_pending(EsManifestEdit *e, const EsManifestPend
 										 const uint64_t *starts);
 extern EsStatus es_manifest_edit_adopt(EsManifestEdit *e, const EsManifestAdopt *a,
 									   const uint8_t *dead_bitmap,
-									   const int64_t *first_versions);
+									   const uint8_t *first_versions);
 extern EsStatus es_manifest_edit_drop(EsManifestEdit *e, uint64_t id);
 extern EsStatus es_manifest_edit_flushed(EsManifestEdit *e, EsOwnLsn up_to);
 extern EsStatus es_manifest_edit_drop_storage(EsManifestEdit *e, const EsTableKey *table);
@@ -137,8 +140,10 @@ typedef struct EsManifestEntry
 	EsPosition	base;
 	uint64_t	nlive;
 	uint8_t    *dead_bitmap;	/* NULL = all live */
-	int64_t    *first_versions; /* NULL = none */
+	uint8_t    *first_versions; /* packed: es_manifest_first_version; NULL = none */
 	uint32_t	nfirst_versions;
+	uint32_t	version_width;
+	int64_t		version_base;
 	uint64_t   *starts;			/* batches of a pending segment; kept when it is adopted, for a
 								 * recovery that sees its FINISH again */
 	uint32_t	nstarts;
@@ -151,10 +156,17 @@ typedef struct EsManifestState
 	EsManifestEntry *entries;	/* live segments, ascending id */
 	uint32_t	nentries;
 	uint32_t	allocated;
+	bool		slim;			/* see es_manifest_state_slim */
 } EsManifestState;
 
 extern void es_manifest_state_init(EsManifestState *state);
 extern void es_manifest_state_free(EsManifestState *state);
+
+/*
+ * Frees what is only needed to use or to rewrite the entries: batches, bitmaps, first versions.
+ * What remains still checks and takes records, and cannot be rewritten.
+ */
+extern void es_manifest_state_slim(EsManifestState *state);
 
 /* Applies a record's parts (checked); ES_ERR_CORRUPT if they do not fit the state. */
 extern EsStatus es_manifest_apply(EsManifestState *state, const void *record,
@@ -177,5 +189,42 @@ extern EsStatus es_manifest_rewrite(const EsManifestState *state, void **file,
 									size_t *len, uint32_t *last_crc);
 
 extern EsManifestEntry *es_manifest_find(EsManifestState *state, uint64_t id);
+
+/* ---- first versions ---- */
+
+/*
+ * A bulk load may begin in millions of contexts, most of them at versions close to each
+ * other: they take a byte or two, on disk and in memory.
+ */
+
+/* Bytes of the packed array, a multiple of 8 and never 0. */
+static inline size_t
+es_manifest_versions_len(uint32_t n, uint32_t width)
+{
+	return n == 0 ? 0 : width == 0 ? 8 : ((size_t) n * width + 7) & ~(size_t) 7;
+}
+
+static inline int64_t
+es_manifest_first_version(const EsManifestEntry *entry, uint32_t i)
+{
+	const uint8_t *at = entry->first_versions + (size_t) i * entry->version_width;
+
+	switch (entry->version_width)
+	{
+		case 1:
+			return entry->version_base + *at;
+		case 2:
+			return entry->version_base + *(const uint16_t *) at;
+		case 4:
+			return entry->version_base + *(const uint32_t *) at;
+		case 8:
+			return (int64_t) ((uint64_t) entry->version_base + *(const uint64_t *) at);
+		default:
+			return entry->version_base;
+	}
+}
+
+/* Puts them into the entry, which has none so far. */
+extern EsStatus es_manifest_pack_versions(EsManifestEntry *entry, const int64_t *versions, uint32_t n);
 
 #endif							/* ES_CORE_MANIFEST_H */

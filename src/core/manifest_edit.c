@@ -108,12 +108,12 @@ es_manifest_edit_pending(EsManifestEdit *e, const EsManifestPending *p, const ui
 
 EsStatus
 es_manifest_edit_adopt(EsManifestEdit *e, const EsManifestAdopt *a, const uint8_t *dead_bitmap,
-					   const int64_t *first_versions)
+					   const uint8_t *first_versions)
 {
 	if (!es_manifest_adopt_valid(a))
 		return ES_ERR_ARGUMENT;
 	return es_manifest_edit_part(e, ES_PART_ADOPT, a, sizeof(*a), dead_bitmap, a->dead_bitmap_len,
-					 first_versions, a->nfirst_versions * sizeof(int64_t));
+					 first_versions, es_manifest_versions_len(a->nfirst_versions, a->version_width));
 }
 
 EsStatus
@@ -174,5 +174,43 @@ es_manifest_edit_record(EsManifestEdit *e, uint32_t prev_crc, const void **recor
 	*record = e->buffer;
 	*len = e->len;
 	*crc = h.crc;
+	return ES_OK;
+}
+
+/* ---- first versions ---- */
+
+EsStatus
+es_manifest_pack_versions(EsManifestEntry *entry, const int64_t *versions, uint32_t n)
+{
+	int64_t		lowest = n > 0 ? versions[0] : 0;
+	uint64_t	most = 0;
+	uint32_t	width = 0;
+	uint8_t    *bytes;
+
+	if (n == 0)
+		return ES_OK;
+	for (uint32_t i = 1; i < n; i++)
+		if (versions[i] < lowest)
+			lowest = versions[i];
+	for (uint32_t i = 0; i < n; i++)
+		if ((uint64_t) versions[i] - (uint64_t) lowest > most)
+			most = (uint64_t) versions[i] - (uint64_t) lowest;
+	if (most > 0)
+		for (width = 1; width < 8 && most >> (8 * width) != 0;)
+			width *= 2;
+	bytes = calloc(1, es_manifest_versions_len(n, width));
+	if (bytes == NULL)
+		return ES_ERR_NOMEM;
+	/* little-endian: the lowest bytes come first */
+	for (uint32_t i = 0; i < n; i++)
+	{
+		uint64_t	more = (uint64_t) versions[i] - (uint64_t) lowest;
+
+		memcpy(bytes + (size_t) i * width, &more, width);
+	}
+	entry->first_versions = bytes;
+	entry->nfirst_versions = n;
+	entry->version_base = lowest;
+	entry->version_width = width;
 	return ES_OK;
 }

@@ -55,7 +55,8 @@ es_manifest_pending_valid(const EsManifestSegment *s)
 static inline bool
 es_manifest_adopt_valid(const EsManifestAdopt *a)
 {
-	return a->id != 0 && a->dead_bitmap_len % 8 == 0 &&
+	return a->id != 0 && a->dead_bitmap_len % 8 == 0 && a->reserved == 0 &&
+		(a->version_width <= 2 || a->version_width == 4 || a->version_width == 8) &&
 		a->base <= ES_MAX_POSITION && a->min_position <= a->max_position &&
 		a->max_position <= ES_MAX_POSITION;
 }

@@ -32,8 +32,8 @@ role_valid(int16_t attno)
 EsStatus
 es_metapage_decode(const void *buf, size_t len, EsMetapage *meta, EsError *err)
 {
-	EsMetapage	copy;
-	uint32_t	found;
+	EsMetapage copy;
+	uint32_t   found;
 
 	if (len < sizeof(*meta))
 		return es_fail(err, ES_ERR_TRUNCATED, 0, "metapage has %zu bytes of %zu", len, sizeof(*meta));
@@ -49,11 +49,11 @@ es_metapage_decode(const void *buf, size_t len, EsMetapage *meta, EsError *err)
 	copy.crc = es_crc32c(0, &copy, sizeof(copy));
 	if (copy.crc != found)
 		return es_fail_crc(err, 0, found, copy.crc, "metapage");
-	if (copy.len != sizeof(copy) || copy.storage_id == 0 ||
-		copy.roles.context_class < ES_CONTEXT_STRING || copy.roles.context_class > ES_CONTEXT_ENUM ||
-		copy.roles.context <= 0 || !role_valid(copy.roles.context) ||
-		!role_valid(copy.roles.position) || !role_valid(copy.roles.version) ||
-		!role_valid(copy.roles.event_id) || !role_valid(copy.roles.event_type))
+	if (copy.len != sizeof(copy) || copy.storage_id == 0 || copy.roles.context_class < ES_CONTEXT_STRING ||
+		copy.roles.context_class > ES_CONTEXT_ENUM || copy.roles.context <= 0 ||
+		!role_valid(copy.roles.context) || !role_valid(copy.roles.position) ||
+		!role_valid(copy.roles.version) || !role_valid(copy.roles.event_id) ||
+		!role_valid(copy.roles.event_type))
 		return es_fail(err, ES_ERR_CORRUPT, 0, "metapage holds impossible values");
 	*meta = copy;
 	return ES_OK;

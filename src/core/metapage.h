@@ -15,17 +15,17 @@
 
 #include "core/format.h"
 
-#define ES_METAPAGE_MAGIC	UINT32_C(0x50425345)	/* "ESBP" */
+#define ES_METAPAGE_MAGIC UINT32_C(0x50425345) /* "ESBP" */
 
 typedef struct EsMetapage
 {
-	uint32_t	magic;
-	uint16_t	version;		/* ES_FORMAT_VERSION */
-	uint16_t	len;			/* of this struct */
-	uint64_t	storage_id;		/* never 0 */
-	uint8_t		store_uuid[ES_UUID_LEN];
-	EsRoles		roles;
-	uint32_t	crc;			/* of this struct with crc = 0 */
+	uint32_t magic;
+	uint16_t version;	 /* ES_FORMAT_VERSION */
+	uint16_t len;		 /* of this struct */
+	uint64_t storage_id; /* never 0 */
+	uint8_t	 store_uuid[ES_UUID_LEN];
+	EsRoles	 roles;
+	uint32_t crc; /* of this struct with crc = 0 */
 } EsMetapage;
 
 _Static_assert(sizeof(EsMetapage) == 48, "EsMetapage is on disk");
@@ -40,4 +40,4 @@ extern void es_metapage_seal(EsMetapage *meta);
  */
 extern EsStatus es_metapage_decode(const void *buf, size_t len, EsMetapage *meta, EsError *err);
 
-#endif							/* ES_CORE_METAPAGE_H */
+#endif /* ES_CORE_METAPAGE_H */

@@ -181,13 +181,22 @@ entry_rows(const EsSegment *seg, const EsPage *page, uint32_t number, uint32_t e
 {
 	uint64_t end;
 
-	*first_row = es_intvec_get(&page->rows, entry);
 	if (entry + 1 < page->rows.n)
-		end = es_intvec_get(&page->rows, entry + 1);
-	else if (number + 1 < seg->footer->nindex)
-		end = seg->index[number + 1].first_row;
+	{
+		uint64_t both[2];
+
+		es_intvec_decode(&page->rows, entry, 2, both);
+		*first_row = both[0];
+		end = both[1];
+	}
 	else
-		end = seg->footer->nrows;
+	{
+		*first_row = es_intvec_get(&page->rows, entry);
+		if (number + 1 < seg->footer->nindex)
+			end = seg->index[number + 1].first_row;
+		else
+			end = seg->footer->nrows;
+	}
 	if (*first_row >= end || end > seg->footer->nrows)
 		return es_fail(err, ES_ERR_CORRUPT, page->offset, "context index entry %u has rows %llu to %llu",
 					   entry, (unsigned long long) *first_row, (unsigned long long) end);
@@ -303,8 +312,8 @@ es_segment_walk_contexts(EsSegment *seg,
 _Static_assert(ES_CONTEXT_PAGE == ES_INDEX_PAGE_ENTRIES, "a page of entries is a page of the index");
 
 EsStatus
-es_segment_context_page(EsSegment *seg, uint32_t number, EsContextEntry entries[ES_CONTEXT_PAGE],
-						uint32_t *n, EsError *err)
+es_segment_context_page(EsSegment *seg, uint32_t number, EsContextEntry entries[ES_CONTEXT_PAGE], uint32_t *n,
+						EsError *err)
 {
 	uint64_t hashes[ES_INTVEC_BLOCK];
 	uint64_t rows[ES_INTVEC_BLOCK];
@@ -337,16 +346,16 @@ es_segment_context_page(EsSegment *seg, uint32_t number, EsContextEntry entries[
 	}
 	if (status == ES_OK && count > 0)
 	{
-		uint64_t end = number + 1 < seg->footer->nindex ? seg->index[number + 1].first_row : seg->footer->nrows;
+		uint64_t end =
+			number + 1 < seg->footer->nindex ? seg->index[number + 1].first_row : seg->footer->nrows;
 
 		entries[count - 1].nrows = end - entries[count - 1].first_row;
 		for (uint32_t e = 0; e < count && status == ES_OK; e++)
 			if (entries[e].nrows == 0 || entries[e].nrows > seg->footer->nrows ||
 				entries[e].first_row > seg->footer->nrows - entries[e].nrows)
-				status = es_fail(err, ES_ERR_CORRUPT, page->offset,
-								 "context index entry %u has %llu rows from %llu on", e,
-								 (unsigned long long) entries[e].nrows,
-								 (unsigned long long) entries[e].first_row);
+				status = es_fail(
+					err, ES_ERR_CORRUPT, page->offset, "context index entry %u has %llu rows from %llu on", e,
+					(unsigned long long) entries[e].nrows, (unsigned long long) entries[e].first_row);
 	}
 	es_page_unref(page);
 	if (status == ES_OK)

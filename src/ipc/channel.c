@@ -273,8 +273,7 @@ make_queues(EsChannel *ch)
 	pg_atomic_write_u32(&s->generation, ch->generation);
 }
 
-pg_attribute_noreturn()
-static void
+pg_attribute_noreturn() static void
 raise_dropped(const EsChannel *ch)
 {
 	ereport(ERROR,

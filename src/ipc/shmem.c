@@ -31,7 +31,6 @@
 /* LWLock tranches, one lock each, so that pg_stat_activity names the lock. */
 #define TRANCHE_RESERVE	"event_store_reserve"
 #define TRANCHE_RING	"event_store_ring"
-#define TRANCHE_CHANNEL "event_store_channel"
 #define TRANCHE_JOBS	"event_store_jobs"
 
 EsShared   *es_shared = NULL;
@@ -65,7 +64,6 @@ es_shmem_request(void)
 	RequestAddinShmemSpace(shared_size());
 	RequestNamedLWLockTranche(TRANCHE_RESERVE, 1);
 	RequestNamedLWLockTranche(TRANCHE_RING, 1);
-	RequestNamedLWLockTranche(TRANCHE_CHANNEL, 1);
 	RequestNamedLWLockTranche(TRANCHE_JOBS, 1);
 #ifdef ES_FAULT_POINTS
 	es_fault_shmem_request();
@@ -168,7 +166,6 @@ es_shmem_startup(void)
 		pg_atomic_init_u64(&es_shared->reserve_announced, 0);
 		es_shared->reserve_lock = &GetNamedLWLockTranche(TRANCHE_RESERVE)->lock;
 		es_shared->ring_lock = &GetNamedLWLockTranche(TRANCHE_RING)->lock;
-		es_shared->channel_lock = &GetNamedLWLockTranche(TRANCHE_CHANNEL)->lock;
 		pg_atomic_init_u32(&es_shared->table_waiters, 0);
 		pg_atomic_init_u32(&es_shared->spinners, 0);
 
@@ -315,8 +312,7 @@ es_counter_max(pg_atomic_uint64 *c, uint64 n)
 /* ---- waiting for the store and its shards ---- */
 
 /* A refusal: a message, and a hint behind the first newline. */
-pg_attribute_noreturn()
-static void
+pg_attribute_noreturn() static void
 raise_reason(slock_t *mutex, const int *code_field, const char *reason_field)
 {
 	char		reason[sizeof(es_shared->store_reason)];
@@ -420,8 +416,7 @@ es_wait_store_ready(void)
 }
 
 /* Why a shard is not open after all the time that we had. */
-pg_attribute_noreturn()
-static void
+pg_attribute_noreturn() static void
 raise_not_open(int shard, EsShardState state)
 {
 	EsShardShared *s = &es_shared->shards[shard];

@@ -241,8 +241,6 @@ typedef struct EsShared
 	 * anybody, at commit */
 	pg_atomic_uint32 collect_hint;
 
-	LWLock	   *channel_lock;	/* none held long: attach bookkeeping */
-
 	/* --- jobs for maintenance workers: see ipc/jobs.h --- */
 	struct EsJobQueue *jobs;
 

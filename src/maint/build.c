@@ -42,30 +42,30 @@
 #include "shard/files.h"
 #include "shard/segments.h"
 
-#define WRITE_BUFFER	(256 * 1024)
-#define WRITEBACK_STEP	(4 * 1024 * 1024)	/* the kernel is asked to begin writing this often */
-#define INTERRUPT_ROWS	1024
+#define WRITE_BUFFER   (256 * 1024)
+#define WRITEBACK_STEP (4 * 1024 * 1024) /* the kernel is asked to begin writing this often */
+#define INTERRUPT_ROWS 1024
 
 /* A batch of the job, in the worker's own memory. */
 typedef struct Source
 {
-	EsBatchView view;
-	const int64 *versions;		/* NULL = by the column, or none */
-	const uint8 *skip;			/* NULL = all rows */
-	EsPosition	base;
-	EsFxid		fxid;
-	EsPosition	first_position; /* what sources are ordered by */
-	uint32		number;			/* in the job */
-	bool		given_positions;
-	bool		given_versions;
-	bool		has_hash;
+	EsBatchView	 view;
+	const int64 *versions; /* NULL = by the column, or none */
+	const uint8 *skip;	   /* NULL = all rows */
+	EsPosition	 base;
+	EsFxid		 fxid;
+	EsPosition	 first_position; /* what sources are ordered by */
+	uint32		 number;		 /* in the job */
+	bool		 given_positions;
+	bool		 given_versions;
+	bool		 has_hash;
 } Source;
 
 typedef struct Entry
 {
-	uint64		hash;
-	uint32		source;
-	uint32		row;
+	uint64 hash;
+	uint32 source;
+	uint32 row;
 } Entry;
 
 typedef struct Output
@@ -74,25 +74,25 @@ typedef struct Output
 	int			fd;
 	char	   *buffer;
 	Size		used;
-	uint64		written;		/* bytes given to the kernel */
-	uint64		writeback;		/* bytes it was asked to write */
-	int			error;			/* errno of a failed write */
+	uint64		written;   /* bytes given to the kernel */
+	uint64		writeback; /* bytes it was asked to write */
+	int			error;	   /* errno of a failed write */
 } Output;
 
 typedef struct Builder
 {
-	const EsJob *job;
-	bool		pending;
-	Source	   *sources;
-	uint32		nsources;
-	Entry	   *entries;
-	uint64		nentries;
-	EsRoles		roles;
-	uint32		relid;
-	EsColumnDesc *columns;		/* of the segment: the table's, then those of a pending one */
-	int			ntable;			/* the table's */
-	int			ncols;
-	bool		has_hash;
+	const EsJob	 *job;
+	bool		  pending;
+	Source		 *sources;
+	uint32		  nsources;
+	Entry		 *entries;
+	uint64		  nentries;
+	EsRoles		  roles;
+	uint32		  relid;
+	EsColumnDesc *columns; /* of the segment: the table's, then those of a pending one */
+	int			  ntable;  /* the table's */
+	int			  ncols;
+	bool		  has_hash;
 } Builder;
 
 /* ---- sorting ---- */
@@ -107,10 +107,10 @@ compare_entries(const Entry *a, const Entry *b)
 	return a->row < b->row ? -1 : a->row > b->row;
 }
 
-#define ST_SORT sort_entries
-#define ST_ELEMENT_TYPE Entry
+#define ST_SORT			 sort_entries
+#define ST_ELEMENT_TYPE	 Entry
 #define ST_COMPARE(a, b) compare_entries(a, b)
-#define ST_SCOPE static
+#define ST_SCOPE		 static
 #define ST_CHECK_FOR_INTERRUPTS
 #define ST_DEFINE
 #define ST_DECLARE
@@ -126,7 +126,7 @@ source_int64(const Source *s, int attno, uint32 row)
 static inline EsPosition
 row_position(const Builder *b, const Source *s, uint32 row)
 {
-	int			column = s->view.header->roles.position - 1;
+	int column = s->view.header->roles.position - 1;
 
 	/* a rewrite copies rows of its own transaction, too, and they have none yet */
 	if (s->given_positions && !es_batch_is_null(&s->view, column, row))
@@ -157,11 +157,11 @@ static int
 compare_rows(const void *x, const void *y, void *arg)
 {
 	const Builder *b = arg;
-	const Entry *ex = x;
-	const Entry *ey = y;
-	EsPosition	px;
-	EsPosition	py;
-	int			c = compare_contexts(b, ex, ey);
+	const Entry	  *ex = x;
+	const Entry	  *ey = y;
+	EsPosition	   px;
+	EsPosition	   py;
+	int			   c = compare_contexts(b, ex, ey);
 
 	if (c != 0)
 		return c;
@@ -174,9 +174,9 @@ compare_rows(const void *x, const void *y, void *arg)
 static uint64
 settle_run(Builder *b, uint64 from)
 {
-	Entry	   *e = b->entries;
-	uint64		to = from + 1;
-	bool		sorted = true;
+	Entry *e = b->entries;
+	uint64 to = from + 1;
+	bool   sorted = true;
 
 	while (to < b->nentries && e[to].hash == e[from].hash)
 	{
@@ -211,15 +211,15 @@ row_skipped(const Source *s, uint32 row)
 static void
 open_sources(Builder *b, dsa_area *arena)
 {
-	const EsJob *job = b->job;
+	const EsJob		 *job = b->job;
 	const EsJobBatch *list = dsa_get_address(arena, job->batches);
 
 	b->nsources = job->nbatches;
 	b->sources = palloc_extended(sizeof(Source) * Max(b->nsources, 1), MCXT_ALLOC_HUGE);
 	for (uint32 i = 0; i < b->nsources; i++)
 	{
-		Source	   *s = &b->sources[i];
-		const EsJobBatch *jb = &list[i];
+		Source				*s = &b->sources[i];
+		const EsJobBatch	*jb = &list[i];
 		const EsBatchHeader *h;
 
 		memset(s, 0, sizeof(*s));
@@ -234,8 +234,8 @@ open_sources(Builder *b, dsa_area *arena)
 		s->number = i;
 		s->has_hash = (h->flags & ES_BATCH_HAS_CONTENT_HASH) != 0;
 		/* a staged batch has no FINISH yet: its own flag says what the FINISH will */
-		s->given_positions = b->pending ? (h->flags & ES_BATCH_GIVEN_POSITIONS) != 0 :
-			(jb->flags & ES_FINISH_GIVEN_POSITIONS) != 0;
+		s->given_positions = b->pending ? (h->flags & ES_BATCH_GIVEN_POSITIONS) != 0
+										: (jb->flags & ES_FINISH_GIVEN_POSITIONS) != 0;
 		s->given_versions = b->pending || (jb->flags & ES_FINISH_GIVEN_VERSIONS) != 0;
 		if (h->roles.version == 0)
 			s->given_versions = false;
@@ -269,11 +269,11 @@ gather_columns(Builder *b)
 	for (uint32 i = 0; i < b->nsources; i++)
 	{
 		const EsBatchView *v = &b->sources[i].view;
-		int			n = v->header->ncols - (b->sources[i].has_hash ? 1 : 0);
+		int				   n = v->header->ncols - (b->sources[i].has_hash ? 1 : 0);
 
 		for (int col = 0; col < n; col++)
 		{
-			EsColumnDesc *to = &b->columns[col];
+			EsColumnDesc	   *to = &b->columns[col];
 			const EsColumnDesc *from = &v->columns[col].desc;
 
 			if (to->len == 0)
@@ -296,7 +296,7 @@ gather_columns(Builder *b)
 static void
 gather_entries(Builder *b)
 {
-	uint64		n = 0;
+	uint64 n = 0;
 
 	for (uint32 i = 0; i < b->nsources; i++)
 		n += b->sources[i].view.header->nrows;
@@ -304,18 +304,14 @@ gather_entries(Builder *b)
 	for (uint32 i = 0; i < b->nsources; i++)
 	{
 		const Source *s = &b->sources[i];
-		uint32		nrows = s->view.header->nrows;
+		uint32		  nrows = s->view.header->nrows;
 
 		for (uint32 row = 0; row < nrows; row++)
 		{
 			if (row_skipped(s, row))
 				continue;
-			b->entries[b->nentries++] = (Entry)
-			{
-				.hash = es_batch_context_hash(&s->view, row),
-				.source = i,
-				.row = row
-			};
+			b->entries[b->nentries++] =
+				(Entry){.hash = es_batch_context_hash(&s->view, row), .source = i, .row = row};
 		}
 		CHECK_FOR_INTERRUPTS();
 	}
@@ -327,11 +323,11 @@ gather_entries(Builder *b)
 static EsStatus
 output_flush(Output *out, EsError *err)
 {
-	Size		at = 0;
+	Size at = 0;
 
 	while (at < out->used)
 	{
-		ssize_t		n;
+		ssize_t n;
 
 		errno = ES_FAULT_IO("segment-write");
 		n = errno != 0 ? -1 : write(out->fd, out->buffer + at, out->used - at);
@@ -359,11 +355,11 @@ output_flush(Output *out, EsError *err)
 static EsStatus
 output_append(void *arg, const void *buf, size_t len, EsError *err)
 {
-	Output	   *out = arg;
+	Output *out = arg;
 
 	while (len > 0)
 	{
-		Size		n = Min(len, WRITE_BUFFER - out->used);
+		Size n = Min(len, WRITE_BUFFER - out->used);
 
 		memcpy(out->buffer + out->used, buf, n);
 		out->used += n;
@@ -371,7 +367,7 @@ output_append(void *arg, const void *buf, size_t len, EsError *err)
 		len -= n;
 		if (out->used == WRITE_BUFFER)
 		{
-			EsStatus	status = output_flush(out, err);
+			EsStatus status = output_flush(out, err);
 
 			if (status != ES_OK)
 				return status;
@@ -389,40 +385,36 @@ check_writer(EsStatus status, const Output *out, const EsError *err)
 	if (status == ES_ERR_IO)
 		es_file_error(ERROR, out->error, "write", out->path);
 	if (status == ES_ERR_NOMEM)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory"),
-				 errdetail("Writing file \"%s\".", out->path)));
-	ereport(ERROR,
-			(errcode(ERRCODE_INTERNAL_ERROR),
-			 errmsg("could not build segment \"%s\": %s", out->path, err->what)));
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory"),
+						errdetail("Writing file \"%s\".", out->path)));
+	ereport(ERROR, (errcode(ERRCODE_INTERNAL_ERROR),
+					errmsg("could not build segment \"%s\": %s", out->path, err->what)));
 }
 
 static void
 write_rows(Builder *b, EsSegmentWriter *writer, const Output *out)
 {
 	const void **values = palloc0(sizeof(void *) * (b->ncols + 1));
-	uint64		settled = 0;
-	EsError		err = {0};
+	uint64		 settled = 0;
+	EsError		 err = {0};
 
 	for (uint64 i = 0; i < b->nentries; i++)
 	{
-		const Entry *e;
-		const Source *s;
+		const Entry		  *e;
+		const Source	  *s;
 		const EsBatchView *v;
-		EsSegmentRow row = {.values = values};
-		int64		place;
-		int64		ordinal;
-		int32		cid;
-		int			ncols;
+		EsSegmentRow	   row = {.values = values};
+		int64			   place;
+		int64			   ordinal;
+		int32			   cid;
+		int				   ncols;
 
 		if (i % INTERRUPT_ROWS == 0)
 		{
 			CHECK_FOR_INTERRUPTS();
 			if (es_generation_gone(b->job->shard, b->job->shard_generation))
 				ereport(ERROR,
-						(errcode(ERRCODE_ADMIN_SHUTDOWN),
-						 errmsg("shard %d was restarted", b->job->shard)));
+						(errcode(ERRCODE_ADMIN_SHUTDOWN), errmsg("shard %d was restarted", b->job->shard)));
 		}
 		if (i == settled)
 			settled = settle_run(b, i);
@@ -432,7 +424,8 @@ write_rows(Builder *b, EsSegmentWriter *writer, const Output *out)
 
 		ncols = v->header->ncols - (s->has_hash ? 1 : 0);
 		for (int col = 0; col < b->ntable; col++)
-			values[col] = col >= ncols || es_batch_is_null(v, col, e->row) ? NULL : es_batch_value(v, col, e->row);
+			values[col] =
+				col >= ncols || es_batch_is_null(v, col, e->row) ? NULL : es_batch_value(v, col, e->row);
 		if (s->has_hash && !es_batch_is_null(v, ncols, e->row))
 			row.content_hash = es_batch_value(v, ncols, e->row);
 		row.context_hash = e->hash;
@@ -458,11 +451,11 @@ write_rows(Builder *b, EsSegmentWriter *writer, const Output *out)
 void
 es_build_segment(const EsJob *job, dsa_area *arena, EsSegmentSummary *summary)
 {
-	Builder		b = {.job = job,.pending = job->kind == ES_JOB_SPILL};
+	Builder		  b = {.job = job, .pending = job->kind == ES_JOB_SPILL};
 	EsSegmentSpec spec = {0};
 	EsSegmentWriter *volatile writer = NULL;
-	Output		out = {.fd = -1};
-	EsError		err = {0};
+	Output	out = {.fd = -1};
+	EsError err = {0};
 
 	open_sources(&b, arena);
 	gather_columns(&b);
@@ -516,7 +509,7 @@ es_build_segment(const EsJob *job, dsa_area *arena, EsSegmentSummary *summary)
 	es_segment_writer_free(writer);
 	if (close(out.fd) != 0)
 	{
-		int			save_errno = errno;
+		int save_errno = errno;
 
 		unlink(out.path);
 		es_file_error(ERROR, save_errno, "close", out.path);

@@ -61,19 +61,19 @@
 #include "ipc/shmem.h"
 #include "maint/maint.h"
 
-#define COLLECT_INTERVAL	300000	/* ms between two rounds without a hint */
-#define FIRST_ROUND			60000	/* ms after the start */
-#define HINT_DELAY			1000	/* ms from a hint to its round */
-#define HINT_GAP			5000	/* ms between two rounds at least */
-#define XMIN_POLL			1000	/* ms */
-#define XMIN_PATIENCE		600000	/* ms; after that the next round begins anew */
+#define COLLECT_INTERVAL 300000 /* ms between two rounds without a hint */
+#define FIRST_ROUND		 60000	/* ms after the start */
+#define HINT_DELAY		 1000	/* ms from a hint to its round */
+#define HINT_GAP		 5000	/* ms between two rounds at least */
+#define XMIN_POLL		 1000	/* ms */
+#define XMIN_PATIENCE	 600000 /* ms; after that the next round begins anew */
 
 /* ---- in maintenance worker 0 ---- */
 
 static BackgroundWorkerHandle *
 start_worker(const char *function, const char *name, Oid database, dsm_handle segment)
 {
-	BackgroundWorker worker;
+	BackgroundWorker		worker;
 	BackgroundWorkerHandle *handle;
 
 	memset(&worker, 0, sizeof(worker));
@@ -104,12 +104,12 @@ long
 es_collect_tick(void)
 {
 	static BackgroundWorkerHandle *collector = NULL;
-	static TimestampTz next = 0;
-	static TimestampTz last = 0;
-	static uint32 seen = 0;
-	TimestampTz now = GetCurrentTimestamp();
-	uint32		hint = pg_atomic_read_u32(&es_shared->collect_hint);
-	pid_t		pid;
+	static TimestampTz			   next = 0;
+	static TimestampTz			   last = 0;
+	static uint32				   seen = 0;
+	TimestampTz					   now = GetCurrentTimestamp();
+	uint32						   hint = pg_atomic_read_u32(&es_shared->collect_hint);
+	pid_t						   pid;
 
 	if (next == 0)
 		next = TimestampTzPlusMilliseconds(now, FIRST_ROUND);
@@ -154,13 +154,13 @@ es_collect_tick(void)
 /* A storage that a shard holds rows of. */
 typedef struct Candidate
 {
-	EsTableKey	key;
-	bool		dead;			/* its database is gone */
-	bool		missing;		/* in no table so far */
+	EsTableKey key;
+	bool	   dead;	/* its database is gone */
+	bool	   missing; /* in no table so far */
 } Candidate;
 
 static Candidate *candidates;
-static uint32 ncandidates;
+static uint32	  ncandidates;
 
 static int
 compare_candidates(const void *x, const void *y)
@@ -178,15 +178,15 @@ compare_candidates(const void *x, const void *y)
 static void
 ask_shards(void)
 {
-	uint32		allocated = 1024;
-	uint32		n = 0;
+	uint32 allocated = 1024;
+	uint32 n = 0;
 
 	candidates = palloc(allocated * sizeof(Candidate));
 	for (int shard = 0; shard < es_shared->nshards; shard++)
 	{
-		EsStatRequest req;
+		EsStatRequest	req;
 		const EsAnswer *answer;
-		uint64		id = es_request_id();
+		uint64			id = es_request_id();
 
 		memset(&req, 0, sizeof(req));
 		req.req.type = ES_REQ_STAT;
@@ -195,11 +195,11 @@ ask_shards(void)
 		es_channel_connect(shard);
 		es_channel_expect(shard, id);
 		es_channel_wait_room(shard, sizeof(req));
-		es_channel_send(shard, &req.req, &(EsPart) {&req, sizeof(req)}, 1, true);
+		es_channel_send(shard, &req.req, &(EsPart){&req, sizeof(req)}, 1, true);
 		do
 		{
 			const EsTableKey *keys;
-			uint64		nkeys;
+			uint64			  nkeys;
 
 			answer = es_channel_answer(shard, id);
 			keys = (const EsTableKey *) (answer + 1);
@@ -211,7 +211,7 @@ ask_shards(void)
 					allocated *= 2;
 					candidates = repalloc_huge(candidates, (Size) allocated * sizeof(Candidate));
 				}
-				candidates[n++] = (Candidate) {.key = keys[i]};
+				candidates[n++] = (Candidate){.key = keys[i]};
 			}
 		} while ((answer->flags & ES_ANSWER_LAST) == 0);
 		es_channel_forget(shard, id);
@@ -229,11 +229,11 @@ ask_shards(void)
 static Oid *
 list_databases(int *n)
 {
-	Relation	rel;
+	Relation	  rel;
 	TableScanDesc scan;
-	HeapTuple	tuple;
-	int			allocated = 64;
-	Oid		   *oids = palloc(allocated * sizeof(Oid));
+	HeapTuple	  tuple;
+	int			  allocated = 64;
+	Oid			 *oids = palloc(allocated * sizeof(Oid));
 	MemoryContext context = CurrentMemoryContext;
 
 	*n = 0;
@@ -262,7 +262,7 @@ list_databases(int *n)
 static void
 keep_missing(void)
 {
-	uint32		n = 0;
+	uint32 n = 0;
 
 	for (uint32 i = 0; i < ncandidates; i++)
 		if (candidates[i].dead || candidates[i].missing)
@@ -273,8 +273,8 @@ keep_missing(void)
 static void
 mark_dead_databases(void)
 {
-	int			n;
-	Oid		   *oids = list_databases(&n);
+	int	 n;
+	Oid *oids = list_databases(&n);
 
 	for (uint32 i = 0; i < ncandidates; i++)
 	{
@@ -293,12 +293,12 @@ mark_dead_databases(void)
 static bool
 look_at_database(uint32 from, uint32 to)
 {
-	uint32		n = to - from;
-	dsm_segment *segment;
-	EsLook	   *look;
+	uint32					n = to - from;
+	dsm_segment			   *segment;
+	EsLook				   *look;
 	BackgroundWorkerHandle *worker;
-	char		name[BGW_MAXLEN];
-	bool		complete = false;
+	char					name[BGW_MAXLEN];
+	bool					complete = false;
 
 	segment = dsm_create(offsetof(EsLook, ids) + n * sizeof(look->ids[0]), DSM_CREATE_NULL_IF_MAXSEGMENTS);
 	if (segment == NULL)
@@ -346,12 +346,12 @@ static bool
 wait_for_xmin(FullTransactionId xid)
 {
 	static uint32 wait_event = 0;
-	TimestampTz give_up = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), XMIN_PATIENCE);
+	TimestampTz	  give_up = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), XMIN_PATIENCE);
 
 	for (;;)
 	{
 		TransactionId oldest = GetOldestNonRemovableTransactionId(NULL);
-		EsFxid		full = es_widen_xid(U64FromFullTransactionId(ReadNextFullTransactionId()), oldest);
+		EsFxid		  full = es_widen_xid(U64FromFullTransactionId(ReadNextFullTransactionId()), oldest);
 
 		if (full >= U64FromFullTransactionId(xid))
 			return true;
@@ -367,7 +367,7 @@ wait_for_xmin(FullTransactionId xid)
 static void
 drop_candidates(void)
 {
-	Size		len = offsetof(EsDropRequest, keys) + ncandidates * sizeof(EsTableKey);
+	Size		   len = offsetof(EsDropRequest, keys) + ncandidates * sizeof(EsTableKey);
 	EsDropRequest *req;
 
 	if (ncandidates == 0)
@@ -381,10 +381,9 @@ drop_candidates(void)
 	{
 		req->req.type = ES_REQ_DROP_STORAGE;
 		req->req.flags = 0;
-		pfree(es_channel_call(shard, &req->req, &(EsPart) {req, len}, 1));
+		pfree(es_channel_call(shard, &req->req, &(EsPart){req, len}, 1));
 	}
-	ereport(LOG,
-			(errmsg("event_store dropped %u storages that no table has any more", ncandidates)));
+	ereport(LOG, (errmsg("event_store dropped %u storages that no table has any more", ncandidates)));
 	pfree(req);
 }
 
@@ -398,8 +397,8 @@ es_collect_main(Datum arg)
 	BackgroundWorkerUnblockSignals();
 	BackgroundWorkerInitializeConnection(NULL, NULL, 0);
 	CurrentResourceOwner = NULL;
-	MemoryContextSwitchTo(AllocSetContextCreate(TopMemoryContext, "event_store collector",
-												ALLOCSET_DEFAULT_SIZES));
+	MemoryContextSwitchTo(
+		AllocSetContextCreate(TopMemoryContext, "event_store collector", ALLOCSET_DEFAULT_SIZES));
 
 	ask_shards();
 	mark_dead_databases();

@@ -43,8 +43,8 @@
 
 typedef struct Table
 {
-	Oid			oid;
-	bool		ours;			/* of the access method event_store */
+	Oid	 oid;
+	bool ours; /* of the access method event_store */
 } Table;
 
 static Table *
@@ -70,7 +70,7 @@ list_tables(int *n)
 			allocated *= 2;
 			tables = repalloc_huge(tables, (Size) allocated * sizeof(Table));
 		}
-		tables[(*n)++] = (Table) {.oid = form->oid,.ours = form->relam == am};
+		tables[(*n)++] = (Table){.oid = form->oid, .ours = form->relam == am};
 	}
 	systable_endscan(scan);
 	table_close(rel, AccessShareLock);
@@ -80,8 +80,8 @@ list_tables(int *n)
 static int
 compare_ids(const void *x, const void *y)
 {
-	uint64		a = *(const uint64 *) x;
-	uint64		b = *(const uint64 *) y;
+	uint64 a = *(const uint64 *) x;
+	uint64 b = *(const uint64 *) y;
 
 	return a < b ? -1 : a > b;
 }
@@ -90,8 +90,8 @@ compare_ids(const void *x, const void *y)
 static bool
 look_at_table(EsLook *look, const Table *table)
 {
-	Relation	rel;
-	bool		known = true;
+	Relation rel;
+	bool	 known = true;
 
 	if (!ConditionalLockRelationOid(table->oid, AccessShareLock))
 		return false;
@@ -108,15 +108,16 @@ look_at_table(EsLook *look, const Table *table)
 		known = !table->ours;
 	else
 	{
-		Buffer		buffer = ReadBuffer(rel, 0);
-		Page		page;
-		EsMetapage	meta;
-		EsError		err;
+		Buffer	   buffer = ReadBuffer(rel, 0);
+		Page	   page;
+		EsMetapage meta;
+		EsError	   err;
 
 		LockBuffer(buffer, BUFFER_LOCK_SHARE);
 		page = BufferGetPage(buffer);
 		if (PageIsNew(page) ||
-			es_metapage_decode(PageGetContents(page), BLCKSZ - MAXALIGN(SizeOfPageHeaderData), &meta, &err) != ES_OK ||
+			es_metapage_decode(PageGetContents(page), BLCKSZ - MAXALIGN(SizeOfPageHeaderData), &meta, &err) !=
+				ES_OK ||
 			memcmp(meta.store_uuid, es_shared->store_uuid, ES_UUID_LEN) != 0)
 		{
 			known = !table->ours;
@@ -129,7 +130,7 @@ look_at_table(EsLook *look, const Table *table)
 		}
 		else
 		{
-			void	   *found = bsearch(&meta.storage_id, look->ids, look->nids, sizeof(look->ids[0]), compare_ids);
+			void *found = bsearch(&meta.storage_id, look->ids, look->nids, sizeof(look->ids[0]), compare_ids);
 
 			if (found != NULL)
 				((uint64 *) found)[1] = 1;
@@ -143,13 +144,13 @@ look_at_table(EsLook *look, const Table *table)
 void
 es_collect_database_main(Datum arg)
 {
-	Oid			database = DatumGetObjectId(arg);
-	dsm_handle	handle;
+	Oid			 database = DatumGetObjectId(arg);
+	dsm_handle	 handle;
 	dsm_segment *segment;
-	EsLook	   *look;
-	Table	   *tables;
-	int			n;
-	bool		complete = true;
+	EsLook		*look;
+	Table		*tables;
+	int			 n;
+	bool		 complete = true;
 
 	pqsignal(SIGTERM, die);
 	BackgroundWorkerUnblockSignals();

@@ -44,23 +44,23 @@ extern long es_collect_tick(void);
 typedef enum EsLookState
 {
 	ES_LOOK_RUNNING = 0,
-	ES_LOOK_COMPLETE,			/* every event table's metapage was read */
-	ES_LOOK_INCOMPLETE,			/* some table was locked or damaged: nothing is known */
+	ES_LOOK_COMPLETE,	/* every event table's metapage was read */
+	ES_LOOK_INCOMPLETE, /* some table was locked or damaged: nothing is known */
 } EsLookState;
 
 typedef struct EsLook
 {
-	Oid			database;
+	Oid				 database;
 	pg_atomic_uint32 state;
-	uint32		nids;
+	uint32			 nids;
 	struct
 	{
-		uint64		id;
-		uint64		found;		/* 1 = a relation has it */
-	}			ids[FLEXIBLE_ARRAY_MEMBER]; /* ascending */
+		uint64 id;
+		uint64 found;			  /* 1 = a relation has it */
+	} ids[FLEXIBLE_ARRAY_MEMBER]; /* ascending */
 } EsLook;
 
 extern PGDLLEXPORT void es_collect_main(Datum arg);
 extern PGDLLEXPORT void es_collect_database_main(Datum arg);
 
-#endif							/* ES_MAINT_MAINT_H */
+#endif /* ES_MAINT_MAINT_H */

@@ -47,9 +47,9 @@ static volatile sig_atomic_t got_sigterm = false;
 /* Attached arenas, one per shard. */
 typedef struct Attached
 {
-	dsa_area   *area;
-	dsa_handle	handle;
-	uint32		generation;
+	dsa_area  *area;
+	dsa_handle handle;
+	uint32	   generation;
 } Attached;
 
 static Attached attached[ES_MAX_SHARDS];
@@ -63,7 +63,7 @@ es_generation_gone(int shard, uint32 generation)
 static void
 handle_sigterm(SIGNAL_ARGS)
 {
-	int			save_errno = errno;
+	int save_errno = errno;
 
 	got_sigterm = true;
 	SetLatch(MyLatch);
@@ -73,7 +73,7 @@ handle_sigterm(SIGNAL_ARGS)
 static void
 detach_arena(int shard)
 {
-	Attached   *a = &attached[shard];
+	Attached *a = &attached[shard];
 
 	if (a->area != NULL)
 		dsa_detach(a->area);
@@ -83,7 +83,7 @@ detach_arena(int shard)
 static dsa_area *
 attach_arena(int shard, uint32 generation, dsa_handle handle)
 {
-	Attached   *a = &attached[shard];
+	Attached *a = &attached[shard];
 
 	if (a->area != NULL && (a->handle != handle || a->generation != generation))
 		detach_arena(shard);
@@ -103,20 +103,17 @@ attach_arena(int shard, uint32 generation, dsa_handle handle)
 static void
 run_job(EsJob *job, MemoryContext context)
 {
-	EsJob		mine = *job;	/* constant until FREE; after a restart of the shard it may become another */
+	EsJob		  mine = *job; /* constant until FREE; after a restart of the shard it may become another */
 	MemoryContext old = MemoryContextSwitchTo(context);
-	char		activity[96];
+	char		  activity[96];
 
 	snprintf(activity, sizeof(activity), "shard %d: %s segment %016llx", mine.shard,
-			 mine.kind == ES_JOB_SPILL ? "spilling to" : "flushing to",
-			 (unsigned long long) mine.segment_id);
+			 mine.kind == ES_JOB_SPILL ? "spilling to" : "flushing to", (unsigned long long) mine.segment_id);
 	pgstat_report_activity(STATE_RUNNING, activity);
 	PG_TRY();
 	{
 		if (es_generation_gone(mine.shard, mine.shard_generation))
-			ereport(ERROR,
-					(errcode(ERRCODE_ADMIN_SHUTDOWN),
-					 errmsg("shard %d was restarted", mine.shard)));
+			ereport(ERROR, (errcode(ERRCODE_ADMIN_SHUTDOWN), errmsg("shard %d was restarted", mine.shard)));
 		es_build_segment(&mine, attach_arena(mine.shard, mine.shard_generation, mine.arena), &mine.summary);
 		ES_FAULT("segment-built");
 		job->summary = mine.summary;
@@ -126,7 +123,7 @@ run_job(EsJob *job, MemoryContext context)
 	}
 	PG_CATCH();
 	{
-		ErrorData  *edata;
+		ErrorData *edata;
 
 		MemoryContextSwitchTo(context);
 		HOLD_INTERRUPTS();
@@ -153,7 +150,7 @@ shards_left(void)
 	for (int i = 0; i < es_shared->nshards; i++)
 	{
 		EsShardShared *shard = &es_shared->shards[i];
-		bool		alive;
+		bool		   alive;
 
 		SpinLockAcquire(&shard->mutex);
 		alive = shard->proc != NULL;
@@ -179,7 +176,7 @@ void
 es_maintenance_main(Datum arg)
 {
 	static uint32 wait_event = 0;
-	int			worker = DatumGetInt32(arg);
+	int			  worker = DatumGetInt32(arg);
 	MemoryContext context;
 
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
@@ -195,8 +192,8 @@ es_maintenance_main(Datum arg)
 
 	for (;;)
 	{
-		EsJob	   *job;
-		long		timeout = 60000;
+		EsJob *job;
+		long   timeout = 60000;
 
 		ResetLatch(MyLatch);
 		CHECK_FOR_INTERRUPTS();
@@ -223,7 +220,7 @@ es_maintenance_main(Datum arg)
 			detach_arena(i);
 		if (worker == 0 && !got_sigterm)
 		{
-			long		wanted = es_collect_tick();
+			long wanted = es_collect_tick();
 
 			timeout = Min(timeout, wanted);
 		}

@@ -35,11 +35,11 @@
 /* A transaction with pending segments. */
 typedef struct Adoption
 {
-	dlist_node	node;
-	EsTxn	   *txn;			/* with a reference */
-	EsSectionHeader *section;	/* of its FINISH; NULL = not finished */
-	uint64		memtable;		/* active one when the FINISH frame was logged last */
-	uint64		edit;			/* ticket of the manifest record; 0 = none */
+	dlist_node		 node;
+	EsTxn			*txn;	   /* with a reference */
+	EsSectionHeader *section;  /* of its FINISH; NULL = not finished */
+	uint64			 memtable; /* active one when the FINISH frame was logged last */
+	uint64			 edit;	   /* ticket of the manifest record; 0 = none */
 } Adoption;
 
 static dlist_head adoptions = DLIST_STATIC_INIT(adoptions);
@@ -47,23 +47,23 @@ static dlist_head adoptions = DLIST_STATIC_INIT(adoptions);
 /* Adopted segments of transactions that recovery may meet, by fxid; only while it runs. */
 typedef struct Recallable
 {
-	EsFxid		fxid;
+	EsFxid		  fxid;
 	EsSegmentRef *ref;
 } Recallable;
 
 static Recallable *recallable;
-static uint32 nrecallable;
+static uint32	   nrecallable;
 
 /* ---- registration ---- */
 
 static Adoption *
 find_adoption(EsTxn *txn)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &adoptions)
 	{
-		Adoption   *a = dlist_container(Adoption, node, iter.cur);
+		Adoption *a = dlist_container(Adoption, node, iter.cur);
 
 		if (a->txn == txn)
 			return a;
@@ -74,7 +74,7 @@ find_adoption(EsTxn *txn)
 static Adoption *
 get_adoption(EsTxn *txn)
 {
-	Adoption   *a = find_adoption(txn);
+	Adoption *a = find_adoption(txn);
 
 	if (a == NULL)
 	{
@@ -108,8 +108,8 @@ compare_recallable(const void *x, const void *y)
 void
 es_adopt_init(void)
 {
-	uint32		state = 0;
-	uint32		allocated = 0;
+	uint32		  state = 0;
+	uint32		  allocated = 0;
 	EsSegmentRef *ref;
 
 	while ((ref = es_segments_each(&state)) != NULL)
@@ -121,11 +121,11 @@ es_adopt_init(void)
 		if (nrecallable == allocated)
 		{
 			allocated = Max(64, allocated * 2);
-			recallable = recallable == NULL ?
-				MemoryContextAlloc(TopMemoryContext, allocated * sizeof(Recallable)) :
-				repalloc_huge(recallable, (Size) allocated * sizeof(Recallable));
+			recallable = recallable == NULL
+							 ? MemoryContextAlloc(TopMemoryContext, allocated * sizeof(Recallable))
+							 : repalloc_huge(recallable, (Size) allocated * sizeof(Recallable));
 		}
-		recallable[nrecallable++] = (Recallable) {.fxid = ref->entry.segment.min_fxid,.ref = ref};
+		recallable[nrecallable++] = (Recallable){.fxid = ref->entry.segment.min_fxid, .ref = ref};
 	}
 	if (nrecallable > 0)
 		qsort(recallable, nrecallable, sizeof(Recallable), compare_recallable);
@@ -134,15 +134,15 @@ es_adopt_init(void)
 void
 es_adopt_recall(EsTxn *txn)
 {
-	uint32		low = 0;
-	uint32		high = nrecallable;
+	uint32		  low = 0;
+	uint32		  high = nrecallable;
 	MemoryContext old;
 
 	if (nrecallable == 0 || txn->pending != NIL)
 		return;
 	while (low < high)
 	{
-		uint32		middle = low + (high - low) / 2;
+		uint32 middle = low + (high - low) / 2;
 
 		if (recallable[middle].fxid < txn->fxid)
 			low = middle + 1;
@@ -164,7 +164,7 @@ es_adopt_recall(EsTxn *txn)
 bool
 es_adopt_ahead(const EsSegmentRef *ref)
 {
-	EsTxn	   *txn;
+	EsTxn *txn;
 
 	if (nrecallable == 0 || !ref->entry.adopted)
 		return false;
@@ -177,7 +177,7 @@ es_adopt_ahead(const EsSegmentRef *ref)
 void
 es_flush_finish_pending(EsTxn *txn, const EsSectionHeader *section)
 {
-	Adoption   *a = get_adoption(txn);
+	Adoption *a = get_adoption(txn);
 
 	(void) es_finish_pending(txn, section, 0);
 	if (a->section == NULL)
@@ -207,7 +207,7 @@ end_adoption(Adoption *a)
 static void
 settle(Adoption *a, bool committed)
 {
-	ListCell   *lc;
+	ListCell *lc;
 
 	ES_FAULT("adopt-manifest-durable");
 	foreach(lc, a->txn->pending)
@@ -234,8 +234,8 @@ static bool
 submit(Adoption *a, bool committed)
 {
 	EsManifestEdit *edit;
-	bool		some = false;
-	ListCell   *lc;
+	bool			some = false;
+	ListCell	   *lc;
 
 	foreach(lc, a->txn->pending)
 		some |= !((EsSegmentRef *) lfirst(lc))->entry.adopted;
@@ -250,23 +250,23 @@ submit(Adoption *a, bool committed)
 	ES_FAULT("adopt-before-manifest");
 	foreach(lc, a->txn->pending)
 	{
-		EsSegmentRef *ref = lfirst(lc);
+		EsSegmentRef		  *ref = lfirst(lc);
 		const EsManifestEntry *e = &ref->entry;
 
 		if (e->adopted)
 			continue;
 		if (committed && ref->finished && e->nlive > 0)
 		{
-			EsManifestAdopt adopt = {
-				.id = e->segment.id,
-				.fxid = a->txn->fxid,
-				.base = e->base,
-				.min_position = e->segment.min_position,
-				.max_position = e->segment.max_position,
-				.nlive = e->nlive,
-				.dead_bitmap_len = e->dead_bitmap ? (e->segment.nrows + 63) / 64 * 8 : 0,
-				.nfirst_versions = e->nfirst_versions
-			};
+			EsManifestAdopt adopt = {.id = e->segment.id,
+									 .fxid = a->txn->fxid,
+									 .base = e->base,
+									 .min_position = e->segment.min_position,
+									 .max_position = e->segment.max_position,
+									 .nlive = e->nlive,
+									 .dead_bitmap_len = e->dead_bitmap ? (e->segment.nrows + 63) / 64 * 8 : 0,
+									 .nfirst_versions = e->nfirst_versions,
+									 .version_base = e->version_base,
+									 .version_width = e->version_width};
 
 			es_edit_check(es_manifest_edit_adopt(edit, &adopt, e->dead_bitmap, e->first_versions));
 		}
@@ -303,8 +303,8 @@ es_adopt_tick(void)
 
 	dlist_foreach_modify(iter, &adoptions)
 	{
-		Adoption   *a = dlist_container(Adoption, node, iter.cur);
-		bool		committed = a->txn->verdict == ES_VERDICT_COMMITTED;
+		Adoption *a = dlist_container(Adoption, node, iter.cur);
+		bool	  committed = a->txn->verdict == ES_VERDICT_COMMITTED;
 
 		if (a->edit != 0)
 		{
@@ -314,8 +314,7 @@ es_adopt_tick(void)
 		}
 		if (!decided(a->txn) || a->txn->spilling)
 			continue;
-		if (committed &&
-			(!es_txn_verdict_durable(a->txn) || es_log_durable_ticket() < a->txn->finish_ticket))
+		if (committed && (!es_txn_verdict_durable(a->txn) || es_log_durable_ticket() < a->txn->finish_ticket))
 		{
 			es_log_want_sync();
 			continue;
@@ -335,11 +334,11 @@ es_flush_txn_decided(EsTxn *txn)
 bool
 es_adopt_settled(uint64 memtable)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &adoptions)
 	{
-		Adoption   *a = dlist_container(Adoption, node, iter.cur);
+		Adoption *a = dlist_container(Adoption, node, iter.cur);
 
 		if (a->section != NULL && a->memtable <= memtable && a->txn->verdict != ES_VERDICT_ABORTED)
 			return false;
@@ -350,11 +349,11 @@ es_adopt_settled(uint64 memtable)
 bool
 es_adopt_committed(uint64 memtable)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &adoptions)
 	{
-		Adoption   *a = dlist_container(Adoption, node, iter.cur);
+		Adoption *a = dlist_container(Adoption, node, iter.cur);
 
 		if (a->section != NULL && a->memtable <= memtable && a->txn->verdict == ES_VERDICT_COMMITTED)
 			return false;
@@ -365,17 +364,17 @@ es_adopt_committed(uint64 memtable)
 static void
 carry(Adoption *a)
 {
-	EsTxn	   *txn = a->txn;
+	EsTxn *txn = a->txn;
 
-	txn->finish_ticket = es_log_append(ES_FRAME_CARRY_FINISH, txn->fxid, txn->finish_start,
-									   txn->finish_end, a->section, a->section->len);
+	txn->finish_ticket = es_log_append(ES_FRAME_CARRY_FINISH, txn->fxid, txn->finish_start, txn->finish_end,
+									   a->section, a->section->len);
 	a->memtable = es_memtable_active->id;
 }
 
 void
 es_adopt_carry_txn(EsTxn *txn)
 {
-	Adoption   *a = find_adoption(txn);
+	Adoption *a = find_adoption(txn);
 
 	Assert(a != NULL && a->section != NULL);
 	carry(a);
@@ -384,11 +383,11 @@ es_adopt_carry_txn(EsTxn *txn)
 void
 es_adopt_carry(uint64 memtable)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &adoptions)
 	{
-		Adoption   *a = dlist_container(Adoption, node, iter.cur);
+		Adoption *a = dlist_container(Adoption, node, iter.cur);
 
 		if (a->section != NULL && a->memtable <= memtable && a->txn->verdict == ES_VERDICT_UNKNOWN)
 			carry(a);

@@ -38,10 +38,10 @@
 #include "shard/uring.h"
 
 /* Jobs of one shard that may be posted at once, of the ES_MAX_JOBS that all share. */
-#define MAX_POSTED		(ES_MAX_JOBS / ES_MAX_SHARDS)
+#define MAX_POSTED (ES_MAX_JOBS / ES_MAX_SHARDS)
 
 static dlist_head given_up = DLIST_STATIC_INIT(given_up);
-static int	posted;
+static int		  posted;
 
 /* ---- builds ---- */
 
@@ -49,7 +49,7 @@ EsBuild *
 es_build_create(EsJobKind kind, const EsTableKey *table, EsMemBatch **batches, uint32 nbatches)
 {
 	MemoryContext old = MemoryContextSwitchTo(TopMemoryContext);
-	EsBuild    *b = palloc0(sizeof(EsBuild));
+	EsBuild		 *b = palloc0(sizeof(EsBuild));
 
 	b->kind = kind;
 	b->table = *table;
@@ -93,13 +93,11 @@ make_list(EsBuild *build)
 static void
 remove_file(uint64 id, bool published)
 {
-	char	   *path = published ? es_path_segment(es_shard_id, id) : es_path_segment_tmp(es_shard_id, id);
+	char *path = published ? es_path_segment(es_shard_id, id) : es_path_segment_tmp(es_shard_id, id);
 
 	/* What cannot be removed now is removed by the next start: no manifest names it. */
 	if (unlink(path) != 0 && errno != ENOENT)
-		ereport(LOG,
-				(errcode_for_file_access(),
-				 errmsg("could not remove file \"%s\": %m", path)));
+		ereport(LOG, (errcode_for_file_access(), errmsg("could not remove file \"%s\": %m", path)));
 	pfree(path);
 }
 
@@ -121,8 +119,7 @@ note_failure(EsBuild *build, int sqlerrcode, const char *error)
 		build->retry_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), ES_FLUSH_RETRY);
 		ES_COUNT(io_errors, 1);
 		ereport(LOG,
-				(errcode(sqlerrcode),
-				 errmsg("shard %d could not write a segment: %s", es_shard_id, error),
+				(errcode(sqlerrcode), errmsg("shard %d could not write a segment: %s", es_shard_id, error),
 				 errdetail("Its events stay in memory and in the shard's own log; it is tried again.")));
 	}
 }
@@ -130,7 +127,7 @@ note_failure(EsBuild *build, int sqlerrcode, const char *error)
 bool
 es_build_tick(EsBuild *build)
 {
-	EsJob		job;
+	EsJob job;
 
 	if (build->finished)
 		return true;
@@ -185,16 +182,16 @@ es_build_tick(EsBuild *build)
 bool
 es_build_publish(EsBuild *build)
 {
-	char	   *from = es_path_segment_tmp(es_shard_id, build->id);
-	char	   *to = es_path_segment(es_shard_id, build->id);
+	char *from = es_path_segment_tmp(es_shard_id, build->id);
+	char *to = es_path_segment(es_shard_id, build->id);
 
 	Assert(build->finished && !build->published);
 	ES_FAULT("flush-before-rename");
 	errno = ES_FAULT_IO("flush-rename");
 	if (errno != 0 || rename(from, to) != 0)
 	{
-		int			save_errno = errno;
-		char		error[256];
+		int	 save_errno = errno;
+		char error[256];
 
 		snprintf(error, sizeof(error), "could not rename file \"%s\" to \"%s\": %s", from, to,
 				 strerror(save_errno));
@@ -211,7 +208,7 @@ EsManifestSegment
 es_build_segment_entry(const EsBuild *build)
 {
 	const EsSegmentSummary *s = &build->summary;
-	EsManifestSegment m;
+	EsManifestSegment		m;
 
 	memset(&m, 0, sizeof(m));
 	m.id = build->id;
@@ -266,8 +263,8 @@ es_builds_tick(void)
 
 	dlist_foreach_modify(iter, &given_up)
 	{
-		EsBuild    *build = dlist_container(EsBuild, node, iter.cur);
-		EsJobState	state = es_job_state(build->job);
+		EsBuild	  *build = dlist_container(EsBuild, node, iter.cur);
+		EsJobState state = es_job_state(build->job);
 
 		if (state != ES_JOB_DONE && state != ES_JOB_FAILED)
 			continue;
@@ -281,9 +278,9 @@ es_builds_tick(void)
 
 /* ---- the directory ---- */
 
-static int	dir_fd = -1;
-static uint64 dir_wanted;		/* tickets handed out */
-static uint64 dir_running;		/* what the fsync under way covers; 0 = none is */
+static int	  dir_fd = -1;
+static uint64 dir_wanted;  /* tickets handed out */
+static uint64 dir_running; /* what the fsync under way covers; 0 = none is */
 static uint64 dir_done;
 
 static void dir_sync_done(void *arg, int result);
@@ -293,7 +290,7 @@ dir_sync_start(void)
 {
 	if (dir_fd < 0)
 	{
-		char	   *path = es_path_shard(es_shard_id);
+		char *path = es_path_shard(es_shard_id);
 
 		dir_fd = BasicOpenFile(path, O_RDONLY | PG_BINARY);
 		if (dir_fd < 0)
@@ -307,14 +304,14 @@ dir_sync_start(void)
 static void
 dir_sync_done(void *arg, int result)
 {
-	int			fault = ES_FAULT_IO("flush-dir-sync");
+	int fault = ES_FAULT_IO("flush-dir-sync");
 
 	if (fault != 0)
 		result = -fault;
 	/* some file systems have no fsync for directories, and need none */
 	if (result < 0 && result != -EBADF && result != -EINVAL)
 	{
-		char	   *path = es_path_shard(es_shard_id);
+		char *path = es_path_shard(es_shard_id);
 
 		es_file_error(data_sync_elevel(ERROR), -result, "fsync", path);
 		pfree(path);
@@ -353,9 +350,7 @@ es_edit_begin(void)
 		return NULL;
 	edit = es_manifest_edit_create();
 	if (edit == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory")));
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 	edit_open = true;
 	return edit;
 }
@@ -389,8 +384,6 @@ es_edit_check(EsStatus status)
 	if (status == ES_OK)
 		return;
 	if (status == ES_ERR_NOMEM)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory")));
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 	elog(ERROR, "shard %d: a manifest record is not valid (%d)", es_shard_id, status);
 }

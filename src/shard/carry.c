@@ -39,7 +39,7 @@
 #include "shard/shard.h"
 
 /* Staged bytes that are worth carrying at once, as a fraction of the MemTable's size. */
-#define LITTLE_STAGED	16
+#define LITTLE_STAGED 16
 
 /* Batches of a transaction that is to spill have none: PostgreSQL's WAL keeps them. */
 static inline bool
@@ -51,8 +51,8 @@ has_frame(const EsMemBatch *b)
 static void
 log_batch(EsFrameType type, EsMemBatch *b)
 {
-	b->ticket = es_log_append(type, b->txn->fxid, b->start, b->end, b->view.header,
-							  b->view.header->total_len);
+	b->ticket =
+		es_log_append(type, b->txn->fxid, b->start, b->end, b->view.header, b->view.header->total_len);
 }
 
 /* ---- staged batches ---- */
@@ -60,16 +60,16 @@ log_batch(EsFrameType type, EsMemBatch *b)
 bool
 es_carry_staged(uint64 ticket)
 {
-	uint64		last = es_log_last_ticket();
-	Size		bytes = 0;
-	bool		all;
-	bool		left = false;
-	dlist_iter	txns;
-	dlist_iter	iter;
+	uint64	   last = es_log_last_ticket();
+	Size	   bytes = 0;
+	bool	   all;
+	bool	   left = false;
+	dlist_iter txns;
+	dlist_iter iter;
 
 	dlist_foreach(txns, &es_txn_undecided)
 	{
-		EsTxn	   *txn = dlist_container(EsTxn, node, txns.cur);
+		EsTxn *txn = dlist_container(EsTxn, node, txns.cur);
 
 		dlist_foreach(iter, &txn->staged)
 		{
@@ -83,7 +83,7 @@ es_carry_staged(uint64 ticket)
 
 	dlist_foreach(txns, &es_txn_undecided)
 	{
-		EsTxn	   *txn = dlist_container(EsTxn, node, txns.cur);
+		EsTxn *txn = dlist_container(EsTxn, node, txns.cur);
 
 		if (txn->verdict == ES_VERDICT_ABORTED)
 			continue;
@@ -106,7 +106,7 @@ es_carry_staged(uint64 ticket)
 void
 es_frame_staged(EsTxn *txn)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &txn->staged)
 	{
@@ -157,9 +157,8 @@ finish_check(EsStatus status)
 {
 	if (status == ES_OK)
 		return;
-	ereport(ERROR,
-			(errcode(status == ES_ERR_NOMEM ? ERRCODE_OUT_OF_MEMORY : ERRCODE_PROGRAM_LIMIT_EXCEEDED),
-			 errmsg("shard %d could not carry a transaction over to its next log file", es_shard_id)));
+	ereport(ERROR, (errcode(status == ES_ERR_NOMEM ? ERRCODE_OUT_OF_MEMORY : ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+					errmsg("shard %d could not carry a transaction over to its next log file", es_shard_id)));
 }
 
 /* Adds the table of batches [from, to) of one transaction. */
@@ -167,12 +166,12 @@ static void
 add_table(EsFinishBuilder *f, const EsCarried *c, uint32 n)
 {
 	const EsBatchHeader *h = c[0].batch->view.header;
-	EsLsn	   *starts = palloc(sizeof(EsLsn) * n);
-	EsPart	   *inlines = palloc(sizeof(EsPart) * n);
-	uint8	   *not_taken = NULL;
-	uint32		nlogged = 0;
-	uint32		ninline = 0;
-	uint64		nrows = 0;
+	EsLsn				*starts = palloc(sizeof(EsLsn) * n);
+	EsPart				*inlines = palloc(sizeof(EsPart) * n);
+	uint8				*not_taken = NULL;
+	uint32				 nlogged = 0;
+	uint32				 ninline = 0;
+	uint64				 nrows = 0;
 
 	for (uint32 i = 0; i < n; i++)
 		nrows += c[i].batch->view.header->nrows;
@@ -188,14 +187,14 @@ add_table(EsFinishBuilder *f, const EsCarried *c, uint32 n)
 		if (b->inline_index == 0)
 			starts[nlogged++] = b->start;
 		else
-			inlines[ninline++] = (EsPart) {b->view.header, b->view.header->total_len};
+			inlines[ninline++] = (EsPart){b->view.header, b->view.header->total_len};
 		for (uint32 row = 0; row < b->view.header->nrows; row++, nrows++)
 			if (es_membatch_skipped(b, row))
 				not_taken[nrows >> 3] |= 1 << (nrows & 7);
 	}
 	finish_check(es_finish_add_table(f, &h->table, h->relid,
 									 (c[0].batch->finish_flags & ~ES_FINISH_NOT_TAKEN) |
-									 (not_taken ? ES_FINISH_NOT_TAKEN : 0),
+										 (not_taken ? ES_FINISH_NOT_TAKEN : 0),
 									 nrows, starts, nlogged, inlines, ninline, not_taken, NULL, 0));
 	pfree(starts);
 	pfree(inlines);
@@ -207,11 +206,11 @@ add_table(EsFinishBuilder *f, const EsCarried *c, uint32 n)
 static void
 carry_transaction(EsFinishBuilder *f, const EsCarried *c, uint32 n)
 {
-	EsTxn	   *txn = c[0].txn;
-	EsPosition	last = txn->base;
-	const void *payload;
+	EsTxn				  *txn = c[0].txn;
+	EsPosition			   last = txn->base;
+	const void			  *payload;
 	const EsSectionHeader *section;
-	size_t		len;
+	size_t				   len;
 
 	for (uint32 i = 0; i < n; i++)
 	{
@@ -239,8 +238,8 @@ carry_transaction(EsFinishBuilder *f, const EsCarried *c, uint32 n)
 	}
 	finish_check(es_finish_end(f, &payload, &len));
 	section = es_finish_section(payload, es_shard_id);
-	txn->finish_ticket = es_log_append(ES_FRAME_CARRY_FINISH, txn->fxid, txn->finish_start,
-									   txn->finish_end, section, section->len);
+	txn->finish_ticket = es_log_append(ES_FRAME_CARRY_FINISH, txn->fxid, txn->finish_start, txn->finish_end,
+									   section, section->len);
 }
 
 void

@@ -24,25 +24,25 @@
 
 typedef struct Request
 {
-	dlist_node	node;
-	EsConn	   *conn;			/* NULL = closed */
-	uint64		id;
-	uint64		edit;			/* ticket, 0 = not submitted */
-	uint64		nkeys;
-	EsTableKey	keys[FLEXIBLE_ARRAY_MEMBER];
+	dlist_node node;
+	EsConn	  *conn; /* NULL = closed */
+	uint64	   id;
+	uint64	   edit; /* ticket, 0 = not submitted */
+	uint64	   nkeys;
+	EsTableKey keys[FLEXIBLE_ARRAY_MEMBER];
 } Request;
 
 /* A storage whose rows may still be in MemTables up to this one. */
 typedef struct Dropped
 {
-	EsTableKey	key;
-	uint64		memtable;
+	EsTableKey key;
+	uint64	   memtable;
 } Dropped;
 
 static dlist_head requests = DLIST_STATIC_INIT(requests);
-static Dropped *dropped;
-static uint32 ndropped;
-static uint32 dropped_allocated;
+static Dropped	 *dropped;
+static uint32	  ndropped;
+static uint32	  dropped_allocated;
 
 bool
 es_storage_dropped(const EsTableKey *key)
@@ -56,7 +56,7 @@ es_storage_dropped(const EsTableKey *key)
 void
 es_drop_retired(uint64 memtable)
 {
-	uint32		n = 0;
+	uint32 n = 0;
 
 	for (uint32 i = 0; i < ndropped; i++)
 		if (dropped[i].memtable > memtable)
@@ -76,7 +76,7 @@ in_memtables(const EsTableKey *key)
 static void
 forget(const EsTableKey *key)
 {
-	int			n;
+	int			   n;
 	EsSegmentRef **refs = es_segments_of(key, &n);
 
 	/* a list of pending segments holds no reference */
@@ -96,11 +96,11 @@ forget(const EsTableKey *key)
 		if (ndropped == dropped_allocated)
 		{
 			dropped_allocated = Max(16, dropped_allocated * 2);
-			dropped = dropped == NULL ?
-				MemoryContextAlloc(TopMemoryContext, dropped_allocated * sizeof(Dropped)) :
-				repalloc(dropped, dropped_allocated * sizeof(Dropped));
+			dropped = dropped == NULL
+						  ? MemoryContextAlloc(TopMemoryContext, dropped_allocated * sizeof(Dropped))
+						  : repalloc(dropped, dropped_allocated * sizeof(Dropped));
 		}
-		dropped[ndropped++] = (Dropped) {.key = *key,.memtable = es_memtable_active->id};
+		dropped[ndropped++] = (Dropped){.key = *key, .memtable = es_memtable_active->id};
 	}
 }
 
@@ -111,7 +111,7 @@ complete(Request *r)
 		forget(&r->keys[i]);
 	if (r->conn != NULL)
 	{
-		EsAnswer	a = {.type = ES_REQ_DROP_STORAGE,.flags = ES_ANSWER_LAST,.len = sizeof(a),.id = r->id};
+		EsAnswer a = {.type = ES_REQ_DROP_STORAGE, .flags = ES_ANSWER_LAST, .len = sizeof(a), .id = r->id};
 
 		es_conn_send(r->conn, &a, NULL, 0);
 	}
@@ -124,13 +124,13 @@ static bool
 submit(Request *r)
 {
 	EsManifestEdit *edit = es_edit_begin();
-	bool		some = false;
+	bool			some = false;
 
 	if (edit == NULL)
 		return false;
 	for (uint64 i = 0; i < r->nkeys; i++)
 	{
-		int			n;
+		int			   n;
 		EsSegmentRef **refs = es_segments_of(&r->keys[i], &n);
 
 		for (int k = 0; k < n; k++)
@@ -160,7 +160,7 @@ es_drop_tick(void)
 {
 	while (!dlist_is_empty(&requests))
 	{
-		Request    *r = dlist_head_element(Request, node, &requests);
+		Request *r = dlist_head_element(Request, node, &requests);
 
 		if (r->edit == 0)
 		{
@@ -180,10 +180,10 @@ es_drop_tick(void)
 void
 es_handle_drop_storage(EsConn *conn, const EsDropRequest *req)
 {
-	uint64		most = (req->req.len - offsetof(EsDropRequest, keys)) / sizeof(EsTableKey);
-	uint64		nkeys = Min(req->nkeys, most);
-	Request    *r = MemoryContextAllocZero(TopMemoryContext,
-										   offsetof(Request, keys) + nkeys * sizeof(EsTableKey));
+	uint64	 most = (req->req.len - offsetof(EsDropRequest, keys)) / sizeof(EsTableKey);
+	uint64	 nkeys = Min(req->nkeys, most);
+	Request *r =
+		MemoryContextAllocZero(TopMemoryContext, offsetof(Request, keys) + nkeys * sizeof(EsTableKey));
 
 	r->conn = conn;
 	r->id = req->req.id;
@@ -198,11 +198,11 @@ es_handle_drop_storage(EsConn *conn, const EsDropRequest *req)
 void
 es_drop_conn_closed(EsConn *conn)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &requests)
 	{
-		Request    *r = dlist_container(Request, node, iter.cur);
+		Request *r = dlist_container(Request, node, iter.cur);
 
 		if (r->conn == conn)
 			r->conn = NULL;

@@ -39,72 +39,74 @@
 #include "shard/task.h"
 
 /* Contexts between two looks at the clock. */
-#define CONTEXTS_PER_LOOK	64
-#define SLICE				5000	/* µs */
+#define CONTEXTS_PER_LOOK 64
+#define SLICE			  5000 /* µs */
 
 /* A segment whose context index is being walked. */
 typedef struct Walk
 {
-	EsSegmentRef *ref;
-	EsSegment  *segment;
-	uint32		number;			/* in the order of ordinals */
-	EsContextEntry *entries;	/* a page of them */
-	uint32		n;
-	uint32		at;
-	uint32		page;			/* its number */
+	EsSegmentRef   *ref;
+	EsSegment	   *segment;
+	uint32			number;	  /* in the order of ordinals */
+	EsContextEntry *entries;  /* a page of them */
+	int64		   *versions; /* first ones, by number of the entry */
+	uint32			nversions;
+	uint32			n;
+	uint32			at;
+	uint32			page; /* its number */
 } Walk;
 
 /* A context of the hash at work. */
 typedef struct Context
 {
-	char	   *bytes;
-	size_t		len;
-	int64		version;		/* last one given */
+	char  *bytes;
+	size_t len;
+	int64  version; /* last one given */
 } Context;
 
 /* A table of the FINISH. */
 typedef struct Table
 {
 	EsFinishTableView view;
-	uint64	   *starts;			/* of the live batches, ascending */
-	uint64		nrows;			/* of live batches in the segments that are done */
-	EsFirstVersion *versions;	/* what PREPARE answered, by hash */
+	uint64			 *starts;	/* of the live batches, ascending */
+	uint64			  nrows;	/* of live batches in the segments that are done */
+	EsFirstVersion	 *versions; /* what PREPARE answered, by hash */
 } Table;
 
 typedef enum Phase
 {
-	PHASE_DEAD_ROWS,			/* segment by segment */
-	PHASE_VERSIONS,				/* table by table */
+	PHASE_DEAD_ROWS, /* segment by segment */
+	PHASE_VERSIONS,	 /* table by table */
 	PHASE_DONE
 } Phase;
 
 /* The FINISH at work. */
 typedef struct Finishing
 {
-	MemoryContext context;
-	EsTxn	   *txn;			/* with a reference */
+	MemoryContext	 context;
+	EsTxn			*txn; /* with a reference */
 	EsSectionHeader *section;
-	Table	   *tables;
-	uint32		ntables;
-	EsSegmentRef **refs;		/* the pending segments, each with a reference */
-	Table	  **table_of;		/* NULL = no batch of that table lives */
-	uint32		nrefs;
-	Phase		phase;
-	uint32		at;				/* number of the segment, or of the table */
-	EsRowBlock *block;
+	Table			*tables;
+	uint32			 ntables;
+	EsSegmentRef   **refs;	   /* the pending segments, each with a reference */
+	Table		   **table_of; /* NULL = no batch of that table lives */
+	uint32			 nrefs;
+	Phase			 phase;
+	uint32			 at; /* number of the segment, or of the table */
+	EsRowBlock		*block;
 
 	/* the segment or table at work */
-	MemoryContext step;			/* NULL = not begun */
-	EsSegment  *segment;
-	bool	   *wanted;
-	uint32		next_zone;
-	int64	   *places;
-	Walk	   *walks;
-	uint32		nwalks;
-	binaryheap *heap;			/* of Walk, lowest hash first */
-	Context    *contexts;		/* of one hash */
-	uint32		ncontexts;
-	uint32		contexts_allocated;
+	MemoryContext step; /* NULL = not begun */
+	EsSegment	 *segment;
+	bool		 *wanted;
+	uint32		  next_zone;
+	int64		 *places;
+	Walk		 *walks;
+	uint32		  nwalks;
+	binaryheap	 *heap;		/* of Walk, lowest hash first */
+	Context		 *contexts; /* of one hash */
+	uint32		  ncontexts;
+	uint32		  contexts_allocated;
 } Finishing;
 
 static Finishing *work = NULL;
@@ -114,8 +116,8 @@ static Finishing *work = NULL;
 static int
 compare_uint64(const void *x, const void *y)
 {
-	uint64		a = *(const uint64 *) x;
-	uint64		b = *(const uint64 *) y;
+	uint64 a = *(const uint64 *) x;
+	uint64 b = *(const uint64 *) y;
 
 	return a < b ? -1 : a > b;
 }
@@ -131,7 +133,7 @@ static bool
 is_live(const Table *t, uint64 start)
 {
 	return t != NULL &&
-		bsearch(&start, t->starts, t->view.table->nlogged, sizeof(uint64), compare_uint64) != NULL;
+		   bsearch(&start, t->starts, t->view.table->nlogged, sizeof(uint64), compare_uint64) != NULL;
 }
 
 static void
@@ -144,8 +146,8 @@ damaged(EsSegmentRef *ref, const EsError *err)
 static EsSegment *
 open_segment(EsSegmentRef *ref)
 {
-	EsError		err = {0};
-	EsSegment  *segment = es_segment_handle(ref, &err);
+	EsError	   err = {0};
+	EsSegment *segment = es_segment_handle(ref, &err);
 
 	if (segment == NULL)
 		es_corruption(ERROR, es_segment_path(ref), &err);
@@ -156,12 +158,10 @@ open_segment(EsSegmentRef *ref)
 static void *
 zeroed(Size len)
 {
-	void	   *p = calloc(1, Max(len, 1));
+	void *p = calloc(1, Max(len, 1));
 
 	if (p == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory")));
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 	return p;
 }
 
@@ -179,12 +179,12 @@ static bool
 read_places(Finishing *f, EsSegmentRef *ref, int64 deadline)
 {
 	const EsSegmentInfo *info = es_segment_info(f->segment);
-	int			column = es_segment_ncols(info) + ES_PENDING_PLACE;
+	int					 column = es_segment_ncols(info) + ES_PENDING_PLACE;
 
 	while (f->next_zone < info->nzones)
 	{
-		EsZoneInfo	zone = es_segment_zone(f->segment, f->next_zone++);
-		EsError		err = {0};
+		EsZoneInfo zone = es_segment_zone(f->segment, f->next_zone++);
+		EsError	   err = {0};
 
 		if (es_segment_read(f->segment, zone.first_row, zone.nrows, f->wanted, 0, f->block, &err) != ES_OK)
 			damaged(ref, &err);
@@ -205,19 +205,19 @@ static uint64 *
 number_rows(Finishing *f, EsSegmentRef *ref, Table *t)
 {
 	const EsManifestEntry *e = &ref->entry;
-	uint64	   *first = palloc0((e->nstarts + 1) * sizeof(uint64));
-	uint64	   *counts = palloc0((e->nstarts + 1) * sizeof(uint64));
+	uint64				  *first = palloc0((e->nstarts + 1) * sizeof(uint64));
+	uint64				  *counts = palloc0((e->nstarts + 1) * sizeof(uint64));
 
 	for (uint64 row = 0; row < e->segment.nrows; row++)
 	{
-		uint64		batch = (uint64) f->places[row] >> ES_PENDING_ROW_BITS;
+		uint64 batch = (uint64) f->places[row] >> ES_PENDING_ROW_BITS;
 
 		if (batch >= e->nstarts)
 		{
-			EsError		err = {0};
+			EsError err = {0};
 
-			es_fail(&err, ES_ERR_CORRUPT, 0, "row %llu names batch %llu of %u",
-					(unsigned long long) row, (unsigned long long) batch, e->nstarts);
+			es_fail(&err, ES_ERR_CORRUPT, 0, "row %llu names batch %llu of %u", (unsigned long long) row,
+					(unsigned long long) batch, e->nstarts);
 			damaged(ref, &err);
 		}
 		counts[batch]++;
@@ -236,15 +236,15 @@ number_rows(Finishing *f, EsSegmentRef *ref, Table *t)
 static void
 mark_dead_rows(Finishing *f, EsSegmentRef *ref, Table *t)
 {
-	EsManifestEntry *e = &ref->entry;
+	EsManifestEntry			*e = &ref->entry;
 	const EsFinishTableView *view = &t->view;
-	uint64	   *first = number_rows(f, ref, t);
+	uint64					*first = number_rows(f, ref, t);
 
 	e->dead_bitmap = zeroed((e->segment.nrows + 63) / 64 * 8);
 	for (uint64 row = 0; row < e->segment.nrows; row++)
 	{
-		uint64		n = first[(uint64) f->places[row] >> ES_PENDING_ROW_BITS];
-		bool		dead = n == UINT64_MAX;
+		uint64 n = first[(uint64) f->places[row] >> ES_PENDING_ROW_BITS];
+		bool   dead = n == UINT64_MAX;
 
 		if (!dead && view->not_taken != NULL)
 		{
@@ -264,12 +264,12 @@ static bool
 look_at_batches(EsSegmentRef *ref, Table *t)
 {
 	EsManifestEntry *e = &ref->entry;
-	bool		all = t != NULL && t->view.not_taken == NULL;
-	bool		none = true;
+	bool			 all = t != NULL && t->view.not_taken == NULL;
+	bool			 none = true;
 
 	for (uint32 i = 0; i < e->nstarts; i++)
 	{
-		bool		live = is_live(t, e->starts[i]);
+		bool live = is_live(t, e->starts[i]);
 
 		all &= live;
 		none &= !live;
@@ -330,7 +330,7 @@ compare_walks(Datum x, Datum y, void *arg)
 static bool
 next_entry(Walk *w, bool first)
 {
-	EsError		err = {0};
+	EsError err = {0};
 
 	if (!first && ++w->at < w->n)
 		return true;
@@ -355,7 +355,7 @@ begin_versions(Finishing *f, Table *t)
 	for (uint32 i = 0; i < f->nrefs; i++)
 	{
 		EsSegmentRef *ref = f->refs[i];
-		Walk	   *w;
+		Walk		 *w;
 
 		if (f->table_of[i] != t || ref->entry.nlive == 0)
 			continue;
@@ -366,8 +366,9 @@ begin_versions(Finishing *f, Table *t)
 			continue;
 		w->number = f->nwalks++;
 		w->entries = palloc(sizeof(EsContextEntry) * ES_CONTEXT_PAGE);
-		ref->entry.nfirst_versions = (uint32) es_segment_info(w->segment)->summary.ncontexts;
-		ref->entry.first_versions = zeroed(ref->entry.nfirst_versions * sizeof(int64));
+		w->nversions = (uint32) es_segment_info(w->segment)->summary.ncontexts;
+		w->versions =
+			palloc_extended(Max(w->nversions, 1) * sizeof(int64), MCXT_ALLOC_HUGE | MCXT_ALLOC_ZERO);
 		if (next_entry(w, true))
 			binaryheap_add(f->heap, PointerGetDatum(w));
 	}
@@ -377,8 +378,8 @@ begin_versions(Finishing *f, Table *t)
 static void
 check_promise(Finishing *f, const Table *t, uint64 hash, int64 version)
 {
-	uint32		n = t->view.table->nversions;
-	EsFirstVersion key = {.context_hash = hash};
+	uint32				  n = t->view.table->nversions;
+	EsFirstVersion		  key = {.context_hash = hash};
 	const EsFirstVersion *found = NULL;
 	const EsFirstVersion *end = t->versions + n;
 
@@ -396,10 +397,8 @@ check_promise(Finishing *f, const Table *t, uint64 hash, int64 version)
 			(errcode(ERRCODE_DATA_CORRUPTED),
 			 errmsg("shard %d would give version %lld where transaction %llu was promised another one",
 					es_shard_id, (long long) version, (unsigned long long) f->txn->fxid),
-			 errdetail("Context hash %016llx, storage %llu of database %u.",
-					   (unsigned long long) hash,
-					   (unsigned long long) t->view.table->table.storage_id,
-					   t->view.table->table.database),
+			 errdetail("Context hash %016llx, storage %llu of database %u.", (unsigned long long) hash,
+					   (unsigned long long) t->view.table->table.storage_id, t->view.table->table.database),
 			 errhint("The shard stops so that no version is used twice. Please report this.")));
 }
 
@@ -408,13 +407,13 @@ static Context *
 get_context(Finishing *f, const Table *t, Walk *w)
 {
 	const EsContextEntry *entry = &w->entries[w->at];
-	const void *bytes;
-	size_t		len;
-	int64		scratch;
-	Context    *c;
-	EsHead		head;
-	EsError		err = {0};
-	const char *path;
+	const void			 *bytes;
+	size_t				  len;
+	int64				  scratch;
+	Context				 *c;
+	EsHead				  head;
+	EsError				  err = {0};
+	const char			 *path;
 
 	if (es_segment_context(w->segment, entry->first_row, &scratch, &bytes, &len, &err) != ES_OK)
 		damaged(w->ref, &err);
@@ -428,10 +427,10 @@ get_context(Finishing *f, const Table *t, Walk *w)
 	/* bytes and structs are used again for the next hash: there is hardly ever more than one */
 	if (f->ncontexts == f->contexts_allocated)
 	{
-		uint32		n = Max(4, f->contexts_allocated * 2);
+		uint32 n = Max(4, f->contexts_allocated * 2);
 
-		f->contexts = f->contexts == NULL ? palloc0(n * sizeof(Context)) :
-			repalloc(f->contexts, n * sizeof(Context));
+		f->contexts =
+			f->contexts == NULL ? palloc0(n * sizeof(Context)) : repalloc(f->contexts, n * sizeof(Context));
 		memset(f->contexts + f->contexts_allocated, 0, (n - f->contexts_allocated) * sizeof(Context));
 		f->contexts_allocated = n;
 	}
@@ -448,19 +447,35 @@ get_context(Finishing *f, const Table *t, Walk *w)
 	return c;
 }
 
+static void
+pack_versions(Walk *w)
+{
+	int64 lowest = PG_INT64_MAX;
+
+	/* contexts without a live row have none: any value that does not widen the others will do */
+	for (uint32 i = 0; i < w->nversions; i++)
+		if (w->versions[i] != 0)
+			lowest = Min(lowest, w->versions[i]);
+	for (uint32 i = 0; i < w->nversions; i++)
+		if (w->versions[i] == 0)
+			w->versions[i] = lowest;
+	if (es_manifest_pack_versions(&w->ref->entry, w->versions, w->nversions) != ES_OK)
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
+}
+
 /* False: the slice is over. */
 static bool
 find_first_versions(Finishing *f, Table *t, int64 deadline)
 {
-	uint64		hash = 0;
-	uint32		done = 0;
+	uint64 hash = 0;
+	uint32 done = 0;
 
 	f->ncontexts = 0;
 	while (!binaryheap_empty(f->heap))
 	{
-		Walk	   *w = (Walk *) DatumGetPointer(binaryheap_first(f->heap));
+		Walk				 *w = (Walk *) DatumGetPointer(binaryheap_first(f->heap));
 		const EsContextEntry *e = &w->entries[w->at];
-		uint64		live;
+		uint64				  live;
 
 		/* a slice ends between two hashes, so that a context's entries are met in one */
 		if (e->hash != hash)
@@ -473,9 +488,9 @@ find_first_versions(Finishing *f, Table *t, int64 deadline)
 		live = es_segment_live_rows(w->ref, e->first_row, e->first_row + e->nrows);
 		if (live > 0)
 		{
-			Context    *c = get_context(f, t, w);
+			Context *c = get_context(f, t, w);
 
-			w->ref->entry.first_versions[w->page * ES_CONTEXT_PAGE + w->at] = c->version + 1;
+			w->versions[w->page * ES_CONTEXT_PAGE + w->at] = c->version + 1;
 			c->version += (int64) live;
 		}
 		if (next_entry(w, false))
@@ -483,6 +498,8 @@ find_first_versions(Finishing *f, Table *t, int64 deadline)
 		else
 			(void) binaryheap_remove_first(f->heap);
 	}
+	for (uint32 i = 0; i < f->nwalks; i++)
+		pack_versions(&f->walks[i]);
 	return true;
 }
 
@@ -494,9 +511,9 @@ begin(EsTxn *txn, const EsSectionHeader *section)
 	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "event_store FINISH of pending segments",
 												  ALLOCSET_DEFAULT_SIZES);
 	MemoryContext old = MemoryContextSwitchTo(context);
-	Finishing  *f = palloc0(sizeof(Finishing));
+	Finishing	 *f = palloc0(sizeof(Finishing));
 	const EsFinishTable *table;
-	ListCell   *lc;
+	ListCell			*lc;
 
 	f->context = context;
 	f->txn = txn;
@@ -506,7 +523,7 @@ begin(EsTxn *txn, const EsSectionHeader *section)
 	f->tables = palloc0(Max(section->ntables, 1) * sizeof(Table));
 	for (table = es_section_first(f->section); table != NULL; table = es_section_next(f->section, table))
 	{
-		Table	   *t = &f->tables[f->ntables++];
+		Table *t = &f->tables[f->ntables++];
 
 		es_finish_table_view(table, &t->view);
 		t->starts = palloc(Max(table->nlogged, 1) * sizeof(uint64));
@@ -533,9 +550,7 @@ begin(EsTxn *txn, const EsSectionHeader *section)
 	}
 	f->block = es_block_create();
 	if (f->block == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory")));
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 	work = f;
 	MemoryContextSwitchTo(old);
 }
@@ -543,7 +558,7 @@ begin(EsTxn *txn, const EsSectionHeader *section)
 static void
 end(void)
 {
-	Finishing  *f = work;
+	Finishing *f = work;
 
 	work = NULL;
 	es_segments_changed();
@@ -558,9 +573,9 @@ end(void)
 static bool
 run_step(Finishing *f, int64 deadline)
 {
-	bool		begun = f->step != NULL;
+	bool		  begun = f->step != NULL;
 	MemoryContext old;
-	bool		done;
+	bool		  done;
 
 	if (!begun)
 		f->step = AllocSetContextCreate(f->context, "event_store pending segment", ALLOCSET_DEFAULT_SIZES);

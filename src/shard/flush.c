@@ -46,11 +46,10 @@
 #include "shard/log.h"
 #include "shard/shard.h"
 
-#define MAX_PASSIVE		2		/* that wait for size or age; FLUSH may add some */
-#define MAX_ASKED		8
-#define VERDICT_GRACE	100		/* ms until a transaction in progress is carried over */
-#define VERDICT_POLL	10		/* ms between two looks at verdicts */
-#define FLUSH_PATIENCE	(2 * ES_FLUSH_RETRY)	/* ms until a FLUSH is answered with what keeps it from going on */
+#define MAX_PASSIVE	  2 /* that wait for size or age; FLUSH may add some */
+#define MAX_ASKED	  8
+#define VERDICT_GRACE 100 /* ms until a transaction in progress is carried over */
+#define VERDICT_POLL  10  /* ms between two looks at verdicts */
 
 typedef enum FlushStage
 {
@@ -67,41 +66,29 @@ typedef struct Flush
 	dlist_node	node;
 	EsMemTable *memtable;
 	FlushStage	stage;
-	uint64		boundary;		/* of the log */
-	uint64		last_ticket;	/* of the log at the boundary */
-	bool		left;			/* staged batches with frames before the boundary stayed as they were */
-	TimestampTz since;			/* passive */
-	TimestampTz looked;			/* at verdicts */
-	EsTxn	  **undecided;		/* each with a reference; shrinks */
+	uint64		boundary;	 /* of the log */
+	uint64		last_ticket; /* of the log at the boundary */
+	bool		left;		 /* staged batches with frames before the boundary stayed as they were */
+	TimestampTz since;		 /* passive */
+	TimestampTz looked;		 /* at verdicts */
+	EsTxn	  **undecided;	 /* each with a reference; shrinks */
 	uint32		nundecided;
-	EsBuild   **builds;
+	EsBuild	  **builds;
 	uint32		nbuilds;
-	uint64		carry_ticket;	/* last frame that was carried over */
-	uint64		directory;		/* ticket of the fsync */
-	uint64		edit;			/* ticket of the manifest record */
-	EsOwnLsn	lsn;			/* of the boundary */
+	uint64		carry_ticket; /* last frame that was carried over */
+	uint64		directory;	  /* ticket of the fsync */
+	uint64		edit;		  /* ticket of the manifest record */
+	EsOwnLsn	lsn;		  /* of the boundary */
 } Flush;
 
-/* A FLUSH request. */
-typedef struct Waiter
-{
-	dlist_node	node;
-	EsConn	   *conn;
-	uint64		id;
-	uint64		memtable;		/* this one and all older ones must be in segments */
-	uint64		active;			/* ... and pending segments adopted that finished up to this one */
-	TimestampTz since;
-} Waiter;
+static dlist_head flushes = DLIST_STATIC_INIT(flushes); /* oldest first */
+static int		  nflushes;
 
-static dlist_head flushes = DLIST_STATIC_INIT(flushes);	/* oldest first */
-static int	nflushes;
-static dlist_head waiters = DLIST_STATIC_INIT(waiters);
-
-static uint64 asked;			/* MemTables up to this id are to be flushed */
-static uint64 last_retired;		/* MemTable */
-static uint64 last_ticket;		/* of the log at the last boundary */
-static EsOwnLsn last_lsn;		/* of the boundary of the last flush */
-static uint64 wal_bytes;		/* counter at the last boundary */
+static uint64	asked;		  /* MemTables up to this id are to be flushed */
+static uint64	last_retired; /* MemTable */
+static uint64	last_ticket;  /* of the log at the last boundary */
+static EsOwnLsn last_lsn;	  /* of the boundary of the last flush */
+static uint64	wal_bytes;	  /* counter at the last boundary */
 
 void
 es_flush_init(void)
@@ -144,7 +131,7 @@ collect_undecided(Flush *f)
 	while ((store = es_memtable_each(f->memtable, &state)) != NULL)
 		for (uint32 i = 0; i < store->nbatches; i++)
 		{
-			EsTxn	   *txn = store->batches[i]->txn;
+			EsTxn *txn = store->batches[i]->txn;
 
 			/* one that was carried on from here to a later MemTable is that one's business */
 			if (txn == last || txn->verdict_durable)
@@ -164,8 +151,8 @@ static void
 turn_passive(TimestampTz now)
 {
 	MemoryContext old = MemoryContextSwitchTo(TopMemoryContext);
-	Flush	   *f = palloc0(sizeof(Flush));
-	EsMemTable *mt = es_memtable_active;
+	Flush		 *f = palloc0(sizeof(Flush));
+	EsMemTable	 *mt = es_memtable_active;
 
 	ES_FAULT("flush-before-boundary");
 	f->memtable = mt;
@@ -194,16 +181,15 @@ turn_passive(TimestampTz now)
 static bool
 verdicts_known(Flush *f, TimestampTz now)
 {
-	bool		unflushed = false;
-	uint32		n = 0;
+	bool   unflushed = false;
+	uint32 n = 0;
 
-	if (f->nundecided > 0 && f->looked != 0 &&
-		!TimestampDifferenceExceeds(f->looked, now, VERDICT_POLL))
+	if (f->nundecided > 0 && f->looked != 0 && !TimestampDifferenceExceeds(f->looked, now, VERDICT_POLL))
 		return false;
 	f->looked = now;
 	for (uint32 i = 0; i < f->nundecided; i++)
 	{
-		EsTxn	   *txn = f->undecided[i];
+		EsTxn *txn = f->undecided[i];
 
 		if (es_txn_verdict_durable(txn))
 		{
@@ -215,8 +201,7 @@ verdicts_known(Flush *f, TimestampTz now)
 		f->undecided[n++] = txn;
 	}
 	f->nundecided = n;
-	return n == 0 ||
-		(!unflushed && TimestampDifferenceExceeds(f->since, now, VERDICT_GRACE));
+	return n == 0 || (!unflushed && TimestampDifferenceExceeds(f->since, now, VERDICT_GRACE));
 }
 
 static inline bool
@@ -248,10 +233,10 @@ carry_over(Flush *f)
 			if (n == allocated)
 			{
 				allocated = Max(64, allocated * 2);
-				carried = carried == NULL ? palloc(allocated * sizeof(EsCarried)) :
-					repalloc_huge(carried, (Size) allocated * sizeof(EsCarried));
+				carried = carried == NULL ? palloc(allocated * sizeof(EsCarried))
+										  : repalloc_huge(carried, (Size) allocated * sizeof(EsCarried));
 			}
-			carried[n++] = (EsCarried) {.txn = b->txn,.batch = b,.store = number,.number = i};
+			carried[n++] = (EsCarried){.txn = b->txn, .batch = b, .store = number, .number = i};
 		}
 	}
 	es_carry_finished(carried, n);
@@ -288,7 +273,7 @@ compare_placed(const void *x, const void *y)
 static uint32
 taken_rows(const EsMemBatch *b)
 {
-	uint32		n = b->view.header->nrows;
+	uint32 n = b->view.header->nrows;
 
 	if (b->skip_local != NULL)
 		for (uint32 row = 0; row < b->view.header->nrows; row++)
@@ -299,7 +284,7 @@ taken_rows(const EsMemBatch *b)
 static void
 build_store(Flush *f, EsMemStore *store, EsMemBatch **batches, Placed *placed, uint32 *allocated)
 {
-	uint32		n = 0;
+	uint32 n = 0;
 
 	for (uint32 i = 0; i < store->nbatches; i++)
 	{
@@ -310,13 +295,13 @@ build_store(Flush *f, EsMemStore *store, EsMemBatch **batches, Placed *placed, u
 			continue;
 		nrows = taken_rows(b);
 		if (nrows > 0)
-			placed[n++] = (Placed) {.position = es_membatch_position(b, 0),.batch = b,.nrows = nrows};
+			placed[n++] = (Placed){.position = es_membatch_position(b, 0), .batch = b, .nrows = nrows};
 	}
 	qsort(placed, n, sizeof(Placed), compare_placed);
 	for (uint32 i = 0; i < n;)
 	{
-		uint64		nrows = 0;
-		uint32		k = 0;
+		uint64 nrows = 0;
+		uint32 k = 0;
 
 		do
 		{
@@ -327,9 +312,9 @@ build_store(Flush *f, EsMemStore *store, EsMemBatch **batches, Placed *placed, u
 		if (f->nbuilds == *allocated)
 		{
 			*allocated = Max(16, *allocated * 2);
-			f->builds = f->builds == NULL ?
-				MemoryContextAlloc(TopMemoryContext, *allocated * sizeof(EsBuild *)) :
-				repalloc(f->builds, *allocated * sizeof(EsBuild *));
+			f->builds = f->builds == NULL
+							? MemoryContextAlloc(TopMemoryContext, *allocated * sizeof(EsBuild *))
+							: repalloc(f->builds, *allocated * sizeof(EsBuild *));
 		}
 		f->builds[f->nbuilds++] = es_build_create(ES_JOB_FLUSH, &store->key, batches, k);
 	}
@@ -338,12 +323,12 @@ build_store(Flush *f, EsMemStore *store, EsMemBatch **batches, Placed *placed, u
 static void
 create_builds(Flush *f)
 {
-	uint32		state = 0;
-	uint32		most = 1;
-	uint32		allocated = 0;
-	EsMemStore *store;
+	uint32		 state = 0;
+	uint32		 most = 1;
+	uint32		 allocated = 0;
+	EsMemStore	*store;
 	EsMemBatch **batches;
-	Placed	   *placed;
+	Placed		*placed;
 
 	while ((store = es_memtable_each(f->memtable, &state)) != NULL)
 		most = Max(most, store->nbatches);
@@ -360,7 +345,7 @@ create_builds(Flush *f)
 static bool
 builds_finished(Flush *f)
 {
-	bool		all = true;
+	bool all = true;
 
 	for (uint32 i = 0; i < f->nbuilds; i++)
 		all &= es_build_tick(f->builds[i]);
@@ -370,7 +355,7 @@ builds_finished(Flush *f)
 static bool
 publish(Flush *f)
 {
-	bool		all = true;
+	bool all = true;
 
 	for (uint32 i = 0; i < f->nbuilds; i++)
 		if (!f->builds[i]->published)
@@ -407,7 +392,7 @@ retire(Flush *f)
 	ES_FAULT("flush-manifest-durable");
 	for (uint32 i = 0; i < f->nbuilds; i++)
 	{
-		EsBuild    *build = f->builds[i];
+		EsBuild		   *build = f->builds[i];
 		EsManifestEntry entry = {0};
 
 		/* a storage is never dropped while a record of ours is under way (es_edit_begin) */
@@ -491,29 +476,12 @@ advance(Flush *f, TimestampTz now)
 	return false;
 }
 
-/* ---- FLUSH ---- */
+/* ---- what others ask ---- */
 
-static void
-answer(Waiter *w, int sqlerrcode, const char *message, const char *detail)
+bool
+es_flush_trouble(int *sqlerrcode, char *detail, Size len)
 {
-	if (sqlerrcode != 0)
-		es_conn_send_error(w->conn, ES_REQ_FLUSH, w->id, sqlerrcode, message, detail,
-						   "Events stay in memory and in the shard's own log, and the shard goes on trying.");
-	else
-	{
-		EsAnswer	a = {.type = ES_REQ_FLUSH,.flags = ES_ANSWER_LAST,.len = sizeof(a),.id = w->id};
-
-		es_conn_send(w->conn, &a, NULL, 0);
-	}
-	dlist_delete(&w->node);
-	pfree(w);
-}
-
-/* What keeps the oldest flush from going on, if it is something that a client should hear of. */
-static bool
-trouble(int *sqlerrcode, char *detail, Size len)
-{
-	int			err = es_log_stuck_errno();
+	int			   err = es_log_stuck_errno();
 	const EsBuild *failed;
 
 	if (err == 0)
@@ -527,7 +495,7 @@ trouble(int *sqlerrcode, char *detail, Size len)
 	failed = es_spill_failed();
 	if (!dlist_is_empty(&flushes))
 	{
-		Flush	   *f = dlist_head_element(Flush, node, &flushes);
+		Flush *f = dlist_head_element(Flush, node, &flushes);
 
 		for (uint32 i = 0; i < f->nbuilds; i++)
 			if (f->builds[i]->failures > 0)
@@ -540,39 +508,8 @@ trouble(int *sqlerrcode, char *detail, Size len)
 	return true;
 }
 
-static void
-answer_waiters(TimestampTz now)
-{
-	dlist_mutable_iter iter;
-	int			sqlerrcode;
-	char		detail[320];
-
-	dlist_foreach_modify(iter, &waiters)
-	{
-		Waiter	   *w = dlist_container(Waiter, node, iter.cur);
-
-		if (last_retired >= w->memtable && es_adopt_committed(w->active))
-			answer(w, 0, NULL, NULL);
-	}
-	if (!dlist_is_empty(&waiters) && trouble(&sqlerrcode, detail, sizeof(detail)))
-	{
-		char		message[96];
-
-		snprintf(message, sizeof(message), "shard %d cannot write its events to segments", es_shard_id);
-		dlist_foreach_modify(iter, &waiters)
-		{
-			Waiter	   *w = dlist_container(Waiter, node, iter.cur);
-
-			/* what failed before the request came is tried once more for it */
-			if (TimestampDifferenceExceeds(w->since, now, FLUSH_PATIENCE))
-				answer(w, sqlerrcode, message, detail);
-		}
-	}
-}
-
-/* Marks the active MemTable; returns the newest one that has rows to flush. */
-static uint64
-ask(void)
+uint64
+es_flush_ask(void)
 {
 	if (es_memtable_active->nrows > 0)
 		asked = es_memtable_active->id;
@@ -586,38 +523,13 @@ ask(void)
 void
 es_flush_soon(void)
 {
-	(void) ask();
+	(void) es_flush_ask();
 }
 
-void
-es_handle_flush(EsConn *conn, const EsFlushRequest *req)
+bool
+es_flush_retired(uint64 memtable)
 {
-	Waiter	   *w = MemoryContextAllocZero(TopMemoryContext, sizeof(Waiter));
-
-	w->conn = conn;
-	w->id = req->req.id;
-	w->memtable = ask();
-	w->active = es_memtable_active->id;
-	w->since = GetCurrentTimestamp();
-	dlist_push_tail(&waiters, &w->node);
-	es_flush_tick();
-}
-
-void
-es_flush_conn_closed(EsConn *conn)
-{
-	dlist_mutable_iter iter;
-
-	dlist_foreach_modify(iter, &waiters)
-	{
-		Waiter	   *w = dlist_container(Waiter, node, iter.cur);
-
-		if (w->conn != conn)
-			continue;
-		dlist_delete(&w->node);
-		pfree(w);
-	}
-	es_drop_conn_closed(conn);
+	return last_retired >= memtable;
 }
 
 /* ---- the loop ---- */
@@ -633,28 +545,28 @@ es_flush_tick(void)
 	es_adopt_tick();
 	if (wants_to_turn(now))
 		turn_passive(now);
-	while (!dlist_is_empty(&flushes) &&
-		   advance(dlist_head_element(Flush, node, &flushes), now))
+	while (!dlist_is_empty(&flushes) && advance(dlist_head_element(Flush, node, &flushes), now))
 		;
-	answer_waiters(now);
+	es_flush_answer(now);
 }
 
 long
 es_flush_timeout(void)
 {
-	long		timeout = Min(es_spill_timeout(), es_adopt_timeout());
+	long timeout = Min(es_spill_timeout(), es_adopt_timeout());
 
 	if (es_flush_finishing())
 		return 0;
 
 	if (es_guc_memtable_age > 0 && es_memtable_active->first_row != 0)
-		timeout = Min(timeout,
-					  TimestampDifferenceMilliseconds(GetCurrentTimestamp(),
-													  TimestampTzPlusMilliseconds(es_memtable_active->first_row,
-																				  (int64) es_guc_memtable_age * 1000)) + 1);
+		timeout = Min(timeout, TimestampDifferenceMilliseconds(
+								   GetCurrentTimestamp(),
+								   TimestampTzPlusMilliseconds(es_memtable_active->first_row,
+															   (int64) es_guc_memtable_age * 1000)) +
+								   1);
 	if (!dlist_is_empty(&flushes))
 	{
-		Flush	   *f = dlist_head_element(Flush, node, &flushes);
+		Flush *f = dlist_head_element(Flush, node, &flushes);
 
 		if (f->stage == STAGE_VERDICTS)
 			timeout = Min(timeout, VERDICT_POLL);
@@ -674,21 +586,20 @@ es_flush_timeout(void)
 bool
 es_flush_overloaded(void)
 {
-	if (nflushes >= MAX_PASSIVE &&
-		es_memtable_active->nbytes >= (Size) es_guc_memtable_size * 1024)
+	if (nflushes >= MAX_PASSIVE && es_memtable_active->nbytes >= (Size) es_guc_memtable_size * 1024)
 		return true;
 	return pg_atomic_read_u64(&es_shard->counters.staged_bytes) > (Size) es_guc_staging_size * 1024 &&
-		!es_spill_idle();
+		   !es_spill_idle();
 }
 
 /* Overloaded, and it will not get better by itself: errno for those who want to write, else 0. */
 int
 es_flush_stuck_errno(void)
 {
-	int			sqlerrcode;
-	char		detail[320];
+	int	 sqlerrcode;
+	char detail[320];
 
-	if (!es_flush_overloaded() || !trouble(&sqlerrcode, detail, sizeof(detail)))
+	if (!es_flush_overloaded() || !es_flush_trouble(&sqlerrcode, detail, sizeof(detail)))
 		return 0;
 	return sqlerrcode == ERRCODE_DISK_FULL ? ENOSPC : EIO;
 }
@@ -700,7 +611,7 @@ es_flush_stuck_errno(void)
 static bool
 worker_alive(void)
 {
-	bool		alive = false;
+	bool alive = false;
 
 	LWLockAcquire(es_shared->jobs->lock, LW_SHARED);
 	for (int i = 0; i < ES_MAX_MAINTENANCE; i++)
@@ -712,11 +623,11 @@ worker_alive(void)
 bool
 es_flush_idle(void)
 {
-	int			sqlerrcode;
-	char		detail[320];
+	int	 sqlerrcode;
+	char detail[320];
 
-	(void) ask();
+	(void) es_flush_ask();
 	if (dlist_is_empty(&flushes) && es_memtable_active->nrows == 0 && es_spill_idle() && es_adopt_idle())
 		return true;
-	return !worker_alive() || trouble(&sqlerrcode, detail, sizeof(detail));
+	return !worker_alive() || es_flush_trouble(&sqlerrcode, detail, sizeof(detail));
 }

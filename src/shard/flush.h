@@ -24,34 +24,47 @@
 #include "shard/txn.h"
 
 /* ms after which a step that failed is tried again. */
-#define ES_FLUSH_RETRY		1000
+#define ES_FLUSH_RETRY 1000
+
+/* ---- flush.c ---- */
+
+/* Has the active MemTable flushed soon; returns the newest one that has rows to flush, 0 = none has. */
+extern uint64 es_flush_ask(void);
+/* Are this MemTable and all older ones gone? */
+extern bool es_flush_retired(uint64 memtable);
+/* What keeps flushes and spills from going on, if it is something that a client should hear of. */
+extern bool es_flush_trouble(int *sqlerrcode, char *detail, Size len);
+
+/* ---- flush_request.c ---- */
+
+extern void es_flush_answer(TimestampTz now);
 
 /* ---- build.c: segment files, made by a maintenance worker ---- */
 
 typedef struct EsBuild
 {
-	EsJobKind	kind;
-	EsTableKey	table;
-	EsMemBatch **batches;		/* each with a reference */
-	uint32		nbatches;
-	dsa_pointer list;			/* EsJobBatch[nbatches], 0 = not made */
+	EsJobKind	 kind;
+	EsTableKey	 table;
+	EsMemBatch **batches; /* each with a reference */
+	uint32		 nbatches;
+	dsa_pointer	 list; /* EsJobBatch[nbatches], 0 = not made */
 
-	uint64		id;				/* of this attempt's segment; 0 = none under way */
-	EsJob	   *job;			/* NULL = not posted, or finished */
-	bool		finished;		/* the file is complete, under its temporary name */
-	bool		published;		/* ... under its own name */
+	uint64			 id;		/* of this attempt's segment; 0 = none under way */
+	EsJob			*job;		/* NULL = not posted, or finished */
+	bool			 finished;	/* the file is complete, under its temporary name */
+	bool			 published; /* ... under its own name */
 	EsSegmentSummary summary;
 
 	uint32		failures;
-	int			sqlerrcode;		/* of the last failure */
+	int			sqlerrcode; /* of the last failure */
 	char		error[256];
 	TimestampTz retry_at;
-	dlist_node	node;			/* in the list of those given up */
+	dlist_node	node; /* in the list of those given up */
 } EsBuild;
 
 /* Takes a reference to each batch.  Nothing is posted yet. */
-extern EsBuild *es_build_create(EsJobKind kind, const EsTableKey *table, EsMemBatch **batches,
-								uint32 nbatches);
+extern EsBuild *
+es_build_create(EsJobKind kind, const EsTableKey *table, EsMemBatch **batches, uint32 nbatches);
 /* Posts the job, looks after it, posts it again if it failed.  True when the file is there. */
 extern bool es_build_tick(EsBuild *build);
 /* Renames the file to seg.<id>.  False: it failed, and is built anew. */
@@ -66,7 +79,7 @@ extern void es_builds_tick(void);
 
 /* fsync of the shard's directory, without waiting: covers what was renamed before the call. */
 extern uint64 es_dir_sync(void);
-extern bool es_dir_synced(uint64 ticket);
+extern bool	  es_dir_synced(uint64 ticket);
 
 /*
  * One manifest record of these modules at a time, so that each is made from what the
@@ -75,9 +88,9 @@ extern bool es_dir_synced(uint64 ticket);
  * shard's memory up to it at once: that frees the gate.
  */
 extern EsManifestEdit *es_edit_begin(void);
-extern void es_edit_cancel(EsManifestEdit *edit);
-extern uint64 es_edit_submit(EsManifestEdit *edit);
-extern bool es_edit_done(uint64 ticket);
+extern void			   es_edit_cancel(EsManifestEdit *edit);
+extern uint64		   es_edit_submit(EsManifestEdit *edit);
+extern bool			   es_edit_done(uint64 ticket);
 /* ERROR for what es_manifest_edit_* said. */
 extern void es_edit_check(EsStatus status);
 
@@ -95,8 +108,8 @@ typedef struct EsCarried
 {
 	EsTxn	   *txn;
 	EsMemBatch *batch;
-	uint32		store;			/* number of its store in the MemTable */
-	uint32		number;			/* in the store */
+	uint32		store;	/* number of its store in the MemTable */
+	uint32		number; /* in the store */
 } EsCarried;
 
 extern void es_carry_finished(EsCarried *carried, uint32 n);
@@ -161,4 +174,4 @@ extern void es_drop_tick(void);
 extern void es_drop_retired(uint64 memtable);
 extern void es_drop_conn_closed(EsConn *conn);
 
-#endif							/* ES_SHARD_FLUSH_H */
+#endif /* ES_SHARD_FLUSH_H */

@@ -391,7 +391,8 @@ search_segment(Search *s, EsSegmentRef *ref)
 	}
 	version = (int64) es_block_version(block, 0);
 	if (ref->entry.first_versions != NULL && entry < ref->entry.nfirst_versions)
-		version = ref->entry.first_versions[entry] + (int64) es_segment_live_rows(ref, first, last);
+		version =
+			es_manifest_first_version(&ref->entry, entry) + (int64) es_segment_live_rows(ref, first, last);
 	s->any = true;
 	s->versioned = info->roles.version != 0;
 	note_row(s, ref->txn, es_segment_verdict(ref), version,

@@ -409,7 +409,7 @@ try_open(MemoryContext context)
 {
 	volatile bool opened = false;
 	volatile bool live = pg_atomic_read_u32(&es_shared->store_ready) != 0 ||
-				pg_atomic_read_u32(&es_shared->detach) != ES_ATTACHED;
+						 pg_atomic_read_u32(&es_shared->detach) != ES_ATTACHED;
 
 	PG_TRY();
 	{

@@ -252,6 +252,14 @@ es_log_want_sync(void)
 	wanted_ticket = es_log.last_ticket;
 }
 
+void
+es_log_give_up(EsLsn upto)
+{
+	restart_lsn = Max(restart_lsn, upto);
+	kept_flags |= ES_CONTROL_RELEASED;
+	es_log_want_sync();
+}
+
 uint64
 es_log_syncs_begun(void)
 {

@@ -71,6 +71,12 @@ extern void es_log_tick(void);
 /* ms until the log wants to be called again although nothing happens, -1 = never */
 extern long es_log_timeout(void);
 
+/*
+ * Recovery: PostgreSQL's WAL below `upto` was given up (release_wal).  restart_lsn
+ * moves there with the next sync, and the control block keeps a note until a clean stop.
+ */
+extern void es_log_give_up(EsLsn upto);
+
 /* Restart LSN and durable end of the last synced control block. */
 extern EsLsn es_log_restart_lsn(void);
 extern EsLsn es_log_flush_distance(EsLsn flushed);

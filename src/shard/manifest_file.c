@@ -181,6 +181,9 @@ es_manifest_open(int shard, const EsFileIdentity *identity, EsManifestState *sta
 	ES_FAULT("manifest-rewritten");
 	read_state(&durable, aligned, len);
 	read_state(&ahead, aligned, len);
+	/* bitmaps and the like are used where the segments are (segments.c), not here */
+	es_manifest_state_slim(&durable);
+	es_manifest_state_slim(&ahead);
 	pfree(aligned);
 	pfree(dir);
 
@@ -336,6 +339,7 @@ start_group(void)
 							errmsg("shard %d made a manifest record that does not fit its manifest: %s",
 								   my_shard, err.what)));
 		}
+		es_manifest_state_slim(&ahead);
 		memcpy(group + group_len, record, len);
 		group_len += len;
 		group_records++;
@@ -397,6 +401,7 @@ manifest_synced(void *arg, int result)
 					 errmsg("shard %d cannot take over a record of its manifest: %s", my_shard, err.what)));
 		at += record->len;
 	}
+	es_manifest_state_slim(&durable);
 	ES_COUNT(manifest_records, group_records);
 	durable_len += group_len;
 	done_ticket = group_ticket;

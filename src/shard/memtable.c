@@ -80,6 +80,9 @@ EsMemTable *es_memtable_active = NULL;
 
 static uint64 last_id = 0;
 
+/* MemTables that nobody sees any more, to be freed. */
+static EsMemTable *dead = NULL;
+
 EsMemTable *
 es_memtable_create(void)
 {
@@ -116,16 +119,35 @@ es_memtable_unref(EsMemTable *mt)
 	if (--mt->refs > 0)
 		return;
 	Assert(!mt->listed);
-	for (uint32 s = 0; s < mt->stores->n; s++)
-	{
-		EsMemStore *store = mt->stores->array[s];
+	mt->next = dead;
+	dead = mt;
+}
 
-		for (uint32 i = 0; i < store->nbatches; i++)
-			es_membatch_unref(store->batches[i]);
+bool
+es_memtable_reap(uint32 max)
+{
+	while (dead != NULL)
+	{
+		EsMemTable *mt = dead;
+
+		while (mt->stores->n > 0)
+		{
+			EsMemStore *store = mt->stores->array[mt->stores->n - 1];
+
+			while (store->nbatches > 0)
+			{
+				if (max-- == 0)
+					return true;
+				es_membatch_unref(store->batches[--store->nbatches]);
+			}
+			mt->stores->n--;
+		}
+		dead = mt->next;
+		ES_COUNT(memtable_rows, -(int64) mt->nrows);
+		ES_COUNT(memtable_bytes, -(int64) mt->nbytes);
+		MemoryContextDelete(mt->context);
 	}
-	ES_COUNT(memtable_rows, -(int64) mt->nrows);
-	ES_COUNT(memtable_bytes, -(int64) mt->nbytes);
-	MemoryContextDelete(mt->context);
+	return false;
 }
 
 void

@@ -61,6 +61,9 @@ extern EsMemTable *es_memtable_active;
 extern EsMemTable *es_memtable_create(void);
 extern void es_memtable_ref(EsMemTable *mt);
 extern void es_memtable_unref(EsMemTable *mt);
+/* Frees MemTables without references, up to so many of their batches (there may be very many, and none of
+ * this is urgent); true if some are left. */
+extern bool es_memtable_reap(uint32 max);
 /* Takes a passive MemTable whose rows are in segments out of the list. */
 extern void es_memtable_retire(EsMemTable *mt);
 

@@ -63,6 +63,7 @@ struct EsPrepareSource
 	bool			flagged; /* some batch in memory has given versions or event ids */
 	Walk		   *walks;
 	int				nwalks;
+	uint32			hashed; /* batches whose rows are in rows */
 	int				looked; /* walks that were looked through for checks */
 	bool			numbered;
 };
@@ -229,12 +230,9 @@ es_prepare_roles(const EsPrepareSource *source)
 
 /* ---- rows in memory ---- */
 
-static int
-compare_mem_rows(const void *a, const void *b)
+static inline int
+compare_mem_rows(const MemRow *x, const MemRow *y)
 {
-	const MemRow *x = a;
-	const MemRow *y = b;
-
 	if (x->hash != y->hash)
 		return x->hash < y->hash ? -1 : 1;
 	if (x->batch != y->batch)
@@ -242,27 +240,41 @@ compare_mem_rows(const void *a, const void *b)
 	return x->row < y->row ? -1 : x->row > y->row;
 }
 
-static void
-sort_mem_rows(EsPrepareSource *s)
-{
-	uint64 n = 0;
+#define ST_SORT			 sort_rows
+#define ST_ELEMENT_TYPE	 MemRow
+#define ST_COMPARE(a, b) compare_mem_rows(a, b)
+#define ST_SCOPE		 static
+#define ST_DEFINE
+#define ST_DECLARE
+#include "lib/sort_template.h"
 
-	for (uint32 i = 0; i < s->nbatches; i++)
-		if (!s->batches[i].pending)
-			n += s->batches[i].nrows;
-	s->rows = MemoryContextAllocHuge(s->context, Max(n, 1) * sizeof(MemRow));
-	for (uint32 i = 0; i < s->nbatches; i++)
+static EsTaskState
+sort_mem_rows(EsPrepareSource *s, int64 deadline)
+{
+	if (s->rows == NULL)
 	{
-		const EsPrepareBatch *p = &s->batches[i];
+		uint64 n = 0;
+
+		for (uint32 i = 0; i < s->nbatches; i++)
+			if (!s->batches[i].pending)
+				n += s->batches[i].nrows;
+		s->rows = MemoryContextAllocHuge(s->context, Max(n, 1) * sizeof(MemRow));
+	}
+	for (; s->hashed < s->nbatches; s->hashed++)
+	{
+		const EsPrepareBatch *p = &s->batches[s->hashed];
 
 		if (p->pending)
 			continue;
+		if (s->nrows > 0 && es_task_clock() >= deadline)
+			return ES_TASK_MORE;
 		for (uint32 row = 0; row < p->nrows; row++)
-			s->rows[s->nrows++] = (MemRow){es_batch_context_hash(&p->view, row), i, row};
+			s->rows[s->nrows++] = (MemRow){es_batch_context_hash(&p->view, row), s->hashed, row};
 	}
 	if (s->nrows > 1)
-		qsort(s->rows, s->nrows, sizeof(MemRow), compare_mem_rows);
+		sort_rows(s->rows, s->nrows);
 	s->sorted = true;
+	return ES_TASK_DONE;
 }
 
 static EsPrepareRow *
@@ -605,8 +617,8 @@ es_prepare_next_group(EsPrepareSource *s, int64 deadline, EsPrepareGroup *g, EsD
 		if (*failed)
 			return ES_TASK_DONE;
 	}
-	if (!s->sorted)
-		sort_mem_rows(s);
+	if (!s->sorted && sort_mem_rows(s, deadline) == ES_TASK_MORE)
+		return ES_TASK_MORE;
 
 	if (g->nrows == 0)
 	{

@@ -53,55 +53,55 @@
 #include "shard/shard.h"
 
 /* Messages between two looks at verdicts, log, flush. */
-#define HOUSEKEEPING_MESSAGES	256
-#define VERDICT_MESSAGES		16384
+#define HOUSEKEEPING_MESSAGES 256
+#define VERDICT_MESSAGES	  16384
 
-EsLsn		es_recovery_end = 0;
+EsLsn es_recovery_end = 0;
 
 /* A FINISH of own WAL. */
 typedef struct HeldFinish
 {
-	EsFxid		fxid;
-	EsLsn		start;
-	EsLsn		end;
+	EsFxid			 fxid;
+	EsLsn			 start;
+	EsLsn			 end;
 	EsSectionHeader *section;
-	size_t		len;
+	size_t			 len;
 } HeldFinish;
 
 typedef struct KnownStart
 {
-	EsLsn		start;
-	char		status;
+	EsLsn start;
+	char  status;
 } KnownStart;
 
-#define SH_PREFIX		known
-#define SH_ELEMENT_TYPE	KnownStart
-#define SH_KEY_TYPE		EsLsn
-#define SH_KEY			start
-#define SH_HASH_KEY(tb, k)	((uint32) (((k) * UINT64CONST(0x9E3779B97F4A7C15)) >> 32))
-#define SH_EQUAL(tb, a, b)	((a) == (b))
-#define SH_SCOPE		static inline
+#define SH_PREFIX		   known
+#define SH_ELEMENT_TYPE	   KnownStart
+#define SH_KEY_TYPE		   EsLsn
+#define SH_KEY			   start
+#define SH_HASH_KEY(tb, k) ((uint32) (((k) *UINT64CONST(0x9E3779B97F4A7C15)) >> 32))
+#define SH_EQUAL(tb, a, b) ((a) == (b))
+#define SH_SCOPE		   static inline
 #define SH_DECLARE
 #define SH_DEFINE
 #include "lib/simplehash.h"
 
 /* All of this lives in recovery_context and goes with it. */
 static MemoryContext recovery_context;
-static MemoryContext scratch_context;	/* of one message; reset now and then */
-static known_hash *known;
-static HeldFinish *held;
-static uint32 nheld;
-static uint32 held_allocated;
-static uint32 held_done;		/* applied */
-static EsLsn restart_lsn;
-static EsOwnLsn flushed_up_to;
-static EsPosition reserved_below;
-static uint64 nmessages;
+static MemoryContext scratch_context; /* of one message; reset now and then */
+static known_hash	*known;
+static HeldFinish	*held;
+static uint32		 nheld;
+static uint32		 held_allocated;
+static uint32		 held_done; /* applied */
+static EsLsn		 restart_lsn;
+static EsOwnLsn		 flushed_up_to;
+static EsPosition	 reserved_below;
+static uint64		 nmessages;
 
 static void
 remember(EsLsn start)
 {
-	bool		found;
+	bool found;
 
 	if (start >= restart_lsn && start != 0)
 		known_insert(known, start, &found);
@@ -146,8 +146,8 @@ hold_finish(const EsFrameHeader *h, const void *payload)
 static void
 own_frame(const EsFrameHeader *h, const void *payload, EsOwnLsn end)
 {
-	MemoryContext old = MemoryContextSwitchTo(scratch_context);
-	EsTxn	   *txn;
+	MemoryContext	  old = MemoryContextSwitchTo(scratch_context);
+	EsTxn			 *txn;
 	const EsResolved *resolved;
 
 	if (h->type != ES_FRAME_FILE)
@@ -203,8 +203,8 @@ own_frame(const EsFrameHeader *h, const void *payload, EsOwnLsn end)
 static int
 compare_held(const void *a, const void *b)
 {
-	EsLsn		x = ((const HeldFinish *) a)->start;
-	EsLsn		y = ((const HeldFinish *) b)->start;
+	EsLsn x = ((const HeldFinish *) a)->start;
+	EsLsn y = ((const HeldFinish *) b)->start;
 
 	return x < y ? -1 : x > y;
 }
@@ -240,8 +240,7 @@ apply_held(bool lossy)
 				break;
 			ereport(WARNING,
 					(errcode(ERRCODE_DATA_CORRUPTED),
-					 errmsg("shard %d gives up transaction %llu", es_shard_id,
-							(unsigned long long) f->fxid),
+					 errmsg("shard %d gives up transaction %llu", es_shard_id, (unsigned long long) f->fxid),
 					 errdetail("Its FINISH at %X/%X lists rows that are in no file any more.",
 							   LSN_FORMAT_ARGS(f->start))));
 			es_apply_drop_staged(txn);
@@ -263,8 +262,8 @@ apply_own_wal(bool clean)
 	if (clean && held_done < nheld)
 		ereport(ERROR,
 				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("own write-ahead log of shard %d lacks rows of transaction %llu",
-						es_shard_id, (unsigned long long) held[held_done].fxid),
+				 errmsg("own write-ahead log of shard %d lacks rows of transaction %llu", es_shard_id,
+						(unsigned long long) held[held_done].fxid),
 				 errdetail("The shard was stopped cleanly, so it should have everything in its own files.")));
 
 	/* the rest comes again from PostgreSQL's WAL: its starts lie behind that of a batch that does */
@@ -275,12 +274,11 @@ apply_own_wal(bool clean)
 /* ---- PostgreSQL's WAL ---- */
 
 static void
-pg_message(void *arg, const EsMessageHeader *h, const void *payload, size_t len,
-		   EsLsn start, EsLsn end)
+pg_message(void *arg, const EsMessageHeader *h, const void *payload, size_t len, EsLsn start, EsLsn end)
 {
-	MemoryContext old = MemoryContextSwitchTo(scratch_context);
+	MemoryContext		   old = MemoryContextSwitchTo(scratch_context);
 	const EsSectionHeader *section;
-	EsError		err;
+	EsError				   err;
 
 	switch ((EsMessageKind) h->kind)
 	{
@@ -302,11 +300,10 @@ pg_message(void *arg, const EsMessageHeader *h, const void *payload, size_t len,
 
 		case ES_MESSAGE_FINISH:
 			if (es_finish_check(payload, len, &err) != ES_OK)
-				ereport(ERROR,
-						(errcode(ERRCODE_DATA_CORRUPTED),
-						 errmsg("shard %d found a malformed FINISH at %X/%X of PostgreSQL's WAL",
-								es_shard_id, LSN_FORMAT_ARGS(start)),
-						 errdetail("%s.", err.what)));
+				ereport(ERROR, (errcode(ERRCODE_DATA_CORRUPTED),
+								errmsg("shard %d found a malformed FINISH at %X/%X of PostgreSQL's WAL",
+									   es_shard_id, LSN_FORMAT_ARGS(start)),
+								errdetail("%s.", err.what)));
 			section = es_finish_section(payload, (uint16) es_shard_id);
 			if (section == NULL || known_lookup(known, start) != NULL)
 				break;
@@ -332,19 +329,13 @@ pg_message(void *arg, const EsMessageHeader *h, const void *payload, size_t len,
 
 /*
  * Reads PostgreSQL's WAL, or, if that is gone and somebody who may has said so, does
- * without it.
+ * without it: then it returns false.
  */
-static void
-read_pg_wal(void)
+static bool
+read_available_pg_wal(void)
 {
 	MemoryContext caller = CurrentMemoryContext;
 	volatile bool lost = false;
-
-	if (pg_atomic_read_u32(&es_shard->release_wal) == 0)
-	{
-		es_pgwal_read((uint16) es_shard_id, restart_lsn, es_recovery_end, pg_message, NULL);
-		return;
-	}
 
 	PG_TRY();
 	{
@@ -352,25 +343,49 @@ read_pg_wal(void)
 	}
 	PG_CATCH();
 	{
-		ErrorData  *error;
+		ErrorData *error;
 
 		if (geterrcode() == ERRCODE_DATA_CORRUPTED)
 			PG_RE_THROW();
 		MemoryContextSwitchTo(caller);
 		error = CopyErrorData();
 		FlushErrorState();
-		ereport(WARNING,
-				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("shard %d opens without PostgreSQL's WAL from %X/%X to %X/%X",
-						es_shard_id, LSN_FORMAT_ARGS(restart_lsn), LSN_FORMAT_ARGS(es_recovery_end)),
-				 errdetail("event_store.release_wal(%d) was called; events logged there and not durable in the shard's own files are lost. The reason was: %s",
-						   es_shard_id, error->message)));
+		ereport(
+			WARNING,
+			(errcode(ERRCODE_DATA_CORRUPTED),
+			 errmsg("shard %d opens without PostgreSQL's WAL from %X/%X to %X/%X", es_shard_id,
+					LSN_FORMAT_ARGS(restart_lsn), LSN_FORMAT_ARGS(es_recovery_end)),
+			 errdetail(
+				 "event_store.release_wal(%d) was called; events logged there and not durable in the shard's own files are lost. The reason was: %s",
+				 es_shard_id, error->message)));
 		FreeErrorData(error);
 		lost = true;
 	}
 	PG_END_TRY();
 
 	if (lost)
+	{
+		EsLsn  unframed = es_apply_oldest_unframed();
+		uint64 syncs = es_log_syncs_begun() + 1;
+
+		/* durable before anybody relies on it: a crash must not ask for that WAL again */
+		es_log_give_up(unframed != 0 ? Min(unframed, es_recovery_end) : es_recovery_end);
+		while (es_log_syncs_done() < syncs)
+			es_worker_make_room();
+	}
+	return !lost;
+}
+
+/* released: WAL was given up at an earlier start, and own files have lived with that since. */
+static void
+read_pg_wal(bool released)
+{
+	if (pg_atomic_read_u32(&es_shard->release_wal) == 0)
+		es_pgwal_read((uint16) es_shard_id, restart_lsn, es_recovery_end, pg_message, NULL);
+	else if (!read_available_pg_wal())
+		released = true;
+
+	if (released)
 	{
 		es_versions_as_promised = true;
 		apply_held(true);
@@ -383,7 +398,7 @@ read_pg_wal(void)
 static void
 recover_positions(const EsControl *control, bool clean)
 {
-	EsPosition	next = es_apply_highest_position + 1;
+	EsPosition next = es_apply_highest_position + 1;
 
 	/*
 	 * While the server lives its counter does.  At its start the counter
@@ -404,16 +419,16 @@ recover_positions(const EsControl *control, bool clean)
 void
 es_recover(void)
 {
-	EsShardFiles files;
-	uint32		state = 0;
+	EsShardFiles  files;
+	uint32		  state = 0;
 	EsSegmentRef *ref;
-	EsLsn		mark_start;
-	bool		clean;
+	EsLsn		  mark_start;
+	bool		  clean;
 
-	recovery_context = AllocSetContextCreate(TopMemoryContext, "event_store recovery",
-											 ALLOCSET_DEFAULT_SIZES);
-	scratch_context = AllocSetContextCreate(recovery_context, "event_store recovery of a message",
-											ALLOCSET_DEFAULT_SIZES);
+	recovery_context =
+		AllocSetContextCreate(TopMemoryContext, "event_store recovery", ALLOCSET_DEFAULT_SIZES);
+	scratch_context =
+		AllocSetContextCreate(recovery_context, "event_store recovery of a message", ALLOCSET_DEFAULT_SIZES);
 
 	/* 1 */
 	es_files_open(es_shard_id, &files);
@@ -425,11 +440,11 @@ es_recover(void)
 	es_segments_load(&files.manifest);
 	while ((ref = es_segments_each(&state)) != NULL)
 	{
-		es_apply_highest_position = Max(es_apply_highest_position,
-										ref->entry.segment.max_position);
+		es_apply_highest_position = Max(es_apply_highest_position, ref->entry.segment.max_position);
 		for (uint32 i = 0; i < ref->entry.nstarts; i++)
 			remember(ref->entry.starts[i]);
 	}
+	es_manifest_state_slim(&files.manifest);
 	es_flush_init();
 	ES_FAULT("recovery-files-open");
 
@@ -454,19 +469,21 @@ es_recover(void)
 	pg_atomic_write_u64(&es_shard->recovery_at, clean ? es_recovery_end : restart_lsn);
 	pg_atomic_write_u64(&es_shard->recovery_end, es_recovery_end);
 	if (!clean)
-		read_pg_wal();
+		read_pg_wal((files.control.flags & ES_CONTROL_RELEASED) != 0);
 	es_apply_poll_verdicts(true);
 	ES_FAULT("recovery-pg-wal-read");
 
 	/* 6 */
 	recover_positions(&files.control, clean);
 
-	ereport(LOG,
-			(errmsg("event_store shard %d is open", es_shard_id),
-			 errdetail("Own write-ahead log: %u FINISH frames; PostgreSQL's WAL: %X/%X to %X/%X; %llu rows in memory.",
-					   nheld, LSN_FORMAT_ARGS(clean ? es_recovery_end : restart_lsn),
-					   LSN_FORMAT_ARGS(es_recovery_end),
-					   (unsigned long long) pg_atomic_read_u64(&es_shard->counters.memtable_rows))));
+	ereport(
+		LOG,
+		(errmsg("event_store shard %d is open", es_shard_id),
+		 errdetail(
+			 "Own write-ahead log: %u of %u FINISH frames; PostgreSQL's WAL: %X/%X to %X/%X; %llu rows in memory.",
+			 held_done, nheld, LSN_FORMAT_ARGS(clean ? es_recovery_end : restart_lsn),
+			 LSN_FORMAT_ARGS(es_recovery_end),
+			 (unsigned long long) pg_atomic_read_u64(&es_shard->counters.memtable_rows))));
 
 	MemoryContextDelete(recovery_context);
 	known = NULL;

@@ -185,7 +185,7 @@ es_segment_row_version(EsSegmentRef *ref, uint64 row)
 	}
 	c->rank += es_segment_live_rows(ref, c->row, row);
 	c->row = row;
-	return ref->entry.first_versions[context] + (int64) c->rank;
+	return es_manifest_first_version(&ref->entry, context) + (int64) c->rank;
 }
 
 /* ---- order by position ---- */

@@ -201,7 +201,8 @@ add_segment(const EsManifestEntry *entry, EsTxn *txn)
 	ref->fd = -1;
 	ref->entry = *entry;
 	ref->entry.dead_bitmap = copy_array(entry->dead_bitmap, (entry->segment.nrows + 63) / 64 * 8);
-	ref->entry.first_versions = copy_array(entry->first_versions, entry->nfirst_versions * sizeof(int64));
+	ref->entry.first_versions = copy_array(
+		entry->first_versions, es_manifest_versions_len(entry->nfirst_versions, entry->version_width));
 	ref->entry.starts = copy_array(entry->starts, entry->nstarts * sizeof(uint64));
 	ref->starts = ref->entry.starts;
 	ref->path = es_path_segment(es_shard_id, entry->segment.id);

@@ -44,38 +44,38 @@
 #include "shard/log.h"
 #include "shard/shard.h"
 
-#define MAX_TABLES		32		/* that one spill takes */
-#define WORTH_A_FILE	(1024 * 1024)	/* bytes; tables with less are only spilled if nothing else is there */
-#define UNFRAMED_LIMIT	(64 * 1024 * 1024)	/* bytes of PostgreSQL's WAL */
-#define LOOK_INTERVAL	1000	/* ms */
-#define LAST_SPILL		(4 * 1024 * 1024)	/* bytes that are worth one more spill at FINISH */
+#define MAX_TABLES	   32			 /* that one spill takes */
+#define WORTH_A_FILE   (1024 * 1024) /* bytes; tables with less are only spilled if nothing else is there */
+#define UNFRAMED_LIMIT (64 * 1024 * 1024) /* bytes of PostgreSQL's WAL */
+#define LOOK_INTERVAL  1000				  /* ms */
+#define LAST_SPILL	   (4 * 1024 * 1024)  /* bytes that are worth one more spill at FINISH */
 
 typedef enum SpillStage
 {
-	STAGE_FLUSHED,				/* PostgreSQL's WAL, past all batches */
+	STAGE_FLUSHED, /* PostgreSQL's WAL, past all batches */
 	STAGE_BUILD,
 	STAGE_DIRECTORY,
 	STAGE_LOG,
 	STAGE_MANIFEST,
-	STAGE_TAKE_BACK,			/* the record is durable, and was overtaken */
+	STAGE_TAKE_BACK, /* the record is durable, and was overtaken */
 	STAGE_TAKING_BACK
 } SpillStage;
 
 typedef struct Spill
 {
 	dlist_node	node;
-	EsTxn	   *txn;			/* with a reference */
+	EsTxn	   *txn; /* with a reference */
 	SpillStage	stage;
-	EsBuild   **builds;			/* one per table */
+	EsBuild	  **builds; /* one per table */
 	uint32		nbuilds;
-	uint64		last_ticket;	/* of the batches that have frames */
+	uint64		last_ticket; /* of the batches that have frames */
 	EsLsn		last_end;
 	TimestampTz nudged;
 	uint64		directory;
 	uint64		edit;
 } Spill;
 
-static dlist_head spills = DLIST_STATIC_INIT(spills);
+static dlist_head  spills = DLIST_STATIC_INIT(spills);
 static TimestampTz looked;
 
 /* ---- what to spill ---- */
@@ -83,7 +83,7 @@ static TimestampTz looked;
 static Size
 chunk_size(void)
 {
-	Size		after = (Size) es_guc_spill_after * 1024;
+	Size after = (Size) es_guc_spill_after * 1024;
 
 	return Min(2 * after, Max(after, (Size) es_guc_staging_size * 1024 / 2));
 }
@@ -103,14 +103,14 @@ given(const EsMemBatch *b)
 typedef struct Staged
 {
 	EsMemBatch *batch;
-	uint32		number;			/* in the order of starts */
+	uint32		number; /* in the order of starts */
 } Staged;
 
 typedef struct Group
 {
-	uint32		first;			/* in the array of Staged */
-	uint32		n;
-	Size		bytes;
+	uint32 first; /* in the array of Staged */
+	uint32 n;
+	Size   bytes;
 } Group;
 
 static int
@@ -118,7 +118,7 @@ compare_staged(const void *x, const void *y)
 {
 	const Staged *a = x;
 	const Staged *b = y;
-	int			c = memcmp(&a->batch->view.header->table, &b->batch->view.header->table, sizeof(EsTableKey));
+	int c = memcmp(&a->batch->view.header->table, &b->batch->view.header->table, sizeof(EsTableKey));
 
 	if (c != 0)
 		return c;
@@ -147,11 +147,11 @@ same_group(const EsMemBatch *a, const EsMemBatch *b)
 static uint32
 group_staged(EsTxn *txn, Staged **staged, Group **groups)
 {
-	uint32		n = 0;
-	uint32		ngroups = 0;
-	dlist_iter	iter;
-	Staged	   *s;
-	Group	   *g;
+	uint32	   n = 0;
+	uint32	   ngroups = 0;
+	dlist_iter iter;
+	Staged	  *s;
+	Group	  *g;
 
 	dlist_foreach(iter, &txn->staged)
 		n++;
@@ -160,15 +160,15 @@ group_staged(EsTxn *txn, Staged **staged, Group **groups)
 	n = 0;
 	dlist_foreach(iter, &txn->staged)
 	{
-		s[n] = (Staged) {.batch = dlist_container(EsMemBatch, node, iter.cur),.number = n};
+		s[n] = (Staged){.batch = dlist_container(EsMemBatch, node, iter.cur), .number = n};
 		n++;
 	}
 	qsort(s, n, sizeof(Staged), compare_staged);
 	for (uint32 i = 0; i < n;)
 	{
-		Group		group = {.first = i};
-		uint64		nrows = 0;
-		bool		full = false;
+		Group  group = {.first = i};
+		uint64 nrows = 0;
+		bool   full = false;
 
 		/*
 		 * Rows beyond segment_rows are the next spill's; and so are those from behind ADD COLUMN,
@@ -177,10 +177,9 @@ group_staged(EsTxn *txn, Staged **staged, Group **groups)
 		for (; i < n && same_group(s[group.first].batch, s[i].batch); i++)
 		{
 			nrows += s[i].batch->view.header->nrows;
-			full = full || (i > group.first &&
-							(nrows > es_guc_segment_rows ||
-							 es_batch_table_columns(&s[i].batch->view) !=
-							 es_batch_table_columns(&s[group.first].batch->view)));
+			full = full || (i > group.first && (nrows > es_guc_segment_rows ||
+												es_batch_table_columns(&s[i].batch->view) !=
+													es_batch_table_columns(&s[group.first].batch->view)));
 			if (full)
 				continue;
 			group.n++;
@@ -201,8 +200,8 @@ group_staged(EsTxn *txn, Staged **staged, Group **groups)
 static uint32
 choose_groups(const Group *groups, uint32 ngroups, Size total)
 {
-	Size		taken = 0;
-	uint32		n = 0;
+	Size   taken = 0;
+	uint32 n = 0;
 
 	while (n < ngroups && n < MAX_TABLES && taken < total / 4 * 3)
 	{
@@ -217,21 +216,21 @@ static void
 start_spill(EsTxn *txn)
 {
 	MemoryContext old = MemoryContextSwitchTo(TopMemoryContext);
-	Staged	   *staged;
-	Group	   *groups;
-	uint32		ngroups = group_staged(txn, &staged, &groups);
-	uint32		n = choose_groups(groups, ngroups, txn->staged_bytes);
+	Staged		 *staged;
+	Group		 *groups;
+	uint32		  ngroups = group_staged(txn, &staged, &groups);
+	uint32		  n = choose_groups(groups, ngroups, txn->staged_bytes);
 
 	if (n > 0 && (staging_full() || groups[0].bytes >= WORTH_A_FILE || ngroups <= MAX_TABLES))
 	{
-		Spill	   *s = palloc0(sizeof(Spill));
+		Spill *s = palloc0(sizeof(Spill));
 
 		s->txn = txn;
 		es_txn_ref(txn);
 		s->builds = palloc(n * sizeof(EsBuild *));
 		for (uint32 i = 0; i < n; i++)
 		{
-			Group	   *g = &groups[i];
+			Group		*g = &groups[i];
 			EsMemBatch **batches = palloc_extended(g->n * sizeof(EsMemBatch *), MCXT_ALLOC_HUGE);
 
 			for (uint32 k = 0; k < g->n; k++)
@@ -240,8 +239,8 @@ start_spill(EsTxn *txn)
 				s->last_end = Max(s->last_end, batches[k]->end);
 				s->last_ticket = Max(s->last_ticket, batches[k]->ticket);
 			}
-			s->builds[s->nbuilds++] = es_build_create(ES_JOB_SPILL, &batches[0]->view.header->table,
-													  batches, g->n);
+			s->builds[s->nbuilds++] =
+				es_build_create(ES_JOB_SPILL, &batches[0]->view.header->table, batches, g->n);
 			pfree(batches);
 		}
 		txn->spilling = true;
@@ -277,7 +276,7 @@ failing(const Spill *s)
 bool
 es_spill_before_finish(EsTxn *txn)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	if (txn->verdict == ES_VERDICT_ABORTED)
 		return false;
@@ -289,7 +288,7 @@ es_spill_before_finish(EsTxn *txn)
 	}
 	dlist_foreach(iter, &spills)
 	{
-		Spill	   *s = dlist_container(Spill, node, iter.cur);
+		Spill *s = dlist_container(Spill, node, iter.cur);
 
 		/* when the disk is full the rows go to memory and own WAL */
 		if (s->txn == txn)
@@ -304,13 +303,13 @@ static bool
 overtaken(const Spill *s)
 {
 	return s->txn->finished || s->txn->verdict == ES_VERDICT_ABORTED || !s->txn->listed ||
-		es_finishing(s->txn);
+		   es_finishing(s->txn);
 }
 
 static void
 end_spill(Spill *s)
 {
-	EsTxn	   *txn = s->txn;
+	EsTxn *txn = s->txn;
 
 	txn->spilling = false;
 	dlist_delete(&s->node);
@@ -338,9 +337,9 @@ submit_pending(Spill *s)
 	ES_FAULT("spill-before-manifest");
 	for (uint32 i = 0; i < s->nbuilds; i++)
 	{
-		EsBuild    *b = s->builds[i];
-		EsManifestPending p = {.segment = es_build_segment_entry(b),.nstarts = b->nbatches};
-		uint64	   *starts = palloc_extended(b->nbatches * sizeof(uint64), MCXT_ALLOC_HUGE);
+		EsBuild			 *b = s->builds[i];
+		EsManifestPending p = {.segment = es_build_segment_entry(b), .nstarts = b->nbatches};
+		uint64			 *starts = palloc_extended(b->nbatches * sizeof(uint64), MCXT_ALLOC_HUGE);
 
 		for (uint32 k = 0; k < b->nbatches; k++)
 			starts[k] = b->batches[k]->start;
@@ -368,22 +367,20 @@ submit_take_back(Spill *s)
 static void
 replace_staged(Spill *s)
 {
-	EsTxn	   *txn = s->txn;
+	EsTxn *txn = s->txn;
 
 	ES_FAULT("spill-manifest-durable");
 	for (uint32 i = 0; i < s->nbuilds; i++)
 	{
-		EsBuild    *build = s->builds[i];
-		uint64	   *starts = palloc_extended(build->nbatches * sizeof(uint64), MCXT_ALLOC_HUGE);
-		EsManifestEntry entry = {
-			.segment = es_build_segment_entry(build),
-			.pending = true,
-			.nlive = build->summary.nrows,
-			.starts = starts,
-			.nstarts = build->nbatches
-		};
-		EsSegmentRef *ref;
-		MemoryContext old;
+		EsBuild		   *build = s->builds[i];
+		uint64		   *starts = palloc_extended(build->nbatches * sizeof(uint64), MCXT_ALLOC_HUGE);
+		EsManifestEntry entry = {.segment = es_build_segment_entry(build),
+								 .pending = true,
+								 .nlive = build->summary.nrows,
+								 .starts = starts,
+								 .nstarts = build->nbatches};
+		EsSegmentRef   *ref;
+		MemoryContext	old;
 
 		for (uint32 k = 0; k < build->nbatches; k++)
 			starts[k] = build->batches[k]->start;
@@ -414,7 +411,7 @@ replace_staged(Spill *s)
 static bool
 advance(Spill *s, TimestampTz now)
 {
-	bool		all = true;
+	bool all = true;
 
 	if (s->stage < STAGE_MANIFEST && overtaken(s))
 	{
@@ -521,7 +518,7 @@ look_at_unframed(void)
 void
 es_spill_tick(void)
 {
-	TimestampTz now;
+	TimestampTz		   now;
 	dlist_mutable_iter iter;
 
 	if (dlist_is_empty(&spills) && dlist_is_empty(&es_txn_unframed))
@@ -529,7 +526,7 @@ es_spill_tick(void)
 	now = GetCurrentTimestamp();
 	dlist_foreach_modify(iter, &spills)
 	{
-		Spill	   *s = dlist_container(Spill, node, iter.cur);
+		Spill *s = dlist_container(Spill, node, iter.cur);
 
 		while (advance(s, now))
 			;
@@ -550,11 +547,11 @@ es_spill_idle(void)
 const EsBuild *
 es_spill_failed(void)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &spills)
 	{
-		Spill	   *s = dlist_container(Spill, node, iter.cur);
+		Spill *s = dlist_container(Spill, node, iter.cur);
 
 		for (uint32 i = 0; i < s->nbuilds; i++)
 			if (s->builds[i]->failures > 0)
@@ -566,11 +563,11 @@ es_spill_failed(void)
 bool
 es_spill_taking_back(void)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &spills)
 	{
-		Spill	   *s = dlist_container(Spill, node, iter.cur);
+		Spill *s = dlist_container(Spill, node, iter.cur);
 
 		if (s->stage >= STAGE_MANIFEST && overtaken(s))
 			return true;
@@ -583,7 +580,7 @@ es_spill_timeout(void)
 {
 	if (!dlist_is_empty(&spills))
 	{
-		Spill	   *s = dlist_head_element(Spill, node, &spills);
+		Spill *s = dlist_head_element(Spill, node, &spills);
 
 		return s->stage == STAGE_FLUSHED ? 10 : 100;
 	}

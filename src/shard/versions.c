@@ -178,7 +178,7 @@ version_in_pending(Work *w, const ContextKey *key)
 			continue;
 		live = (int64) es_segment_live_rows(ref, first_row, first_row + nrows);
 		if (live > 0)
-			return ref->entry.first_versions[entry] + live - 1;
+			return es_manifest_first_version(&ref->entry, entry) + live - 1;
 	}
 	return 0;
 }

@@ -619,10 +619,10 @@ es_shard_main(Datum arg)
 		bool		idle;
 		long		timeout;
 		uint64		taken;
+		bool		urgent;
 
 		ResetLatch(MyLatch);
-		pg_atomic_write_u32(&es_shard->urgent, 0);
-		pg_memory_barrier();
+		urgent = pg_atomic_exchange_u32(&es_shard->urgent, 0) != 0;
 		taken = pg_atomic_read_u64(&es_shard->counters.messages);
 		timeout = turn(&idle);
 		taken = pg_atomic_read_u64(&es_shard->counters.messages) - taken;
@@ -655,7 +655,7 @@ es_shard_main(Datum arg)
 			stop_cleanly();
 			proc_exit(0);
 		}
-		if (timeout != 0 && taken > 0 && idle && pg_atomic_read_u32(&es_shard->urgent) == 0)
+		if (timeout != 0 && taken > 0 && idle && !urgent)
 			nap(timeout < 0 ? 1 : timeout);
 		else if (timeout != 0)
 			wait_for_events(timeout);

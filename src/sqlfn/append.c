@@ -31,6 +31,7 @@
 #include "utils/snapmgr.h"
 #include "utils/uuid.h"
 
+#include "compat.h"
 #include "ipc/channel.h"
 #include "ipc/shmem.h"
 #include "sqlfn/args.h"
@@ -239,7 +240,7 @@ hash_of_row(AppendCall *a, uint64 result[2])
 		result[0] = result[1] = 0;
 }
 
-static void pg_attribute_noreturn()
+pg_attribute_noreturn() static void
 version_conflict(const AppendCall *a, int64 expected, int64 actual)
 {
 	ereport(ERROR,
@@ -253,7 +254,7 @@ version_conflict(const AppendCall *a, int64 expected, int64 actual)
 	pg_unreachable();
 }
 
-static void pg_attribute_noreturn()
+pg_attribute_noreturn() static void
 content_conflict(const AppendCall *a)
 {
 	ereport(ERROR,

@@ -9,6 +9,7 @@
 #include "postgres.h"
 
 #include "access/htup_details.h"
+#include "access/relation.h"
 #include "access/table.h"
 #include "access/xlog.h"
 #include "access/xlog_internal.h"
@@ -282,15 +283,32 @@ es_relation_size_fn(PG_FUNCTION_ARGS)
 Datum
 es_table_roles(PG_FUNCTION_ARGS)
 {
-	Relation	rel = es_open_store(fcinfo, 0, AccessShareLock, 0);
-	const EsTableInfo *info = es_table_info(rel);
-	uint64		storage_id = info->key.storage_id;
-	int			atts[5] = {info->roles.context, info->roles.position, info->roles.version,
-	info->roles.event_id, info->roles.event_type};
+	Relation	rel;
+	const EsTableInfo *info;
+	uint64		storage_id;
+	int			atts[5];
 	TupleDesc	desc;
 	Datum		values[6];
 	bool		nulls[6] = {false};
 	NameData	names[5];
+
+	/* stat_tables asks for the tables of its snapshot: one that was dropped or rewritten as a heap has no roles */
+	rel = try_relation_open(PG_GETARG_OID(0), AccessShareLock);
+	if (rel == NULL)
+		PG_RETURN_NULL();
+	if (!es_is_event_table(rel))
+	{
+		relation_close(rel, AccessShareLock);
+		PG_RETURN_NULL();
+	}
+	es_wait_store_ready();
+	info = es_table_info(rel);
+	storage_id = info->key.storage_id;
+	atts[0] = info->roles.context;
+	atts[1] = info->roles.position;
+	atts[2] = info->roles.version;
+	atts[3] = info->roles.event_id;
+	atts[4] = info->roles.event_type;
 
 	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
 		elog(ERROR, "return type must be a row type");

@@ -42,7 +42,7 @@
 
 PG_FUNCTION_INFO_V1(event_store_handler);
 
-static void pg_attribute_noreturn()
+pg_attribute_noreturn() static void
 refuse(Relation rel, const char *what, const char *hint)
 {
 	ereport(ERROR,

@@ -54,7 +54,7 @@ static object_access_hook_type previous_object_access;
 
 /* ---- statements ---- */
 
-static void pg_attribute_noreturn()
+pg_attribute_noreturn() static void
 refuse(Oid relid, const char *what, const char *hint)
 {
 	ereport(ERROR,

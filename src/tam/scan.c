@@ -490,11 +490,38 @@ es_fetch_row(Relation rel, ItemPointer tid, Snapshot snapshot, TupleTableSlot *s
 
 /* ---- ANALYZE: one block, all rows ---- */
 
+/*
+ * ANALYZE copies its sample out of the slot as heap tuples and sorts them by t_self; the copy of a virtual slot
+ * has none.  So its slot, which nobody else sees, gets a copy function that keeps the TID.
+ */
+static HeapTuple
+copy_with_tid(TupleTableSlot *slot)
+{
+	HeapTuple	tuple = TTSOpsVirtual.copy_heap_tuple(slot);
+
+	tuple->t_self = slot->tts_tid;
+	tuple->t_tableOid = slot->tts_tableOid;
+	return tuple;
+}
+
+static void
+keep_tid_in_copies(TupleTableSlot *slot)
+{
+	static TupleTableSlotOps ops;
+
+	if (slot->tts_ops != &TTSOpsVirtual)
+		return;
+	ops = TTSOpsVirtual;
+	ops.copy_heap_tuple = copy_with_tid;
+	*(const TupleTableSlotOps **) &slot->tts_ops = &ops;
+}
+
 bool
 es_analyze_next_tuple(TableScanDesc sscan, double *liverows, TupleTableSlot *slot)
 {
 	EsScan		scan = (EsScan) sscan;
 
+	keep_tid_in_copies(slot);
 	if (!read_row(scan, slot))
 		return false;
 	*liverows += 1;

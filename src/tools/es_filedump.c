@@ -410,12 +410,49 @@ print_frame(const EsFrameHeader *h, const void *payload)
 	free(raw);
 }
 
+/* The number in the name of a WAL file; false if it has another name. */
+static bool
+wal_number(const char *path, uint32_t *number)
+{
+	const char *slash = strrchr(path, '/');
+	int			end = 0;
+
+	return sscanf(slash ? slash + 1 : path, "wal.%8" SCNx32 "%n", number, &end) == 1 &&
+		(slash ? slash + 1 : path)[end] == '\0';
+}
+
+/*
+ * A file that was made ahead holds zeros, or frames of its former life, until its
+ * turn comes.  Is this one, unless the control blocks know better?
+ */
+static bool
+print_unused_wal(const Input *in)
+{
+	uint32_t	number;
+	EsFrameHeader first = {0};
+	EsControl	control;
+
+	memcpy(&first, in->data, in->len < sizeof(first) ? in->len : sizeof(first));
+	if (!wal_number(in->path, &number) || (first.magic != 0 && first.magic != ES_FRAME_MAGIC) ||
+		(first.magic == ES_FRAME_MAGIC && first.own_lsn >> 32 == number))
+		return false;
+	if (find_control(in->path, &control) && control.durable_end >> 32 >= number)
+		return false;
+	printf("own WAL of a shard, made ahead and not yet used");
+	if (first.magic != 0)
+		printf("; it was wal.%08X before", (unsigned) (first.own_lsn >> 32));
+	printf("\n");
+	return true;
+}
+
 static void
 print_wal(const Input *in)
 {
 	EsFrameHeader first;
 	EsControl	control;
 	uint64_t	durable = 0;	/* bytes of this file that must be there; 0 = not known */
+	uint32_t	number;
+	EsOwnLsn	start;
 	size_t		at = 0;
 	size_t		end = 0;
 	uint32_t	crc = 0;
@@ -431,14 +468,15 @@ print_wal(const Input *in)
 		return;
 	}
 	memcpy(&first, in->data, sizeof(first));
-	if (find_control(in->path, &control) && control.durable_end >> 32 == first.own_lsn >> 32)
+	start = wal_number(in->path, &number) ? (EsOwnLsn) number << 32 : first.own_lsn;
+	if (find_control(in->path, &control) && control.durable_end >> 32 == start >> 32)
 		durable = control.durable_end & UINT32_MAX;
 	for (;;)
 	{
 		const EsFrameHeader *h;
 		const void *payload;
 
-		status = es_frame_decode(in->data + at, in->len - at, first.own_lsn + at, first.shard, crc, &h, &payload,
+		status = es_frame_decode(in->data + at, in->len - at, start + at, first.shard, crc, &h, &payload,
 								 &crc, &err);
 		if (status == ES_OK)
 		{
@@ -741,6 +779,8 @@ dump(const char *path)
 			printf("%s: ", path);
 			if (long_magic == ES_SEGMENT_MAGIC)
 				print_segment(&in);
+			else if (load(&in, sizeof(EsFrameHeader)) && print_unused_wal(&in))
+				;
 			else if (magic != ES_STORE_MAGIC && magic != ES_CONTROL_MAGIC && magic != ES_FRAME_MAGIC &&
 					 magic != ES_MANIFEST_MAGIC)
 			{

@@ -76,6 +76,16 @@ SELECT sent_bytes - taken_bytes <= 2 * 65536 FROM channel(0);
 SQL
 is($room, 't', 'the shard gives room back, all but a quarter of the ring and the last piece');
 
+# room that was promised was there: otherwise shm_mq would have broken the channel
+is( channel("generation - current_setting('test.generation')::bigint, half_sent", <<'SQL') =~ s/^[^|]*\n//gmr, '0|f', 'the channel was never broken');
+SELECT echo(0, 1);
+SELECT set_config('test.generation', generation::text, false) FROM channel(0);
+SELECT send_only(0, 1000, 100000);
+SELECT send_only(0, 48 * 1024, 5000);
+SELECT echo_window(0, 100000, 500, 20);
+SELECT echo(0, 1000000, 10)
+SQL
+
 my $before = $node->safe_psql('postgres', "SELECT event_store_test.shard_counter(1, 'queue_full_waits')");
 $node->safe_psql('postgres', 'SELECT event_store_test.echo(1, 40000, 200)');
 is($node->safe_psql('postgres', "SELECT event_store_test.shard_counter(1, 'queue_full_waits') - $before"),

@@ -118,6 +118,34 @@ foreach my $point (qw(recovery-files-open recovery-own-wal-read recovery-log-ope
 	consistent("flushed after a kill at $point");
 }
 
+# ---- a large transaction whose rows are in PostgreSQL's WAL only, and smaller ones behind it ----
+
+foreach my $round (1 .. 2)
+{
+	$node->safe_psql('postgres', "SELECT event_store_test.inject_fault('job-after-take', 'sleep')");
+	$node->safe_psql('postgres', $large =~ s/9000/40000/gr);
+	$node->safe_psql('postgres', "$small SELECT event_store.sync(); $small");
+	my $offset = -s $node->logfile;
+	if ($round == 1)
+	{
+		$node->stop('immediate');
+		$node->start;
+	}
+	else
+	{
+		$node->safe_psql('postgres',
+			q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'event_store shard 0'});
+	}
+	$node->wait_for_log(qr/shard 0 is open/, $offset);
+	my ($done, $held) = slurp_file($node->logfile, $offset) =~ /Own write-ahead log: (\d+) of (\d+) FINISH/;
+	cmp_ok($done, '<', $held, "some FINISHes are left to PostgreSQL's WAL ($round)");
+	ok(up(), 'up');
+	$node->safe_psql('postgres', 'SELECT event_store_test.disarm_faults()');
+	consistent("a large transaction without frames ($round)");
+	$node->safe_psql('postgres', "$small SELECT event_store.flush()");
+	consistent("and flushed ($round)");
+}
+
 # ---- killed just before the clean stop is noted ----
 
 $node->safe_psql('postgres', "$small SELECT event_store_test.inject_fault('stop-before-clean', 'kill')");

@@ -42,6 +42,20 @@ foreach my $round (1 .. ($ENV{ES_LONG} ? 5 : 1))
 	is($walk->{oracle}->check($node), '', 'killed five times during recovery: the oracle agrees');
 }
 
+# ---- killed while it reads PostgreSQL's WAL: there is much of it when shards have not synced for long
+
+foreach my $point (points_that_need('unsynced'))
+{
+	sql($node, 'ALTER SYSTEM SET event_store.wal_sync_interval = 60000; SELECT pg_reload_conf()');
+	$walk->load(3);
+	kill_all($node);
+	$walk->{oracle}->crashed;
+	$walk->{fired}{$point}++ if $walk->at_start($node, $point, 'kill', 1);
+	crash_restart($node);
+	is($walk->{oracle}->check($node), '', "killed at $point: the oracle agrees");
+	sql($node, 'ALTER SYSTEM RESET event_store.wal_sync_interval; SELECT pg_reload_conf()');
+}
+
 # ---- the first start of a cluster
 
 my $fresh = PostgreSQL::Test::Cluster->new('first');

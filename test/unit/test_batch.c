@@ -312,6 +312,23 @@ test_many_columns(void)
 		model_free(m);
 	}
 	CHECK(es_batch_create(&(EsColumnDesc) {8, 8, 0}, ES_MAX_COLUMNS + 2, NULL) == NULL);
+
+	/* one more, put there by hand */
+	for (uint16_t ncols = ES_MAX_COLUMNS + 1; ncols <= ES_MAX_COLUMNS + 2; ncols++)
+	{
+		size_t		len = sizeof(EsBatchHeader) + ncols * sizeof(EsBatchColumn);
+		EsBatchHeader *h = calloc(1, len);
+		EsBatchColumn *c = (EsBatchColumn *) (h + 1);
+		EsBatchView v;
+
+		h->magic = ES_BATCH_MAGIC;
+		h->total_len = (uint32_t) len;
+		h->ncols = ncols;
+		for (int i = 0; i < ncols; i++)
+			c[i] = (EsBatchColumn) {.desc = {8, 8, 0},.flags = ES_BATCH_COLUMN_ABSENT};
+		CHECK(es_batch_open(h, len, &v, NULL) == (ncols <= ES_MAX_COLUMNS + 1 ? ES_OK : ES_ERR_CORRUPT));
+		free(h);
+	}
 }
 
 static void

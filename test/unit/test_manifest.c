@@ -119,6 +119,7 @@ random_part(Model *m, EsManifestEdit *e)
 		case 3:
 			{
 				ModelEntry *entry;
+				EsManifestEntry packed;
 				EsManifestAdopt a;
 
 				id = random_live(m, true);
@@ -138,9 +139,11 @@ random_part(Model *m, EsManifestEdit *e)
 				}
 				entry->segment.min_position = entry->base;
 				entry->segment.max_position = entry->base + entry->segment.nrows;
-				entry->nversions = (uint32_t) rnd_below(21);
+				entry->nversions = (uint32_t) rnd_below(entry->segment.nrows < 20 ? entry->segment.nrows + 1 : 21);
 				for (uint32_t i = 0; i < entry->nversions; i++)
-					entry->versions[i] = (int64_t) rnd();
+					entry->versions[i] = (int64_t) (rnd() >> (8 * rnd_below(8)));
+				memset(&packed, 0, sizeof(packed));
+				CHECK(es_manifest_pack_versions(&packed, entry->versions, entry->nversions) == ES_OK);
 				a = (EsManifestAdopt) {
 					.id = id,
 					.fxid = entry->segment.min_fxid,
@@ -149,9 +152,12 @@ random_part(Model *m, EsManifestEdit *e)
 					.max_position = entry->segment.max_position,
 					.nlive = entry->nlive,
 					.dead_bitmap_len = entry->has_bitmap ? (uint32_t) ((entry->segment.nrows + 63) / 64 * 8) : 0,
-					.nfirst_versions = entry->nversions
+					.nfirst_versions = entry->nversions,
+					.version_base = packed.version_base,
+					.version_width = packed.version_width
 				};
-				CHECK(es_manifest_edit_adopt(e, &a, entry->bitmap, entry->versions) == ES_OK);
+				CHECK(es_manifest_edit_adopt(e, &a, entry->bitmap, packed.first_versions) == ES_OK);
+				free(packed.first_versions);
 				break;
 			}
 		case 4:
@@ -180,6 +186,15 @@ random_part(Model *m, EsManifestEdit *e)
 }
 
 static bool
+versions_equal(const EsManifestEntry *got, const int64_t *want)
+{
+	for (uint32_t i = 0; i < got->nfirst_versions; i++)
+		if (es_manifest_first_version(got, i) != want[i])
+			return false;
+	return true;
+}
+
+static bool
 state_is(EsManifestState *state, const Model *m)
 {
 	uint32_t	n = 0;
@@ -203,7 +218,7 @@ state_is(EsManifestState *state, const Model *m)
 			(got->dead_bitmap != NULL) != want->has_bitmap)
 			return false;
 		if ((want->nstarts && memcmp(got->starts, want->starts, want->nstarts * 8) != 0) ||
-			(want->nversions && memcmp(got->first_versions, want->versions, want->nversions * 8) != 0) ||
+			!versions_equal(got, want->versions) ||
 			(want->has_bitmap && memcmp(got->dead_bitmap, want->bitmap, (want->segment.nrows + 7) / 8) != 0))
 			return false;
 	}
@@ -673,6 +688,53 @@ test_resealed(void)
 }
 
 static void
+test_lengths(void)
+{
+	uint64_t	starts[2] = {1, 2};
+	EsManifestPending p = {
+		.segment = {.id = 1,.nrows = 1,.min_fxid = 3,.max_fxid = 3,.flags = ES_SEGMENT_PENDING},
+		.nstarts = 2
+	};
+	EsManifestEdit *e = es_manifest_edit_create();
+	const void *good;
+	size_t		len;
+	uint32_t	crc;
+
+	PROMISE("parts fill their record exactly: none reaches behind its end, nothing is left over");
+	CHECK(es_manifest_edit_flushed(e, 1) == ES_OK);
+	CHECK(es_manifest_edit_pending(e, &p, starts) == ES_OK);
+	CHECK(es_manifest_edit_record(e, 0, &good, &len, &crc) == ES_OK);
+#define TRY(expected, change) \
+	do \
+	{ \
+		EsManifestRecord *r = exact_copy(good, len); \
+		EsManifestPart *first = (EsManifestPart *) (r + 1); \
+		EsManifestPart *second = (EsManifestPart *) ((char *) first + first->len); \
+		EsManifestPending *pending = (EsManifestPending *) (second + 1); \
+		EsManifestState state; \
+		(void) second, (void) pending; \
+		change; \
+		es_manifest_state_init(&state); \
+		CHECK(es_manifest_apply(&state, r, len, NULL) == (expected)); \
+		es_manifest_state_free(&state); \
+		free(r); \
+	} while (0)
+
+	TRY(ES_OK, (void) 0);
+	TRY(ES_ERR_CORRUPT, (second->len += 80, pending->nstarts += 10));
+	TRY(ES_ERR_CORRUPT, (second->len -= 8, pending->nstarts--));
+	TRY(ES_ERR_CORRUPT, second->len = 0);
+	TRY(ES_ERR_CORRUPT, r->nparts = 1);
+	TRY(ES_ERR_CORRUPT, r->nparts = 0);
+	TRY(ES_ERR_CORRUPT, r->nparts = 3);
+	TRY(ES_ERR_CORRUPT, r->len -= 8);
+	TRY(ES_ERR_CORRUPT, r->magic++);
+	TRY(ES_ERR_VERSION, r->version++);
+#undef TRY
+	es_manifest_edit_free(e);
+}
+
+static void
 test_version(void)
 {
 	History    *h = random_history(3);
@@ -739,9 +801,9 @@ test_frozen(void)
 	};
 	EsManifestPending p = {.segment = s,.nstarts = 2};
 	uint64_t	starts[2] = {1, 2};
-	EsManifestAdopt a = {.id = 2,.fxid = 3,.base = 20,.min_position = 20,.max_position = 22,.nlive = 2,.dead_bitmap_len = 8,.nfirst_versions = 1};
+	EsManifestAdopt a = {.id = 2,.fxid = 3,.base = 20,.min_position = 20,.max_position = 22,.nlive = 2,.dead_bitmap_len = 8,.nfirst_versions = 1,.version_base = 5,.version_width = 2};
 	uint8_t		bitmap[8] = {2};
-	int64_t		version = 9;
+	uint8_t		versions[8] = {9, 1};
 	EsTableKey	table = {.storage_id = 1};
 	const void *record;
 	void	   *image;
@@ -757,7 +819,7 @@ test_frozen(void)
 	p.segment.max_fxid = 3;
 	CHECK(es_manifest_edit_segment(e, &s) == ES_OK);
 	CHECK(es_manifest_edit_pending(e, &p, starts) == ES_OK);
-	CHECK(es_manifest_edit_adopt(e, &a, bitmap, &version) == ES_OK);
+	CHECK(es_manifest_edit_adopt(e, &a, bitmap, versions) == ES_OK);
 	CHECK(es_manifest_edit_drop(e, 1) == ES_OK);
 	CHECK(es_manifest_edit_flushed(e, 8) == ES_OK);
 	CHECK(es_manifest_edit_drop_storage(e, &table) == ES_OK);
@@ -766,8 +828,8 @@ test_frozen(void)
 	state.head = make_head();
 	CHECK(es_manifest_apply(&state, record, len, NULL) == ES_OK && state.nentries == 1);
 	CHECK(es_manifest_rewrite(&state, &image, &image_len, &image_crc) == ES_OK);
-	if (!CHECK(len == 352 && crc == UINT32_C(0xd278b799) && image_len == 296 &&
-			   image_crc == UINT32_C(0xbb29215b)))
+	if (!CHECK(len == 368 && crc == UINT32_C(0x2036ea01) && image_len == 312 &&
+			   image_crc == UINT32_C(0xdba82e91)))
 		printf("# len == %zu && crc == UINT32_C(0x%08x) && image_len == %zu && image_crc == UINT32_C(0x%08x)\n",
 			   len, crc, image_len, image_crc);
 	free(image);
@@ -786,6 +848,7 @@ main(void)
 	test_adopt_refused();
 	test_edit_refused();
 	test_resealed();
+	test_lengths();
 	test_version();
 	test_head();
 	test_frozen();

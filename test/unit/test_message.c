@@ -42,7 +42,14 @@ write_message(EsMessageKind kind, const EsPart *parts, int nparts, EsLsn first_s
 		CHECK(es_message_piece(w, i, i == 0 ? 0 : first_start, buf, &r.len[i]) == ES_OK);
 		r.record[i] = exact_copy(buf, r.len[i]);
 	}
-	CHECK(es_message_piece(w, r.n, first_start, buf, &r.len[0]) == ES_ERR_ARGUMENT);
+	if (r.n > 1)
+	{
+		size_t		len;
+
+		CHECK(es_message_piece(w, 0, first_start, buf, &len) == ES_ERR_ARGUMENT);
+		CHECK(es_message_piece(w, 1, 0, buf, &len) == ES_ERR_ARGUMENT);
+		CHECK(es_message_piece(w, r.n, first_start, buf, &len) == ES_ERR_ARGUMENT);
+	}
 	es_message_end(w);
 	free(buf);
 	return r;
@@ -268,13 +275,15 @@ test_lying_header(void)
 
 	LIES(h->kind = 0);
 	LIES(h->kind = 5);
-	LIES(h->flags = 2);
+	LIES(h->flags |= 2);
 	LIES(h->flags = 0);			/* then stored and raw length differ */
 	LIES(h->stored_len = 0);
 	LIES(h->stored_len = h->raw_len);
+	LIES(h->raw_len = h->stored_len);	/* compressed, but not smaller */
 	LIES(h->stored_len++);		/* the only piece is not all */
 	LIES(h->stored_len--);
 	LIES(h->raw_len = UINT32_C(0x80000000));
+	LIES((h->raw_len = UINT32_C(0x80000000), h->stored_len = UINT32_C(0x7fffffff), h->npieces = 0));
 	LIES(h->raw_len = h->stored_len * 256);	/* more than LZ4 can */
 	LIES(h->npieces = 0);
 	LIES(h->npieces = 2);
@@ -283,7 +292,148 @@ test_lying_header(void)
 	LIES((h->piece = 1, h->npieces = 2));	/* a later piece without the first's start */
 	LIES((h->piece = UINT32_MAX, h->npieces = 0, h->first_start = 1));
 #undef LIES
+
+	record = exact_copy(good.record[0], good.len[0]);
+	h = record;
+	h->version++;
+	reseal(record);
+	CHECK(es_message_check(record, good.len[0], &checked, &piece, NULL) == ES_ERR_VERSION);
+	free(record);
+
+	/* a record longer than any of ours */
+	record = calloc(1, ES_MESSAGE_MAX_RECORD + 8);
+	h = record;
+	*h = *(EsMessageHeader *) good.record[0];
+	h->flags = 0;
+	h->raw_len = h->stored_len = h->piece_len = ES_MESSAGE_MAX_RECORD + 8 - sizeof(*h);
+	reseal(record);
+	CHECK(es_message_check(record, ES_MESSAGE_MAX_RECORD + 8, &checked, &piece, NULL) == ES_ERR_CORRUPT);
+	CHECK(es_message_check((char *) record + 4, 1000, &checked, &piece, NULL) == ES_ERR_ARGUMENT);
+	free(record);
 	records_free(&good);
+	free(payload);
+}
+
+/* A record of `len` bytes of an uncompressed payload of 300. */
+static void
+cut_by_hand(EsMessageHeader *record, uint32_t piece, uint32_t len, uint32_t npieces)
+{
+	memset(record, 0, sizeof(*record) + len);
+	record->magic = ES_MESSAGE_MAGIC;
+	record->version = ES_FORMAT_VERSION;
+	record->kind = ES_MESSAGE_BATCH;
+	record->raw_len = record->stored_len = 300;
+	record->piece = piece;
+	record->npieces = npieces;
+	record->piece_len = len;
+	record->first_start = piece ? 77 : 0;
+	reseal(record);
+}
+
+static void
+test_lengths_of_pieces(void)
+{
+	static const struct
+	{
+		uint32_t	len;		/* of the second piece; the first has 200 */
+		uint32_t	npieces;
+		EsStatus	status;
+	}			second[] = {
+		{100, 2, ES_OK}, {99, 0, ES_OK}, {100, 0, ES_ERR_CORRUPT}, {99, 2, ES_ERR_CORRUPT},
+		{101, 2, ES_ERR_CORRUPT}, {101, 0, ES_ERR_CORRUPT}, {299, 0, ES_ERR_CORRUPT}
+	};
+
+	PROMISE("pieces end where the payload does, and with the last one");
+	for (size_t i = 0; i < sizeof(second) / sizeof(second[0]); i++)
+	{
+		EsMessageAssembler *a = es_assembler_create();
+		EsMessageHeader *record = malloc(sizeof(*record) + 300);
+		void	   *got;
+		size_t		len;
+
+		cut_by_hand(record, 0, 200, 0);
+		CHECK(feed(a, record, sizeof(*record) + 200, &got, &len) == ES_OK && got == NULL);
+		cut_by_hand(record, 1, second[i].len, second[i].npieces);
+		CHECK(feed(a, record, sizeof(*record) + second[i].len, &got, &len) == second[i].status);
+		CHECK((got != NULL) == (i == 0));
+		free(got);
+		free(record);
+		es_assembler_free(a);
+	}
+}
+
+static void
+test_pieces_of_one(void)
+{
+	void	   *payload = random_payload(3000000, true);
+
+	PROMISE("a piece that differs from the first in anything but its place is not taken");
+	for (int field = 0; field < 8; field++)
+	{
+		Records		r = write_message(ES_MESSAGE_BATCH, &(EsPart) {payload, 3000000}, 1, 77);
+		EsMessageAssembler *a = es_assembler_create();
+		EsMessageHeader *h;
+		void	   *got;
+		size_t		len;
+
+		if (!CHECK(r.n > 2))
+			return;
+		h = r.record[1];
+		CHECK(feed(a, r.record[0], r.len[0], &got, &len) == ES_OK);
+		switch (field)
+		{
+			case 1:
+				h->kind = ES_MESSAGE_FINISH;
+				break;
+			case 2:
+				h->flags = 0;
+				h->raw_len = h->stored_len;
+				break;
+			case 3:
+				h->store_uuid[15]++;
+				break;
+			case 4:
+				h->fxid++;
+				break;
+			case 5:
+				h->raw_len--;
+				break;
+			case 6:
+				h->stored_len--;
+				break;
+			case 7:
+				h->shard++;
+				break;
+		}
+		reseal(h);
+		CHECK(feed(a, h, r.len[1], &got, &len) == (field == 0 ? ES_OK : ES_ERR_CORRUPT));
+		es_assembler_free(a);
+		records_free(&r);
+	}
+	free(payload);
+}
+
+static void
+test_false_raw_length(void)
+{
+	void	   *payload = random_payload(5000, true);
+
+	PROMISE("a compressed message gives as many bytes as it says, or is refused");
+	for (int i = -1; i <= 1; i++)
+	{
+		Records		r = write_message(ES_MESSAGE_BATCH, &(EsPart) {payload, 5000}, 1, 0);
+		EsMessageAssembler *a = es_assembler_create();
+		EsMessageHeader *h = r.record[0];
+		void	   *got;
+		size_t		len;
+
+		h->raw_len = (uint32_t) (5000 + i);
+		reseal(h);
+		CHECK(feed(a, h, r.len[0], &got, &len) == (i == 0 ? ES_OK : ES_ERR_CORRUPT));
+		free(got);
+		es_assembler_free(a);
+		records_free(&r);
+	}
 	free(payload);
 }
 
@@ -756,6 +906,12 @@ test_finish_refused(void)
 	DAMAGED(t->len -= 8);
 	DAMAGED(t->len += 8);
 	DAMAGED(t->len = UINT32_C(0xfffffff8));
+	/* what these claim would lie behind the end */
+	DAMAGED((t2->len += 16, t2->nversions = 1));
+	DAMAGED((t2->len = 0, t2->nlogged = 1000000));
+	DAMAGED(t->table.reserved = 1);
+	DAMAGED((h->base = s->base = s2->base = ES_MAX_POSITION + 1, t->flags |= 1, t2->flags |= 1));
+	DAMAGED((h->base = s->base = s2->base = ES_MAX_POSITION - 13, t->flags |= 1, t2->flags |= 1));
 	DAMAGED(t->nlogged = 1);
 	DAMAGED(t->nlogged = UINT32_MAX);
 	DAMAGED(t->ninline = 1);
@@ -779,6 +935,16 @@ test_finish_refused(void)
 #undef DAMAGED
 	CHECK(es_finish_check((char *) good + 4, len - 4, NULL) == ES_ERR_ARGUMENT);
 	CHECK(es_section_check((char *) good + 4, len - 4, NULL) == ES_ERR_ARGUMENT);
+	{
+		/* a section alone: longer or shorter than it says, or with false positions */
+		EsSectionHeader *s = (EsSectionHeader *) ((char *) good + sizeof(EsFinishHeader));
+
+		CHECK(es_section_check(s, s->len, NULL) == ES_OK);
+		CHECK(es_section_check(s, s->len + 8, NULL) == ES_ERR_CORRUPT);
+		CHECK(es_section_check(s, s->len - 8, NULL) == ES_ERR_CORRUPT);
+		s->base = ES_MAX_POSITION + 1;
+		CHECK(es_section_check(s, s->len, NULL) == ES_ERR_CORRUPT);
+	}
 	free(good);
 
 	/* with given positions ordinals say nothing about positions */
@@ -819,6 +985,28 @@ test_finish_builder(void)
 	CHECK(es_finish_add_table(f, &key, 1, 0, 2, NULL, 0, &batch, 1, NULL, NULL, ES_FINISH_MAX_VERSIONS + 1) == ES_ERR_ARGUMENT);
 	CHECK(es_finish_end(f, &payload, &len) == ES_OK && len == before);
 	CHECK(es_finish_check(payload, len, NULL) == ES_OK);
+	{
+		/* the most versions there may be, and one more put there by hand */
+		EsFirstVersion *versions = calloc(ES_FINISH_MAX_VERSIONS, sizeof(*versions));
+		EsFinishHeader *copy;
+		EsSectionHeader *s;
+		EsFinishTable *t;
+
+		for (int i = 0; i < ES_FINISH_MAX_VERSIONS; i++)
+			versions[i].first_version = 1;
+		CHECK(es_finish_add_table(f, &key, 1, 0, 2, NULL, 0, &batch, 1, NULL, versions, ES_FINISH_MAX_VERSIONS) == ES_OK);
+		CHECK(es_finish_end(f, &payload, &len) == ES_OK && es_finish_check(payload, len, NULL) == ES_OK);
+		copy = realloc(exact_copy(payload, len), len + sizeof(*versions));
+		memcpy((char *) copy + len, versions, sizeof(*versions));
+		s = (EsSectionHeader *) (copy + 1);
+		t = (EsFinishTable *) (s + 1);
+		s->len += sizeof(*versions);
+		t->len += sizeof(*versions);
+		t->nversions++;
+		CHECK(es_finish_check(copy, len + sizeof(*versions), NULL) == ES_ERR_CORRUPT);
+		free(copy);
+		free(versions);
+	}
 	CHECK(es_finish_add_table(f, &key, 1, ES_FINISH_NOT_TAKEN, 2, NULL, 0, &batch, 1, NULL, NULL, 0) == ES_OK);
 	CHECK(es_finish_end(f, &payload, &len) == ES_OK && es_finish_check(payload, len, NULL) == ES_OK);
 	free((void *) batch.data);
@@ -858,6 +1046,9 @@ main(void)
 	test_every_length();
 	test_lying_header();
 	test_order();
+	test_lengths_of_pieces();
+	test_pieces_of_one();
+	test_false_raw_length();
 	test_bounded_memory();
 	test_writers_side_by_side();
 	test_frozen_message();

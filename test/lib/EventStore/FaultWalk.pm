@@ -20,7 +20,9 @@ my @plan = (
 	[ qr/^reserve-(before|after)-(log|flush)/, 'backend', ['reserve'] ],
 	[ qr/^reserve-|^horizon-/, 'backend', [] ],
 	[ qr/^server-before-attach/, 'backend', ['reconnect'] ],
-	[ qr/^server-/, 'backend', [] ],
+	[ qr/^scan-before/, 'backend', ['scan'] ],
+	[ qr/^server-|^prepare-/, 'backend', [] ],
+	[ qr/^recovery-reading/, 'start', ['unsynced'] ],
 	[ qr/^recovery-|^control-replaced|^log-(before-)?unclean|^wal-first|^manifest-(before-)?rewri|^pgwal/, 'start', ['restart'] ],
 	[ qr/^file-|^directory-sync/, 'start', ['restart'] ],
 	[ qr/^stop-|^log-(before-)?clean|^keeper-before-exit/, 'start', ['stop'] ],
@@ -300,7 +302,7 @@ sub walk_part
 	{
 		my ($point, $may_throw, $may_fail, $process) = @$entry;
 		my (undef, $needs) = plan_of($point);
-		next if grep { /^(first|adopt|lost_slot|detach)$/ } @$needs;
+		next if grep { /^(first|adopt|lost_slot|detach|unsynced)$/ } @$needs;
 
 		$self->walk($point, 'kill', 1);
 		$self->walk($point, 'kill', 2 + int(rand(6))) if $ENV{ES_LONG} && !grep { $_ eq 'stop' } @$needs;

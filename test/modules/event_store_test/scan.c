@@ -32,11 +32,11 @@ PG_FUNCTION_INFO_V1(est_scan_stats);
 
 typedef struct ScanResult
 {
-	uint64		rows;
-	uint64		answers;
-	uint64		scanned;
-	uint64		pruned;
-	uint64		largest;		/* bytes of an answer */
+	uint64 rows;
+	uint64 answers;
+	uint64 scanned;
+	uint64 pruned;
+	uint64 largest; /* bytes of an answer */
 } ScanResult;
 
 /* 'column op kind value value ...': op eq in lt le gt ge isnull notnull; kind i or b (bytes as hex) */
@@ -44,10 +44,10 @@ static void
 add_filter(StringInfo buf, char *text)
 {
 	static const char *const ops[] = {"", "eq", "in", "lt", "le", "gt", "ge", "isnull", "notnull"};
-	EsFilter	f = {0};
-	int			at = buf->len;
-	char	   *save = NULL;
-	char	   *word = strtok_r(text, " ", &save);
+	EsFilter				 f = {0};
+	int						 at = buf->len;
+	char					*save = NULL;
+	char					*word = strtok_r(text, " ", &save);
 
 	f.column = (uint16) (atoi(word) - 1);
 	word = strtok_r(NULL, " ", &save);
@@ -61,13 +61,13 @@ add_filter(StringInfo buf, char *text)
 	{
 		if (f.kind == ES_FILTER_INT64)
 		{
-			int64		v = strtoll(word, NULL, 10);
+			int64 v = strtoll(word, NULL, 10);
 
 			appendBinaryStringInfo(buf, (char *) &v, sizeof(v));
 		}
 		else
 		{
-			uint64		n = strcmp(word, "-") == 0 ? 0 : strlen(word) / 2;
+			uint64			  n = strcmp(word, "-") == 0 ? 0 : strlen(word) / 2;
 			static const char zeros[8] = {0};
 
 			appendBinaryStringInfo(buf, (char *) &n, sizeof(n));
@@ -98,9 +98,9 @@ put_rows(const EsDataAnswer *a, Tuplestorestate *store, TupleDesc desc)
 		elog(ERROR, "an answer says %lu rows, its batch %u", (unsigned long) a->nrows, v.header->nrows);
 	for (uint32 row = 0; row < v.header->nrows && store != NULL; row++)
 	{
-		bool		own = (v.header->flags & ES_BATCH_OWN_ROWS) != 0;
-		Datum		values[3];
-		bool		nulls[3] = {false, false, false};
+		bool  own = (v.header->flags & ES_BATCH_OWN_ROWS) != 0;
+		Datum values[3];
+		bool  nulls[3] = {false, false, false};
 
 		values[0] = Int64GetDatum(v.positions ? (int64) v.positions[row] : 0);
 		values[1] = Int64GetDatum(v.versions ? (int64) v.versions[row] : 0);
@@ -111,27 +111,26 @@ put_rows(const EsDataAnswer *a, Tuplestorestate *store, TupleDesc desc)
 
 static void
 scan_shard(FunctionCallInfo fcinfo, Relation rel, int shard, const EsSnapshot *snap,
-		   const StringInfoData *filters, int nfilters,
-		   const void *context, Size context_len, uint64 hash,
+		   const StringInfoData *filters, int nfilters, const void *context, Size context_len, uint64 hash,
 		   Tuplestorestate *store, TupleDesc desc, ScanResult *result)
 {
 	const EsTableInfo *info = es_table_info(rel);
-	static const char zeros[8] = {0};
-	EsOpenRequest req = {0};
-	EsPart		parts[8];
-	int			n = 0;
-	EsLsn	   *dead = NULL;
-	uint8		bitmap[256] = {0};
-	char	   *order = text_to_cstring(PG_GETARG_TEXT_PP(2));
-	bool		last = false;
+	static const char  zeros[8] = {0};
+	EsOpenRequest	   req = {0};
+	EsPart			   parts[8];
+	int				   n = 0;
+	EsLsn			  *dead = NULL;
+	uint8			   bitmap[256] = {0};
+	char			  *order = text_to_cstring(PG_GETARG_TEXT_PP(2));
+	bool			   last = false;
 
 	req.req.type = ES_REQ_OPEN;
 	req.req.id = es_request_id();
 	req.table = info->key;
-	req.flags = (context != NULL ? ES_OPEN_HAS_CONTEXT : 0) |
-		(PG_GETARG_BOOL(9) ? ES_OPEN_COUNT_ONLY : 0);
-	req.order = strcmp(order, "asc") == 0 ? ES_ORDER_POSITION :
-		strcmp(order, "desc") == 0 ? ES_ORDER_POSITION_DESC : ES_ORDER_ANY;
+	req.flags = (context != NULL ? ES_OPEN_HAS_CONTEXT : 0) | (PG_GETARG_BOOL(9) ? ES_OPEN_COUNT_ONLY : 0);
+	req.order = strcmp(order, "asc") == 0	 ? ES_ORDER_POSITION
+				: strcmp(order, "desc") == 0 ? ES_ORDER_POSITION_DESC
+											 : ES_ORDER_ANY;
 	req.credit = 1;
 	req.xmin = snap->xmin;
 	req.xmax = snap->xmax;
@@ -153,22 +152,22 @@ scan_shard(FunctionCallInfo fcinfo, Relation rel, int shard, const EsSnapshot *s
 		memset(bitmap, 0xff, sizeof(bitmap));
 	else
 	{
-		ArrayType  *wanted = PG_GETARG_ARRAYTYPE_P(8);
+		ArrayType *wanted = PG_GETARG_ARRAYTYPE_P(8);
 
 		for (int i = 0; i < ArrayGetNItems(ARR_NDIM(wanted), ARR_DIMS(wanted)); i++)
 		{
-			int			c = ((int32 *) ARR_DATA_PTR(wanted))[i] - 1;
+			int c = ((int32 *) ARR_DATA_PTR(wanted))[i] - 1;
 
 			bitmap[c / 8] |= 1 << (c % 8);
 		}
 	}
-	parts[n++] = (EsPart) {&req, sizeof(req)};
-	parts[n++] = (EsPart) {snap->xip, sizeof(EsFxid) * snap->nxip};
-	parts[n++] = (EsPart) {dead, sizeof(EsLsn) * req.ndead};
-	parts[n++] = (EsPart) {bitmap, MAXALIGN((info->natts + 7) / 8)};
-	parts[n++] = (EsPart) {filters->data, filters->len};
-	parts[n++] = (EsPart) {context, context_len};
-	parts[n++] = (EsPart) {zeros, MAXALIGN(context_len) - context_len};
+	parts[n++] = (EsPart){&req, sizeof(req)};
+	parts[n++] = (EsPart){snap->xip, sizeof(EsFxid) * snap->nxip};
+	parts[n++] = (EsPart){dead, sizeof(EsLsn) * req.ndead};
+	parts[n++] = (EsPart){bitmap, MAXALIGN((info->natts + 7) / 8)};
+	parts[n++] = (EsPart){filters->data, filters->len};
+	parts[n++] = (EsPart){context, context_len};
+	parts[n++] = (EsPart){zeros, MAXALIGN(context_len) - context_len};
 	for (int i = 0; i < n; i++)
 		req.req.len += parts[i].len;
 
@@ -179,8 +178,8 @@ scan_shard(FunctionCallInfo fcinfo, Relation rel, int shard, const EsSnapshot *s
 	while (!last)
 	{
 		const EsDataAnswer *a = (const EsDataAnswer *) es_channel_answer(shard, req.req.id);
-		EsRequest	fetch = {.type = ES_REQ_FETCH,.id = req.req.id};
-		EsPart		part = {&fetch, sizeof(fetch)};
+		EsRequest			fetch = {.type = ES_REQ_FETCH, .id = req.req.id};
+		EsPart				part = {&fetch, sizeof(fetch)};
 
 		last = (a->answer.flags & ES_ANSWER_LAST) != 0;
 		result->rows += a->nrows;
@@ -205,15 +204,15 @@ scan_shard(FunctionCallInfo fcinfo, Relation rel, int shard, const EsSnapshot *s
 static void
 scan(FunctionCallInfo fcinfo, Tuplestorestate *store, TupleDesc desc, ScanResult *result)
 {
-	Relation	rel = es_table_open(PG_GETARG_OID(0), AccessShareLock);
+	Relation	   rel = es_table_open(PG_GETARG_OID(0), AccessShareLock);
 	StringInfoData filters;
-	Datum	   *texts;
-	int			n;
-	EsSnapshot	snap;
-	const void *context = NULL;
-	size_t		context_len = 0;
-	uint64		hash = 0;
-	int64		scratch;
+	Datum		  *texts;
+	int			   n;
+	EsSnapshot	   snap;
+	const void	  *context = NULL;
+	size_t		   context_len = 0;
+	uint64		   hash = 0;
+	int64		   scratch;
 
 	initStringInfo(&filters);
 	deconstruct_array(PG_GETARG_ARRAYTYPE_P(1), TEXTOID, -1, false, TYPALIGN_INT, &texts, NULL, &n);
@@ -230,19 +229,18 @@ scan(FunctionCallInfo fcinfo, Tuplestorestate *store, TupleDesc desc, ScanResult
 	}
 	for (int s = 0; s < es_shared->nshards; s++)
 		if (context == NULL || es_shard_of_hash(hash) == s)
-			scan_shard(fcinfo, rel, s, &snap, &filters, n, context, context_len, hash, store,
-					   desc, result);
+			scan_shard(fcinfo, rel, s, &snap, &filters, n, context, context_len, hash, store, desc, result);
 	table_close(rel, AccessShareLock);
 }
 
 Datum
 est_scan(PG_FUNCTION_ARGS)
 {
-	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
-	ScanResult	result = {0};
+	ReturnSetInfo	*rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+	ScanResult		 result = {0};
 	Tuplestorestate *store;
-	TupleDesc	desc;
-	MemoryContext old;
+	TupleDesc		 desc;
+	MemoryContext	 old;
 
 	est_check();
 	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
@@ -261,13 +259,13 @@ est_scan(PG_FUNCTION_ARGS)
 Datum
 est_scan_stats(PG_FUNCTION_ARGS)
 {
-	int			times = PG_GETARG_INT32(10);
-	ScanResult	result = {0};
-	TupleDesc	desc;
-	Datum		values[6];
-	bool		nulls[6] = {false};
-	instr_time	start;
-	instr_time	end;
+	int		   times = PG_GETARG_INT32(10);
+	ScanResult result = {0};
+	TupleDesc  desc;
+	Datum	   values[6];
+	bool	   nulls[6] = {false};
+	instr_time start;
+	instr_time end;
 
 	est_check();
 	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)

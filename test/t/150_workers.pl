@@ -1,0 +1,222 @@
+# Shards, keeper and maintenance workers may end at any time: transactions under way go on and commit whole, sessions stay usable,
+# PostgreSQL keeps the WAL that is needed, and a slot that somebody dropped is made anew or, when that is too late, missed.
+
+use strict;
+use warnings;
+use EventStore::Clients;
+use EventStore::Oracle;
+use EventStore::Server qw(new_server kill_all crash_restart wait_open sql try_sql processes faults_compiled seed);
+use EventStore::Workload;
+use Test::More;
+use Time::HiRes qw(sleep time);
+
+seed();
+my $node = new_server('workers', 'event_store.shards = 2', 'event_store.memtable_size = 1MB', 'event_store.spill_after = 64kB',
+	'event_store.wal_file_size = 1MB', 'wal_writer_delay = 10s');
+EventStore::Workload::setup($node);
+my $workload = EventStore::Workload->new(large => 4000);
+my $oracle = EventStore::Oracle->new;
+
+sub end_of
+{
+	my ($type) = @_;
+	return sql($node, "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE backend_type LIKE '$type'");
+}
+
+# A unit's transaction, statement by statement, with something happening before its COMMIT.
+sub in_the_middle
+{
+	my ($name, $kind, $do) = @_;
+	my @units = map { $workload->unit($kind) } 1 .. 3;
+	my @sessions = map { $node->background_psql('postgres', on_error_stop => 0) } @units;
+
+	foreach my $i (0 .. $#units)
+	{
+		my $body = $units[$i]{sql} =~ s/COMMIT;\n$//r;
+		$oracle->begins($units[$i], 1);
+		$units[$i]{sent} = time();
+		$sessions[$i]->query_safe($body);
+	}
+	$do->();
+	foreach my $i (0 .. $#units)
+	{
+		my $s = $sessions[$i];
+		my $n = $s->query('SELECT count(*) FROM ev');
+		$s->query('COMMIT');
+		is($s->{stderr} =~ /ERROR|FATAL/ ? $s->{stderr} : '', '', "$name: transaction $i commits");
+		$units[$i]{lines} = [ $s->{stderr} =~ /ERROR|FATAL/ ? 'ERROR' : 'COMMIT' ];
+		$units[$i]{ended} = time();
+		$oracle->ends($units[$i]);
+		is($s->query('SELECT 1'), '1', "$name: session $i can be used");
+		$s->quit;
+	}
+	ok(wait_open($node), "$name: shards are open");
+	is($oracle->check($node), '', "$name: the oracle agrees");
+	return;
+}
+
+# ---- shards
+
+foreach my $kind (qw(savepoints slow_bulk many_streams huge))
+{
+	$workload->{weights} = undef;
+	in_the_middle("$kind, shards terminated", $kind, sub { end_of('event_store shard%') });
+}
+in_the_middle('shards terminated five times', 'savepoints', sub { foreach (1 .. 5) { end_of('event_store shard%'); sleep 0.2; } });
+in_the_middle('shards terminated, committed at once', 'mixed', sub {
+	foreach my $pid (processes($node, 'event_store shard%')) { kill 'TERM', $pid; }
+});
+
+# under load, with large transactions open meanwhile
+my $clients = EventStore::Clients->new(
+	node => $node, n => 5,
+	next => sub { my $unit = $workload->unit; $oracle->begins($unit, 1); return $unit; },
+	done => sub { my ($c, $unit) = @_; $oracle->ends($unit); });
+my $next = time() + 0.5;
+my $ended = 0;
+$clients->run(seconds => 6, tick => sub {
+	if (time() > $next)
+	{
+		$ended += end_of(rand() < 0.7 ? 'event_store shard ' . int(rand(2)) : rand() < 0.5 ? 'event_store maintenance%' : 'event_store keeper');
+		$next = time() + 0.4;
+	}
+	return 1;
+});
+$clients->drain(seconds => 60);
+$clients->close_all;
+ok(wait_open($node), 'open after the load');
+cmp_ok($ended, '>', 5, "$ended workers were terminated");
+is($oracle->check($node), '', 'workers terminated under load: the oracle agrees');
+my $lost = grep { $_->{lost} } values %{ $oracle->{units} };
+is($lost, 0, 'no session was lost');
+
+# ---- a shard that stands still holds up only those who need it
+
+my ($stopped) = processes($node, 'event_store shard 0');
+my @contexts = map { sql($node, "SELECT 'c' || g FROM generate_series(1, 100) g WHERE event_store.shard_of('c' || g, 'ev') = $_ LIMIT 1") } 0, 1;
+kill 'STOP', $stopped;
+my $begin = time();
+my ($status, $out, $err) = try_sql($node, "BEGIN; INSERT INTO ev (context_id, tid, ord) VALUES ('$contexts[1]', 0, 1); SELECT count(*) > 0 FROM ev WHERE context_id = '$contexts[1]'; ROLLBACK");
+is($status, 0, 'the other shard takes and answers');
+cmp_ok(time() - $begin, '<', 5, 'at once');
+($status, $out, $err) = try_sql($node, "SET statement_timeout = '1s'; SELECT count(*) FROM ev WHERE context_id = '$contexts[0]'");
+like($err, qr/57014/, 'who needs the one that stands still waits, and can be cancelled');
+kill 'CONT', $stopped;
+is($oracle->check($node), '', 'and on it goes');
+
+# ---- a backend that stands still between logging and sending
+
+SKIP:
+{
+	skip 'no fault points in this build', 1 unless faults_compiled($node);
+	foreach my $point (qw(append-after-log commit-after-log channel-before-ready))
+	{
+		my $unit = $workload->unit('many_streams');
+		my $s = $node->background_psql('postgres', on_error_stop => 0);
+		$s->query_safe('SELECT count(*) FROM ev');
+		my $pid = $s->query_safe('SELECT pg_backend_pid()');
+		$oracle->begins($unit, 1);
+		$unit->{sent} = time();
+		sql($node, "SELECT event_store_test.inject_fault('$point', 'sleep')");
+		my $finished = 0;
+		my $sql = $point eq 'append-after-log' ? $unit->{sql} =~ s/INSERT INTO hp/SELECT count(*) FROM ev; INSERT INTO hp/r : $unit->{sql};
+		$s->query_until(qr/started/, "\\echo started\n$sql\n\\echo finished\n");
+		sleep 0.3;
+		kill 'STOP', $pid;
+		sql($node, 'SELECT event_store_test.disarm_faults()');
+		# life goes on, everything is durable, WAL that it logged is kept
+		my $load = EventStore::Clients->new(
+			node => $node, n => 2, settings => ["SET lock_timeout = '1s'"],
+			next => sub { my $u = $workload->unit('single'); $oracle->begins($u, 1); return $u; },
+			done => sub { my ($c, $u) = @_; $oracle->ends($u); });
+		$load->run(seconds => 1.5);
+		kill 'CONT', $pid;
+		$s->query_until(qr/finished/, '');
+		$unit->{ended} = time();
+		$unit->{lines} = [ $s->{stderr} =~ /ERROR|FATAL/ ? 'ERROR' : 'COMMIT' ];
+		$oracle->ends($unit);
+		$s->quit;
+		$load->drain(seconds => 60);
+		$load->close_all;
+		is($unit->{state}, 'committed', "stopped at $point: it commits when it goes on");
+		is($oracle->check($node), '', "stopped at $point: the oracle agrees");
+	}
+}
+
+# ---- the slot
+
+sub slot { return sql($node, q{SELECT count(*), bool_or(active), bool_or(restart_lsn IS NOT NULL) FROM pg_replication_slots WHERE slot_name = 'event_store'}); }
+
+is(slot(), '1|t|t', 'the slot is there, and held');
+$err = (try_sql($node, q{SELECT pg_drop_replication_slot('event_store')}))[2];
+like($err, qr/55006/, 'it cannot be dropped while it is held');
+my $dropped = 0;
+foreach (1 .. 30)
+{
+	end_of('event_store keeper');
+	($status) = try_sql($node, q{SELECT pg_drop_replication_slot('event_store')});
+	if ($status == 0) { $dropped = 1; last; }
+	sleep 0.1;
+}
+SKIP:
+{
+	skip 'the keeper was always quicker', 2 unless $dropped;
+	ok($node->poll_query_until('postgres', q{SELECT count(*) = 1 FROM pg_replication_slots WHERE slot_name = 'event_store' AND active}),
+		'dropped while the server runs: there is a new one');
+	ok($node->poll_query_until('postgres', q{SELECT bool_and(restart_lsn >= (SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = 'event_store')) FROM event_store.stat_shards}),
+		'which keeps what the shards need');
+}
+sql($node, "INSERT INTO ev (context_id, tid, ord) VALUES ('c1', 0, 1)") if 0;
+crash_restart($node);
+is($oracle->check($node), '', 'after the slot was dropped, and a crash: the oracle agrees');
+
+# dropped while the server was down, after a clean stop: a clean shard needs no WAL
+$node->stop;
+rename($node->data_dir . '/pg_replslot/event_store', $node->data_dir . '/event_store.slot') or die "rename: $!";
+$node->start;
+ok(wait_open($node), 'slot gone after a clean stop: open');
+is(slot(), '1|t|t', 'with a new slot');
+is($oracle->check($node), '', 'the oracle agrees');
+
+# and after a crash: refused, for WAL may be gone; the slot put back makes all well
+$clients->run(seconds => 1);
+kill_all($node);
+$clients->abandon;
+$oracle->crashed;
+rename($node->data_dir . '/pg_replslot/event_store', $node->data_dir . '/event_store.slot2') or die "rename: $!";
+$node->start;
+for (1 .. 50)
+{
+	($status, $out, $err) = try_sql($node, "SET event_store.startup_timeout = '2s'; SELECT count(*) FROM ev");
+	last if $err =~ /55000/;
+	sleep 0.1;
+}
+like($err, qr/55000.*slot "event_store" is missing.*HINT:/s, 'slot gone after a crash: refused');
+is(sql($node, 'SELECT count(*) > 0 FROM hp'), 't', 'the rest of the database works');
+is(sql($node, q{SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'event_store'}), '0', 'and no slot is made that would hide it');
+$node->stop('immediate');
+rename($node->data_dir . '/event_store.slot2', $node->data_dir . '/pg_replslot/event_store') or die "rename: $!";
+$node->start;
+ok(wait_open($node), 'slot put back: open');
+is($oracle->check($node), '', 'and nothing is lost');
+
+# ---- WAL that is held back: no more than its own last second when events flow, 16 MB when quiet
+
+$clients->run(seconds => 2);
+$clients->drain(seconds => 60);
+sleep 1.5;
+my $held = sql($node, q{SELECT pg_current_wal_lsn() - restart_lsn FROM pg_replication_slots WHERE slot_name = 'event_store'});
+cmp_ok($held, '<', 1024 * 1024, "a second after the load $held bytes are held");
+sql($node, q{CREATE TABLE ballast (v text); INSERT INTO ballast SELECT repeat(md5(g::text), 60) FROM generate_series(1, 30000) g});
+$held = 1e12;
+foreach (1 .. 100)
+{
+	$held = sql($node, q{SELECT pg_current_wal_lsn() - restart_lsn FROM pg_replication_slots WHERE slot_name = 'event_store'});
+	last if $held < 17 * 1024 * 1024;
+	sleep 0.2;
+}
+cmp_ok($held, '<', 17 * 1024 * 1024, "a quiet store holds $held bytes after 60 MB of others' WAL");
+$clients->close_all;
+is($oracle->check($node), '', 'the oracle agrees');
+$node->stop;
+done_testing();
