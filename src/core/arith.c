@@ -13,7 +13,7 @@
 #include "core/arith.h"
 
 /* PostgreSQL hands out no xid below 3 of any epoch. */
-#define FIRST_NORMAL_XID	3
+#define FIRST_NORMAL_XID 3
 
 /* ---- visibility ---- */
 
@@ -26,8 +26,8 @@
 bool
 es_snapshot_running(const EsSnapshot *s, EsFxid fxid)
 {
-	uint32_t	low = 0;
-	uint32_t	high = s->nxip;
+	uint32_t low = 0;
+	uint32_t high = s->nxip;
 
 	if (fxid == s->own && fxid != 0)
 		return false;
@@ -37,7 +37,7 @@ es_snapshot_running(const EsSnapshot *s, EsFxid fxid)
 		return false;
 	while (low < high)
 	{
-		uint32_t	mid = low + (high - low) / 2;
+		uint32_t mid = low + (high - low) / 2;
 
 		if (s->xip[mid] < fxid)
 			low = mid + 1;
@@ -87,12 +87,12 @@ es_all_visible(const EsSnapshot *s, EsFxid max_fxid)
 EsFxid
 es_widen_xid(EsFxid reference, uint32_t xid)
 {
-	int32_t		distance = (int32_t) (xid - (uint32_t) reference);
+	int32_t distance = (int32_t) (xid - (uint32_t) reference);
 
 	if (xid < FIRST_NORMAL_XID)
 		return xid;
-	if (distance < 0 && reference < (uint64_t) -(int64_t) distance)
-		return xid;				/* there is no epoch before the first */
+	if (distance < 0 && reference < (uint64_t) - (int64_t) distance)
+		return xid; /* there is no epoch before the first */
 	return reference + (uint64_t) (int64_t) distance;
 }
 
@@ -107,7 +107,7 @@ es_widen_xid(EsFxid reference, uint32_t xid)
 static bool
 completed_before(const EsSnapshot *s, EsFxid latest_completed)
 {
-	EsFxid		next = latest_completed + 1;
+	EsFxid next = latest_completed + 1;
 
 	if ((uint32_t) next < FIRST_NORMAL_XID)
 		next += FIRST_NORMAL_XID - (uint32_t) next;
@@ -154,12 +154,10 @@ lower(EsPosition a, EsPosition b)
  * is above L, and it completed.
  */
 EsPosition
-es_horizon(const EsSnapshot *s, EsPosition counter,
-		   const EsHorizonSlot *slots, const bool *slot_committed, uint32_t nslots,
-		   const EsHorizonEntry *entries, uint32_t nentries,
-		   const EsHorizonEntry *overflow)
+es_horizon(const EsSnapshot *s, EsPosition counter, const EsHorizonSlot *slots, const bool *slot_committed,
+		   uint32_t nslots, const EsHorizonEntry *entries, uint32_t nentries, const EsHorizonEntry *overflow)
 {
-	EsPosition	horizon = counter;
+	EsPosition horizon = counter;
 
 	for (uint32_t i = 0; i < nslots; i++)
 	{
@@ -171,8 +169,7 @@ es_horizon(const EsSnapshot *s, EsPosition counter,
 	}
 	for (uint32_t i = 0; i < nentries; i++)
 	{
-		if (completed_before(s, entries[i].latest_completed) ||
-			!es_snapshot_running(s, entries[i].fxid))
+		if (completed_before(s, entries[i].latest_completed) || !es_snapshot_running(s, entries[i].fxid))
 			continue;
 		horizon = lower(horizon, entries[i].base);
 	}
@@ -224,7 +221,7 @@ EsLsn
 es_restart_lsn(EsLsn previous, EsLsn flushed, const EsLsn *floors, uint32_t nfloors,
 			   EsLsn oldest_undurable_start)
 {
-	EsLsn		lsn = flushed;
+	EsLsn lsn = flushed;
 
 	for (uint32_t i = 0; i < nfloors; i++)
 		if (floors[i] != 0 && floors[i] < lsn)

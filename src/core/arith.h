@@ -19,17 +19,17 @@
  */
 typedef struct EsSnapshot
 {
-	EsFxid		xmin;
-	EsFxid		xmax;
-	EsFxid		own;			/* reader's top-level xid, 0 = none */
-	uint32_t	curcid;			/* own rows with cid < curcid are visible */
-	uint32_t	nxip;
+	EsFxid		  xmin;
+	EsFxid		  xmax;
+	EsFxid		  own;	  /* reader's top-level xid, 0 = none */
+	uint32_t	  curcid; /* own rows with cid < curcid are visible */
+	uint32_t	  nxip;
 	const EsFxid *xip;
 } EsSnapshot;
 
 typedef enum EsVerdict
 {
-	ES_VERDICT_UNKNOWN = 0,		/* not asked yet, or still in progress */
+	ES_VERDICT_UNKNOWN = 0, /* not asked yet, or still in progress */
 	ES_VERDICT_COMMITTED = 1,
 	ES_VERDICT_ABORTED = 2
 } EsVerdict;
@@ -38,7 +38,7 @@ typedef enum EsVisibility
 {
 	ES_INVISIBLE = 0,
 	ES_VISIBLE = 1,
-	ES_ASK_VERDICT = 2			/* the snapshot says it was finished: CLOG decides */
+	ES_ASK_VERDICT = 2 /* the snapshot says it was finished: CLOG decides */
 } EsVisibility;
 
 /* Was fxid still running (or not begun) for this snapshot?  Own xid: not running. */
@@ -67,15 +67,15 @@ extern EsFxid es_widen_xid(EsFxid reference, uint32_t xid);
 
 typedef struct EsHorizonSlot
 {
-	EsPosition	lower_bound;	/* 0 = the slot is clear */
-	EsFxid		fxid;
+	EsPosition lower_bound; /* 0 = the slot is clear */
+	EsFxid	   fxid;
 } EsHorizonSlot;
 
 typedef struct EsHorizonEntry
 {
-	EsFxid		latest_completed;	/* L: latestCompletedXid read after the commit was visible */
-	EsFxid		fxid;
-	EsPosition	base;
+	EsFxid	   latest_completed; /* L: latestCompletedXid read after the commit was visible */
+	EsFxid	   fxid;
+	EsPosition base;
 } EsHorizonEntry;
 
 /*
@@ -87,11 +87,9 @@ typedef struct EsHorizonEntry
  *	 entries		of the ring, read third
  *	 overflow		folded entries: (max L, min base); base 0 = none
  */
-extern EsPosition es_horizon(const EsSnapshot *s, EsPosition counter,
-							 const EsHorizonSlot *slots, const bool *slot_committed,
-							 uint32_t nslots,
-							 const EsHorizonEntry *entries, uint32_t nentries,
-							 const EsHorizonEntry *overflow);
+extern EsPosition
+es_horizon(const EsSnapshot *s, EsPosition counter, const EsHorizonSlot *slots, const bool *slot_committed,
+		   uint32_t nslots, const EsHorizonEntry *entries, uint32_t nentries, const EsHorizonEntry *overflow);
 
 /* Folds an entry that leaves the ring into the overflow pair. */
 extern void es_horizon_fold(EsHorizonEntry *overflow, const EsHorizonEntry *entry);
@@ -102,8 +100,7 @@ extern void es_horizon_fold(EsHorizonEntry *overflow, const EsHorizonEntry *entr
  * min(flushed, floors that are not 0, starts of messages not yet durable in the
  * shard's own files), never below previous.
  */
-extern EsLsn es_restart_lsn(EsLsn previous, EsLsn flushed,
-							const EsLsn *floors, uint32_t nfloors,
+extern EsLsn es_restart_lsn(EsLsn previous, EsLsn flushed, const EsLsn *floors, uint32_t nfloors,
 							EsLsn oldest_undurable_start);
 
-#endif							/* ES_CORE_ARITH_H */
+#endif /* ES_CORE_ARITH_H */

@@ -33,12 +33,12 @@ static bool
 roles_valid(const EsBatchView *v)
 {
 	const EsRoles *r = &v->header->roles;
-	int16_t		len;
-	int16_t		other_len;
+	int16_t		   len;
+	int16_t		   other_len;
 
 	if (!role_fits(v, r->position, 8, 8) || !role_fits(v, r->version, 8, 8) ||
-		!role_fits(v, r->event_id, ES_UUID_LEN, ES_UUID_LEN) ||
-		!role_fits(v, r->event_type, -1, 4) || r->reserved != 0)
+		!role_fits(v, r->event_id, ES_UUID_LEN, ES_UUID_LEN) || !role_fits(v, r->event_type, -1, 4) ||
+		r->reserved != 0)
 		return false;
 	if (r->context == 0)
 		return true;
@@ -79,8 +79,8 @@ roles_valid(const EsBatchView *v)
 static bool
 array_valid(const EsBatchHeader *h, uint32_t offset, size_t len, size_t align)
 {
-	return offset >= sizeof(EsBatchHeader) + h->ncols * sizeof(EsBatchColumn) &&
-		offset <= h->total_len && len <= h->total_len - offset && offset % align == 0;
+	return offset >= sizeof(EsBatchHeader) + h->ncols * sizeof(EsBatchColumn) && offset <= h->total_len &&
+		   len <= h->total_len - offset && offset % align == 0;
 }
 
 /*
@@ -88,12 +88,11 @@ array_valid(const EsBatchHeader *h, uint32_t offset, size_t len, size_t align)
  * data is aligned as the column wants, so offsets tell about alignment.
  */
 static inline bool
-varlena_valid(const char *data, uint32_t offset, uint32_t first, uint32_t data_len,
-			  uint32_t align)
+varlena_valid(const char *data, uint32_t offset, uint32_t first, uint32_t data_len, uint32_t align)
 {
-	uint8_t		byte;
-	uint32_t	header;
-	uint32_t	size;
+	uint8_t	 byte;
+	uint32_t header;
+	uint32_t size;
 
 	if (offset < first || offset >= data_len)
 		return false;
@@ -112,16 +111,15 @@ check_column(const EsBatchView *v, int col, EsError *err)
 {
 	const EsBatchHeader *h = v->header;
 	const EsBatchColumn *c = &v->columns[col];
-	uint64_t	where = (uint64_t) ((const char *) c - v->base);
-	const char *data;
-	const uint32_t *offsets;
-	uint32_t	first;
+	uint64_t			 where = (uint64_t) ((const char *) c - v->base);
+	const char			*data;
+	const uint32_t		*offsets;
+	uint32_t			 first;
 
 	if (!es_column_desc_valid(&c->desc))
 		return es_fail(err, ES_ERR_CORRUPT, where, "column %d of the batch has width %d and alignment %d",
 					   col + 1, c->desc.len, c->desc.align);
-	if ((c->flags & ~(uint32_t) (ES_BATCH_COLUMN_ABSENT | ES_BATCH_COLUMN_ALL_NULL)) != 0 ||
-		c->reserved != 0)
+	if ((c->flags & ~(uint32_t) (ES_BATCH_COLUMN_ABSENT | ES_BATCH_COLUMN_ALL_NULL)) != 0 || c->reserved != 0)
 		return es_fail(err, ES_ERR_CORRUPT, where, "column %d of the batch has unknown flags", col + 1);
 	if (c->flags != 0)
 	{
@@ -138,15 +136,15 @@ check_column(const EsBatchView *v, int col, EsError *err)
 	if (c->desc.len > 0)
 	{
 		if (c->data_len != (uint64_t) h->nrows * es_column_stride(&c->desc))
-			return es_fail(err, ES_ERR_CORRUPT, where, "data of column %d has %u bytes for %u rows",
-						   col + 1, c->data_len, h->nrows);
+			return es_fail(err, ES_ERR_CORRUPT, where, "data of column %d has %u bytes for %u rows", col + 1,
+						   c->data_len, h->nrows);
 		return ES_OK;
 	}
 
 	first = h->nrows * (uint32_t) sizeof(uint32_t);
 	if (c->data_len < first)
-		return es_fail(err, ES_ERR_CORRUPT, where, "data of column %d has %u bytes for %u rows",
-					   col + 1, c->data_len, h->nrows);
+		return es_fail(err, ES_ERR_CORRUPT, where, "data of column %d has %u bytes for %u rows", col + 1,
+					   c->data_len, h->nrows);
 	data = v->base + c->off_data;
 	offsets = (const uint32_t *) data;
 	for (uint32_t row = 0; row < h->nrows; row++)
@@ -163,7 +161,7 @@ check_column(const EsBatchView *v, int col, EsError *err)
 void
 es_batch_open_trusted(const void *buf, EsBatchView *view)
 {
-	const char *base = buf;
+	const char			*base = buf;
 	const EsBatchHeader *h = buf;
 
 	view->header = h;
@@ -179,27 +177,24 @@ EsStatus
 es_batch_open(const void *buf, size_t len, EsBatchView *view, EsError *err)
 {
 	const EsBatchHeader *h = buf;
-	EsStatus	status;
+	EsStatus			 status;
 
 	if ((uintptr_t) buf % 8 != 0)
 		return es_fail(err, ES_ERR_ARGUMENT, 0, "batch is not aligned");
 	if (len < sizeof(EsBatchHeader))
 		return es_fail(err, ES_ERR_TRUNCATED, len, "batch ends in its header");
 	if (h->magic != ES_BATCH_MAGIC)
-		return es_fail(err, ES_ERR_CORRUPT, 0, "batch has magic %08x instead of %08x",
-					   h->magic, ES_BATCH_MAGIC);
+		return es_fail(err, ES_ERR_CORRUPT, 0, "batch has magic %08x instead of %08x", h->magic,
+					   ES_BATCH_MAGIC);
 	if (h->total_len > len)
-		return es_fail(err, ES_ERR_TRUNCATED, len, "batch of %u bytes ends after %zu",
-					   h->total_len, len);
-	if (h->total_len > ES_BATCH_MAX_BYTES || h->total_len % 8 != 0 ||
-		h->ncols > ES_MAX_COLUMNS + 1 ||
+		return es_fail(err, ES_ERR_TRUNCATED, len, "batch of %u bytes ends after %zu", h->total_len, len);
+	if (h->total_len > ES_BATCH_MAX_BYTES || h->total_len % 8 != 0 || h->ncols > ES_MAX_COLUMNS + 1 ||
 		h->total_len < sizeof(EsBatchHeader) + h->ncols * sizeof(EsBatchColumn))
-		return es_fail(err, ES_ERR_CORRUPT, 0, "batch has %u bytes and %u columns",
-					   h->total_len, h->ncols);
+		return es_fail(err, ES_ERR_CORRUPT, 0, "batch has %u bytes and %u columns", h->total_len, h->ncols);
 	if (h->nrows > ES_BATCH_MAX_ROWS)
 		return es_fail(err, ES_ERR_CORRUPT, 0, "batch has %u rows", h->nrows);
-	if ((h->flags & ~(ES_BATCH_HAS_CONTENT_HASH | ES_BATCH_GIVEN_POSITIONS |
-					  ES_BATCH_GIVEN_VERSIONS | ES_BATCH_HAS_EVENT_IDS | ES_BATCH_OWN_ROWS)) != 0 ||
+	if ((h->flags & ~(ES_BATCH_HAS_CONTENT_HASH | ES_BATCH_GIVEN_POSITIONS | ES_BATCH_GIVEN_VERSIONS |
+					  ES_BATCH_HAS_EVENT_IDS | ES_BATCH_OWN_ROWS)) != 0 ||
 		h->reserved != 0 || h->table.reserved != 0)
 		return es_fail(err, ES_ERR_CORRUPT, 0, "batch has unknown flags %04x", h->flags);
 	if ((h->off_ordinals && !array_valid(h, h->off_ordinals, h->nrows * sizeof(uint32_t), 4)) ||
@@ -235,11 +230,10 @@ es_batch_open(const void *buf, size_t len, EsBatchView *view, EsError *err)
 }
 
 bool
-es_batch_context(const EsBatchView *v, uint32_t row, int64_t *scratch,
-				 const void **bytes, size_t *len)
+es_batch_context(const EsBatchView *v, uint32_t row, int64_t *scratch, const void **bytes, size_t *len)
 {
 	const EsRoles *roles = &v->header->roles;
-	int			col = roles->context - 1;
+	int			   col = roles->context - 1;
 
 	if (col < 0 || es_batch_is_null(v, col, row))
 		return false;

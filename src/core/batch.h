@@ -35,40 +35,41 @@
 
 #include "core/format.h"
 
-#define ES_BATCH_MAGIC		UINT32_C(0x31425345)	/* "ESB1" */
-#define ES_BATCH_MAX_ROWS	(1 << 20)
-#define ES_BATCH_MAX_BYTES	(UINT32_C(0x7fffffff))
+#define ES_BATCH_MAGIC	   UINT32_C(0x31425345) /* "ESB1" */
+#define ES_BATCH_MAX_ROWS  (1 << 20)
+#define ES_BATCH_MAX_BYTES (UINT32_C(0x7fffffff))
 
 /* EsBatchHeader.flags */
-#define ES_BATCH_HAS_CONTENT_HASH	0x0001
-#define ES_BATCH_GIVEN_POSITIONS	0x0002	/* every row's position column is given (restore) */
-#define ES_BATCH_GIVEN_VERSIONS		0x0004	/* some row's version column is not NULL */
-#define ES_BATCH_HAS_EVENT_IDS		0x0008	/* some row's event_id is not NULL */
-#define ES_BATCH_OWN_ROWS			0x0010	/* in an answer: rows of the reader's own
+#define ES_BATCH_HAS_CONTENT_HASH 0x0001
+#define ES_BATCH_GIVEN_POSITIONS  0x0002 /* every row's position column is given (restore) */
+#define ES_BATCH_GIVEN_VERSIONS	  0x0004 /* some row's version column is not NULL */
+#define ES_BATCH_HAS_EVENT_IDS	  0x0008 /* some row's event_id is not NULL */
+#define ES_BATCH_OWN_ROWS \
+	0x0010 /* in an answer: rows of the reader's own
 											 * transaction; positions[] holds ordinals */
 
 /* EsBatchColumn.flags */
-#define ES_BATCH_COLUMN_ABSENT		0x01
-#define ES_BATCH_COLUMN_ALL_NULL	0x02
+#define ES_BATCH_COLUMN_ABSENT	 0x01
+#define ES_BATCH_COLUMN_ALL_NULL 0x02
 
 typedef struct EsBatchHeader
 {
-	uint32_t	magic;
-	uint32_t	total_len;		/* bytes, header included, multiple of 8 */
-	uint32_t	nrows;
-	uint16_t	ncols;			/* directory entries, hidden column included */
-	uint16_t	flags;
-	EsTableKey	table;
-	EsRoles		roles;
-	uint32_t	relid;			/* OID of the table, for messages and waiters */
-	uint32_t	subid;			/* SubTransactionId of the rows */
-	uint32_t	cid;			/* command id of all rows if off_cids is 0 */
-	uint64_t	first_ordinal;	/* place in the transaction, from 0 */
-	uint32_t	off_ordinals;	/* uint32 deltas to first_ordinal; 0 = row i has first_ordinal + i */
-	uint32_t	off_cids;		/* 0 = all cid */
-	uint32_t	off_positions;	/* uint64; only in answers */
-	uint32_t	off_versions;	/* uint64, 0 = unknown; only in answers */
-	uint64_t	reserved;
+	uint32_t   magic;
+	uint32_t   total_len; /* bytes, header included, multiple of 8 */
+	uint32_t   nrows;
+	uint16_t   ncols; /* directory entries, hidden column included */
+	uint16_t   flags;
+	EsTableKey table;
+	EsRoles	   roles;
+	uint32_t   relid;		  /* OID of the table, for messages and waiters */
+	uint32_t   subid;		  /* SubTransactionId of the rows */
+	uint32_t   cid;			  /* command id of all rows if off_cids is 0 */
+	uint64_t   first_ordinal; /* place in the transaction, from 0 */
+	uint32_t   off_ordinals;  /* uint32 deltas to first_ordinal; 0 = row i has first_ordinal + i */
+	uint32_t   off_cids;	  /* 0 = all cid */
+	uint32_t   off_positions; /* uint64; only in answers */
+	uint32_t   off_versions;  /* uint64, 0 = unknown; only in answers */
+	uint64_t   reserved;
 } EsBatchHeader;
 
 _Static_assert(sizeof(EsBatchHeader) == 88, "EsBatchHeader is on disk");
@@ -76,11 +77,11 @@ _Static_assert(sizeof(EsBatchHeader) == 88, "EsBatchHeader is on disk");
 typedef struct EsBatchColumn
 {
 	EsColumnDesc desc;
-	uint32_t	flags;			/* ES_BATCH_COLUMN_* */
-	uint32_t	off_nulls;		/* 0 = no NULLs */
-	uint32_t	off_data;		/* 0 with ABSENT or ALL_NULL */
-	uint32_t	data_len;		/* bytes from off_data, offsets array included */
-	uint32_t	reserved;
+	uint32_t	 flags;		/* ES_BATCH_COLUMN_* */
+	uint32_t	 off_nulls; /* 0 = no NULLs */
+	uint32_t	 off_data;	/* 0 with ABSENT or ALL_NULL */
+	uint32_t	 data_len;	/* bytes from off_data, offsets array included */
+	uint32_t	 reserved;
 } EsBatchColumn;
 
 _Static_assert(sizeof(EsBatchColumn) == 24, "EsBatchColumn is on disk");
@@ -91,11 +92,11 @@ typedef struct EsBatchView
 {
 	const EsBatchHeader *header;
 	const EsBatchColumn *columns;
-	const char *base;
-	const uint32_t *ordinals;	/* NULL = consecutive */
-	const uint32_t *cids;		/* NULL = header->cid */
-	const uint64_t *positions;	/* NULL = none */
-	const uint64_t *versions;	/* NULL = none */
+	const char			*base;
+	const uint32_t		*ordinals;	/* NULL = consecutive */
+	const uint32_t		*cids;		/* NULL = header->cid */
+	const uint64_t		*positions; /* NULL = none */
+	const uint64_t		*versions;	/* NULL = none */
 } EsBatchView;
 
 /*
@@ -148,7 +149,7 @@ static inline const void *
 es_batch_value(const EsBatchView *v, int col, uint32_t row)
 {
 	const EsBatchColumn *c = &v->columns[col];
-	const char *data = v->base + c->off_data;
+	const char			*data = v->base + c->off_data;
 
 	if (c->desc.len > 0)
 		return data + (size_t) row * es_column_stride(&c->desc);
@@ -156,8 +157,8 @@ es_batch_value(const EsBatchView *v, int col, uint32_t row)
 }
 
 /* Canonical bytes of the row's context (core/route.h); false if it is NULL. */
-extern bool es_batch_context(const EsBatchView *v, uint32_t row, int64_t *scratch,
-							 const void **bytes, size_t *len);
+extern bool
+es_batch_context(const EsBatchView *v, uint32_t row, int64_t *scratch, const void **bytes, size_t *len);
 extern uint64_t es_batch_context_hash(const EsBatchView *v, uint32_t row);
 
 /* ---- writing ---- */
@@ -171,18 +172,17 @@ typedef struct EsBatchBuilder EsBatchBuilder;
 
 typedef struct EsBatchMeta
 {
-	EsTableKey	table;
-	EsRoles		roles;
-	uint32_t	relid;
-	uint32_t	subid;
-	uint16_t	flags;			/* initial EsBatchHeader.flags */
-	bool		with_positions; /* keep positions[] and versions[] (answers) */
+	EsTableKey table;
+	EsRoles	   roles;
+	uint32_t   relid;
+	uint32_t   subid;
+	uint16_t   flags;		   /* initial EsBatchHeader.flags */
+	bool	   with_positions; /* keep positions[] and versions[] (answers) */
 } EsBatchMeta;
 
-extern EsBatchBuilder *es_batch_create(const EsColumnDesc *columns, int ncols,
-									   const bool *wanted);
-extern void es_batch_free(EsBatchBuilder *b);
-extern void es_batch_reset(EsBatchBuilder *b, const EsBatchMeta *meta);
+extern EsBatchBuilder *es_batch_create(const EsColumnDesc *columns, int ncols, const bool *wanted);
+extern void			   es_batch_free(EsBatchBuilder *b);
+extern void			   es_batch_reset(EsBatchBuilder *b, const EsBatchMeta *meta);
 
 /*
  * Adds a row.  values[i] points to the value of column i (for fixed width: len
@@ -190,8 +190,7 @@ extern void es_batch_reset(EsBatchBuilder *b, const EsBatchMeta *meta);
  * a 4-byte header of up to 126 bytes of data is stored short), NULL = NULL.
  * Ordinals must grow.  On failure the builder is as before the call.
  */
-extern EsStatus es_batch_add(EsBatchBuilder *b, const void *const *values,
-							 uint64_t ordinal, uint32_t cid,
+extern EsStatus es_batch_add(EsBatchBuilder *b, const void *const *values, uint64_t ordinal, uint32_t cid,
 							 uint64_t position, uint64_t version);
 
 /* ORs flags into the header of the batch being built. */
@@ -205,4 +204,4 @@ extern size_t es_batch_size(const EsBatchBuilder *b);
 /* Writes the batch into buf of es_batch_size() bytes, 8-byte aligned. */
 extern EsStatus es_batch_finish(EsBatchBuilder *b, void *buf, size_t len);
 
-#endif							/* ES_CORE_BATCH_H */
+#endif /* ES_CORE_BATCH_H */

@@ -30,12 +30,12 @@
 
 #include "core/batch_layout.h"
 
-#define FIRST_ROWS		4		/* rows for which a column's first vector is made */
-#define FIRST_HEAP		64		/* bytes of a varlena column's first heap */
-#define ARENA_MAX		8192	/* first vectors beyond come from malloc */
+#define FIRST_ROWS 4	/* rows for which a column's first vector is made */
+#define FIRST_HEAP 64	/* bytes of a varlena column's first heap */
+#define ARENA_MAX  8192 /* first vectors beyond come from malloc */
 
 /* A builder that holds more memory gives it back in es_batch_reset(). */
-#define KEEP_MEMORY		(1024 * 1024)
+#define KEEP_MEMORY (1024 * 1024)
 
 static inline size_t
 align_up(size_t n, size_t align)
@@ -45,7 +45,7 @@ align_up(size_t n, size_t align)
 
 typedef enum ColumnKind
 {
-	KIND_NONE,					/* absent, or dropped: values are ignored */
+	KIND_NONE, /* absent, or dropped: values are ignored */
 	KIND_FIXED,
 	KIND_VARLENA
 } ColumnKind;
@@ -53,16 +53,16 @@ typedef enum ColumnKind
 typedef struct Column
 {
 	EsColumnDesc desc;
-	uint8_t		kind;			/* ColumnKind */
-	bool		absent;
-	uint32_t	stride;			/* bytes per row in rows[] */
-	uint32_t	nnulls;
-	char	   *rows;			/* values or uint32 offsets into the heap; NULL = none made yet */
-	uint8_t    *nulls;			/* means something only while 0 < nnulls < nrows */
-	char	   *heap;
-	uint32_t	heap_used;
-	uint32_t	heap_before;	/* heap_used before the row that is being added */
-	size_t		heap_cap;
+	uint8_t		 kind; /* ColumnKind */
+	bool		 absent;
+	uint32_t	 stride; /* bytes per row in rows[] */
+	uint32_t	 nnulls;
+	char		*rows;	/* values or uint32 offsets into the heap; NULL = none made yet */
+	uint8_t		*nulls; /* means something only while 0 < nnulls < nrows */
+	char		*heap;
+	uint32_t	 heap_used;
+	uint32_t	 heap_before; /* heap_used before the row that is being added */
+	size_t		 heap_cap;
 } Column;
 
 struct EsBatchBuilder
@@ -70,15 +70,15 @@ struct EsBatchBuilder
 	EsBatchMeta meta;
 	uint32_t	nrows;
 	uint32_t	row_cap;
-	uint32_t	cid_changes;	/* rows whose cid is not the first row's */
+	uint32_t	cid_changes; /* rows whose cid is not the first row's */
 	uint32_t	ncols;
 	uint64_t	first_ordinal;
 	uint64_t	last_ordinal;
-	uint64_t	heap_total;		/* sum of heap_used */
-	uint64_t	base_bound;		/* no batch is larger than base_bound + */
-	uint64_t	row_bound;		/* nrows * row_bound + heap_total */
-	size_t		memory;			/* malloc'd bytes, arena not counted */
-	uint32_t   *ordinals;		/* minus first_ordinal */
+	uint64_t	heap_total; /* sum of heap_used */
+	uint64_t	base_bound; /* no batch is larger than base_bound + */
+	uint64_t	row_bound;	/* nrows * row_bound + heap_total */
+	size_t		memory;		/* malloc'd bytes, arena not counted */
+	uint32_t   *ordinals;	/* minus first_ordinal */
 	uint32_t   *cids;
 	uint64_t   *positions;
 	uint64_t   *versions;
@@ -100,8 +100,8 @@ in_arena(const EsBatchBuilder *b, const void *p)
 static bool
 vector_resize(EsBatchBuilder *b, void *vector, size_t old_size, size_t new_size)
 {
-	char	   *old;
-	char	   *fresh;
+	char *old;
+	char *fresh;
 
 	memcpy(&old, vector, sizeof(old));
 	if (old == NULL && new_size <= b->arena_size - b->arena_used)
@@ -134,8 +134,8 @@ vector_resize(EsBatchBuilder *b, void *vector, size_t old_size, size_t new_size)
 static void
 vector_free(EsBatchBuilder *b, void *vector)
 {
-	char	   *old;
-	char	   *none = NULL;
+	char *old;
+	char *none = NULL;
 
 	memcpy(&old, vector, sizeof(old));
 	if (old != NULL && !in_arena(b, old))
@@ -152,7 +152,7 @@ release_vectors(EsBatchBuilder *b)
 	vector_free(b, &b->versions);
 	for (uint32_t i = 0; i < b->ncols; i++)
 	{
-		Column	   *c = &b->columns[i];
+		Column *c = &b->columns[i];
 
 		vector_free(b, &c->rows);
 		vector_free(b, &c->nulls);
@@ -171,8 +171,8 @@ release_vectors(EsBatchBuilder *b)
 static EsStatus
 grow_rows(EsBatchBuilder *b)
 {
-	uint32_t	old = b->row_cap;
-	uint32_t	cap = old * 2;
+	uint32_t old = b->row_cap;
+	uint32_t cap = old * 2;
 
 #define GROW(vector, width) \
 	((vector) == NULL || vector_resize(b, &(vector), (size_t) old * (width), (size_t) cap * (width)))
@@ -182,7 +182,7 @@ grow_rows(EsBatchBuilder *b)
 		return ES_ERR_NOMEM;
 	for (uint32_t i = 0; i < b->ncols; i++)
 	{
-		Column	   *c = &b->columns[i];
+		Column *c = &b->columns[i];
 
 		if (!GROW(c->rows, c->stride))
 			return ES_ERR_NOMEM;
@@ -198,7 +198,7 @@ grow_rows(EsBatchBuilder *b)
 static EsStatus
 grow_heap(EsBatchBuilder *b, Column *c, size_t need)
 {
-	size_t		cap = c->heap_cap;
+	size_t cap = c->heap_cap;
 
 	/* a large value gets room for itself, not for its double */
 	cap = cap < 64 * 1024 * 1024 ? cap * 2 : cap + cap / 8;
@@ -218,8 +218,8 @@ EsBatchBuilder *
 es_batch_create(const EsColumnDesc *columns, int ncols, const bool *wanted)
 {
 	EsBatchBuilder *b;
-	size_t		arena = FIRST_ROWS * (2 * sizeof(uint32_t) + 2 * sizeof(uint64_t));
-	size_t		head;
+	size_t			arena = FIRST_ROWS * (2 * sizeof(uint32_t) + 2 * sizeof(uint64_t));
+	size_t			head;
 
 	if (ncols < 0 || ncols > ES_MAX_COLUMNS + 1)
 		return NULL;
@@ -250,7 +250,7 @@ es_batch_create(const EsColumnDesc *columns, int ncols, const bool *wanted)
 	b->row_bound = 2 * sizeof(uint32_t) + 2 * sizeof(uint64_t);
 	for (int i = 0; i < ncols; i++)
 	{
-		Column	   *c = &b->columns[i];
+		Column *c = &b->columns[i];
 
 		c->desc = columns[i];
 		c->absent = wanted != NULL && !wanted[i];
@@ -343,8 +343,7 @@ add_null(EsBatchBuilder *b, Column *c, uint32_t row)
 	if (c->nnulls != row)
 	{
 		/* there are values: the row takes its place among them */
-		if (c->nulls == NULL &&
-			!vector_resize(b, &c->nulls, 0, es_batch_bitmap_len(b->row_cap)))
+		if (c->nulls == NULL && !vector_resize(b, &c->nulls, 0, es_batch_bitmap_len(b->row_cap)))
 			return ES_ERR_NOMEM;
 		if (c->nnulls == 0)
 			memset(c->nulls, 0, row / 8 + 1);
@@ -361,14 +360,12 @@ add_null(EsBatchBuilder *b, Column *c, uint32_t row)
 static EsStatus
 prepare_value(EsBatchBuilder *b, Column *c, uint32_t row)
 {
-	if (c->rows == NULL &&
-		!vector_resize(b, &c->rows, 0, (size_t) b->row_cap * c->stride))
+	if (c->rows == NULL && !vector_resize(b, &c->rows, 0, (size_t) b->row_cap * c->stride))
 		return ES_ERR_NOMEM;
 	if (c->nnulls == 0)
 		return ES_OK;
 
-	if (c->nulls == NULL &&
-		!vector_resize(b, &c->nulls, 0, es_batch_bitmap_len(b->row_cap)))
+	if (c->nulls == NULL && !vector_resize(b, &c->nulls, 0, es_batch_bitmap_len(b->row_cap)))
 		return ES_ERR_NOMEM;
 	if (c->nnulls == row)
 	{
@@ -387,12 +384,12 @@ prepare_value(EsBatchBuilder *b, Column *c, uint32_t row)
 static EsStatus
 add_varlena(EsBatchBuilder *b, Column *c, uint32_t row, const void *value)
 {
-	uint8_t		first = *(const uint8_t *) value;
-	uint32_t	header;
-	size_t		start = c->heap_used;
-	size_t		size;			/* with its header, as it is stored */
-	bool		shorten = false;
-	char	   *dst;
+	uint8_t	 first = *(const uint8_t *) value;
+	uint32_t header;
+	size_t	 start = c->heap_used;
+	size_t	 size; /* with its header, as it is stored */
+	bool	 shorten = false;
+	char	*dst;
 
 	if (first & 0x01)
 	{
@@ -442,7 +439,7 @@ undo_columns(EsBatchBuilder *b, const void *const *values, uint32_t n)
 {
 	for (uint32_t i = 0; i < n; i++)
 	{
-		Column	   *c = &b->columns[i];
+		Column *c = &b->columns[i];
 
 		if (c->kind == KIND_NONE)
 			continue;
@@ -461,12 +458,12 @@ undo_columns(EsBatchBuilder *b, const void *const *values, uint32_t n)
  * rows, by bytes, or because the ordinal is too far from the first one.
  */
 EsStatus
-es_batch_add(EsBatchBuilder *b, const void *const *values, uint64_t ordinal,
-			 uint32_t cid, uint64_t position, uint64_t version)
+es_batch_add(EsBatchBuilder *b, const void *const *values, uint64_t ordinal, uint32_t cid, uint64_t position,
+			 uint64_t version)
 {
-	uint32_t	row = b->nrows;
-	uint64_t	last_ordinal;
-	EsStatus	status;
+	uint32_t row = b->nrows;
+	uint64_t last_ordinal;
+	EsStatus status;
 
 	if (row > 0 && ordinal <= b->last_ordinal)
 		return ES_ERR_ARGUMENT;
@@ -474,18 +471,15 @@ es_batch_add(EsBatchBuilder *b, const void *const *values, uint64_t ordinal,
 		return ES_ERR_TOO_LARGE;
 	if (row == b->row_cap && (status = grow_rows(b)) != ES_OK)
 		return status;
-	if (b->ordinals == NULL &&
-		!vector_resize(b, &b->ordinals, 0, b->row_cap * sizeof(uint32_t)))
+	if (b->ordinals == NULL && !vector_resize(b, &b->ordinals, 0, b->row_cap * sizeof(uint32_t)))
 		return ES_ERR_NOMEM;
 	if (b->cids == NULL && !vector_resize(b, &b->cids, 0, b->row_cap * sizeof(uint32_t)))
 		return ES_ERR_NOMEM;
 	if (b->meta.with_positions)
 	{
-		if (b->positions == NULL &&
-			!vector_resize(b, &b->positions, 0, b->row_cap * sizeof(uint64_t)))
+		if (b->positions == NULL && !vector_resize(b, &b->positions, 0, b->row_cap * sizeof(uint64_t)))
 			return ES_ERR_NOMEM;
-		if (b->versions == NULL &&
-			!vector_resize(b, &b->versions, 0, b->row_cap * sizeof(uint64_t)))
+		if (b->versions == NULL && !vector_resize(b, &b->versions, 0, b->row_cap * sizeof(uint64_t)))
 			return ES_ERR_NOMEM;
 	}
 
@@ -507,8 +501,7 @@ es_batch_add(EsBatchBuilder *b, const void *const *values, uint64_t ordinal,
 			if (status == ES_OK)
 			{
 				if (c->kind == KIND_FIXED)
-					copy_fixed(c->rows + (size_t) row * c->stride, value,
-							   (uint32_t) c->desc.len, c->stride);
+					copy_fixed(c->rows + (size_t) row * c->stride, value, (uint32_t) c->desc.len, c->stride);
 				else
 					status = add_varlena(b, c, row, value);
 			}
@@ -580,7 +573,7 @@ static inline EsBatchColumn
 place_column(const EsBatchBuilder *b, const Column *c, size_t *offset)
 {
 	EsBatchColumn out = {.desc = c->desc};
-	size_t		data_len;
+	size_t		  data_len;
 
 	if (c->absent)
 		out.flags = ES_BATCH_COLUMN_ABSENT;
@@ -609,7 +602,7 @@ place_column(const EsBatchBuilder *b, const Column *c, size_t *offset)
 static size_t
 place_rows(const EsBatchBuilder *b, EsBatchHeader *h)
 {
-	size_t		offset = sizeof(EsBatchHeader) + b->ncols * sizeof(EsBatchColumn);
+	size_t offset = sizeof(EsBatchHeader) + b->ncols * sizeof(EsBatchColumn);
 
 	if (!ordinals_consecutive(b))
 	{
@@ -636,7 +629,7 @@ size_t
 es_batch_size(const EsBatchBuilder *b)
 {
 	EsBatchHeader h;
-	size_t		offset = place_rows(b, &h);
+	size_t		  offset = place_rows(b, &h);
 
 	for (uint32_t i = 0; i < b->ncols; i++)
 		place_column(b, &b->columns[i], &offset);
@@ -657,12 +650,12 @@ put(char *buf, size_t end, size_t offset, const void *src, size_t len)
 EsStatus
 es_batch_finish(EsBatchBuilder *b, void *buf, size_t len)
 {
-	EsBatchHeader h = {0};
+	EsBatchHeader  h = {0};
 	EsBatchColumn *directory;
-	char	   *out = buf;
-	size_t		total = es_batch_size(b);
-	size_t		offset;
-	size_t		end;
+	char		  *out = buf;
+	size_t		   total = es_batch_size(b);
+	size_t		   offset;
+	size_t		   end;
 
 	if (len < total || (uintptr_t) buf % 8 != 0)
 		return ES_ERR_ARGUMENT;
@@ -697,7 +690,7 @@ es_batch_finish(EsBatchBuilder *b, void *buf, size_t len)
 
 	for (uint32_t i = 0; i < b->ncols; i++)
 	{
-		const Column *c = &b->columns[i];
+		const Column  *c = &b->columns[i];
 		EsBatchColumn *d = &directory[i];
 
 		*d = place_column(b, c, &offset);
@@ -710,8 +703,8 @@ es_batch_finish(EsBatchBuilder *b, void *buf, size_t len)
 		else
 		{
 			const uint32_t *from = (const uint32_t *) c->rows;
-			uint32_t   *to = (uint32_t *) (out + d->off_data);
-			uint32_t	values = (uint32_t) offsets_len(b, c);
+			uint32_t	   *to = (uint32_t *) (out + d->off_data);
+			uint32_t		values = (uint32_t) offsets_len(b, c);
 
 			end = put(out, end, d->off_data, NULL, 0);
 			for (uint32_t row = 0; row < b->nrows; row++)

@@ -31,4 +31,4 @@ es_column_desc_valid(const EsColumnDesc *desc)
 	return desc->align == 1 || desc->align == 2 || desc->align == 4 || desc->align == 8;
 }
 
-#endif							/* ES_CORE_BATCH_LAYOUT_H */
+#endif /* ES_CORE_BATCH_LAYOUT_H */

@@ -16,10 +16,10 @@
 
 #include "core/message.h"
 
-#define MAX_PAYLOAD		UINT32_C(0x7fffffff)
+#define MAX_PAYLOAD UINT32_C(0x7fffffff)
 
 /* A larger buffer is given back when the next FINISH begins. */
-#define KEEP_MEMORY		(256 * 1024)
+#define KEEP_MEMORY (256 * 1024)
 
 /* ---- checking a FINISH ---- */
 
@@ -34,23 +34,22 @@ bitmap_len(uint64_t nrows)
  * for messages.
  */
 static EsStatus
-check_table(const EsSectionHeader *section, const char *buf, size_t len,
-			uint64_t where, EsError *err)
+check_table(const EsSectionHeader *section, const char *buf, size_t len, uint64_t where, EsError *err)
 {
-	const EsFinishTable *t = (const EsFinishTable *) buf;
-	const uint64_t *starts = (const uint64_t *) (t + 1);
+	const EsFinishTable	 *t = (const EsFinishTable *) buf;
+	const uint64_t		 *starts = (const uint64_t *) (t + 1);
 	const EsFirstVersion *versions;
-	size_t		at = sizeof(*t);
-	uint64_t	nrows = 0;
-	uint64_t	next_ordinal = 0;
-	EsStatus	status;
+	size_t				  at = sizeof(*t);
+	uint64_t			  nrows = 0;
+	uint64_t			  next_ordinal = 0;
+	EsStatus			  status;
 
 	if (len < sizeof(*t) || t->len < sizeof(*t) || t->len > len || t->len % 8 != 0)
 		return es_fail(err, ES_ERR_CORRUPT, where, "table in FINISH does not fit its section");
 	len = t->len;
 	if (t->table.reserved != 0 ||
-		(t->flags & ~(uint32_t) (ES_FINISH_GIVEN_POSITIONS | ES_FINISH_GIVEN_VERSIONS |
-								 ES_FINISH_NOT_TAKEN)) != 0)
+		(t->flags &
+		 ~(uint32_t) (ES_FINISH_GIVEN_POSITIONS | ES_FINISH_GIVEN_VERSIONS | ES_FINISH_NOT_TAKEN)) != 0)
 		return es_fail(err, ES_ERR_CORRUPT, where, "table in FINISH has unknown flags %x", t->flags);
 
 	if (t->nlogged > (len - at) / sizeof(uint64_t))
@@ -88,17 +87,17 @@ check_table(const EsSectionHeader *section, const char *buf, size_t len,
 				return es_fail(err, ES_ERR_CORRUPT, where + at, "batches in FINISH are not in order");
 			if (!(t->flags & ES_FINISH_GIVEN_POSITIONS) && last >= section->npositions)
 				return es_fail(err, ES_ERR_CORRUPT, where + at,
-							   "ordinal %" PRIu64 " in FINISH is beyond its %" PRIu64 " positions",
-							   last, section->npositions);
+							   "ordinal %" PRIu64 " in FINISH is beyond its %" PRIu64 " positions", last,
+							   section->npositions);
 			next_ordinal = last + 1;
 		}
 		nrows += v.header->nrows;
 		at += v.header->total_len;
 	}
-	if (nrows > t->nrows ||
-		t->nrows - nrows > (uint64_t) t->nlogged * ES_BATCH_MAX_ROWS)
-		return es_fail(err, ES_ERR_CORRUPT, where, "FINISH counts %" PRIu64 " rows, but has %" PRIu64 " in %u batches",
-					   t->nrows, nrows, t->ninline);
+	if (nrows > t->nrows || t->nrows - nrows > (uint64_t) t->nlogged * ES_BATCH_MAX_ROWS)
+		return es_fail(err, ES_ERR_CORRUPT, where,
+					   "FINISH counts %" PRIu64 " rows, but has %" PRIu64 " in %u batches", t->nrows, nrows,
+					   t->ninline);
 
 	if (t->flags & ES_FINISH_NOT_TAKEN)
 	{
@@ -106,10 +105,9 @@ check_table(const EsSectionHeader *section, const char *buf, size_t len,
 			return es_fail(err, ES_ERR_CORRUPT, where, "table in FINISH has no room for its bitmap");
 		at += bitmap_len(t->nrows);
 	}
-	if (t->nversions > ES_FINISH_MAX_VERSIONS ||
-		t->nversions * sizeof(EsFirstVersion) != len - at)
-		return es_fail(err, ES_ERR_CORRUPT, where, "table in FINISH has %zu bytes for %u versions",
-					   len - at, t->nversions);
+	if (t->nversions > ES_FINISH_MAX_VERSIONS || t->nversions * sizeof(EsFirstVersion) != len - at)
+		return es_fail(err, ES_ERR_CORRUPT, where, "table in FINISH has %zu bytes for %u versions", len - at,
+					   t->nversions);
 	versions = (const EsFirstVersion *) (buf + at);
 	for (uint32_t i = 0; i < t->nversions; i++)
 		if (versions[i].first_version <= 0)
@@ -128,8 +126,8 @@ static EsStatus
 check_section(const char *buf, size_t len, uint64_t where, EsError *err)
 {
 	const EsSectionHeader *s = (const EsSectionHeader *) buf;
-	size_t		at = sizeof(*s);
-	EsStatus	status;
+	size_t				   at = sizeof(*s);
+	EsStatus			   status;
 
 	if (len < sizeof(*s))
 		return es_fail(err, ES_ERR_TRUNCATED, where + len, "section of FINISH ends in its header");
@@ -165,10 +163,10 @@ EsStatus
 es_finish_check(const void *buf, size_t len, EsError *err)
 {
 	const EsFinishHeader *f = buf;
-	const char *base = buf;
-	size_t		at = sizeof(*f);
-	uint32_t	shards = 0;
-	EsStatus	status;
+	const char			 *base = buf;
+	size_t				  at = sizeof(*f);
+	uint32_t			  shards = 0;
+	EsStatus			  status;
 
 	if ((uintptr_t) buf % 8 != 0)
 		return es_fail(err, ES_ERR_ARGUMENT, 0, "FINISH is not aligned");
@@ -183,8 +181,8 @@ es_finish_check(const void *buf, size_t len, EsError *err)
 		if (len - at < sizeof(*s))
 			return es_fail(err, ES_ERR_TRUNCATED, len, "FINISH ends in section %u", i);
 		if (s->len > len - at || s->len < sizeof(*s))
-			return es_fail(err, ES_ERR_CORRUPT, at, "section %u of FINISH has %u bytes where %zu are left",
-						   i, s->len, len - at);
+			return es_fail(err, ES_ERR_CORRUPT, at, "section %u of FINISH has %u bytes where %zu are left", i,
+						   s->len, len - at);
 		status = check_section(base + at, s->len, at, err);
 		if (status != ES_OK)
 			return status;
@@ -206,7 +204,7 @@ const EsSectionHeader *
 es_finish_section(const void *finish, uint16_t shard)
 {
 	const EsFinishHeader *f = finish;
-	const char *at = (const char *) (f + 1);
+	const char			 *at = (const char *) (f + 1);
 
 	for (uint32_t i = 0; i < f->nsections; i++)
 	{
@@ -257,11 +255,11 @@ es_finish_table_view(const EsFinishTable *table, EsFinishTableView *view)
 
 struct EsFinishBuilder
 {
-	char	   *buffer;
-	size_t		len;
-	size_t		cap;
-	size_t		section;		/* offset of the open section, 0 = none */
-	uint32_t	shards;			/* bit k = shard k has its section */
+	char	*buffer;
+	size_t	 len;
+	size_t	 cap;
+	size_t	 section; /* offset of the open section, 0 = none */
+	uint32_t shards;  /* bit k = shard k has its section */
 };
 
 EsFinishBuilder *
@@ -298,7 +296,7 @@ es_finish_reset(EsFinishBuilder *f, EsPosition base, uint64_t npositions)
 
 	if (f->cap > KEEP_MEMORY)
 	{
-		char	   *smaller = realloc(f->buffer, KEEP_MEMORY);
+		char *smaller = realloc(f->buffer, KEEP_MEMORY);
 
 		if (smaller != NULL)
 		{
@@ -320,8 +318,8 @@ finish_room(EsFinishBuilder *f, size_t len)
 		return ES_ERR_TOO_LARGE;
 	if (f->len + len > f->cap)
 	{
-		size_t		cap = f->cap * 2 > f->len + len ? f->cap * 2 : f->len + len;
-		char	   *grown = realloc(f->buffer, cap);
+		size_t cap = f->cap * 2 > f->len + len ? f->cap * 2 : f->len + len;
+		char  *grown = realloc(f->buffer, cap);
 
 		if (grown == NULL)
 			return ES_ERR_NOMEM;
@@ -344,7 +342,7 @@ es_finish_begin_section(EsFinishBuilder *f, uint16_t shard)
 {
 	EsFinishHeader *h;
 	EsSectionHeader s = {.len = sizeof(s), .shard = shard};
-	EsStatus	status;
+	EsStatus		status;
 
 	if (shard >= ES_MAX_SHARDS || (f->shards & (UINT32_C(1) << shard)))
 		return ES_ERR_ARGUMENT;
@@ -366,16 +364,20 @@ es_finish_begin_section(EsFinishBuilder *f, uint16_t shard)
  * one finished batch.  On failure the builder is as before the call.
  */
 EsStatus
-es_finish_add_table(EsFinishBuilder *f, const EsTableKey *table, uint32_t relid,
-					uint32_t flags, uint64_t nrows, const uint64_t *batch_starts,
-					uint32_t nlogged, const EsPart *inline_batches, uint32_t ninline,
-					const uint8_t *not_taken, const EsFirstVersion *versions,
-					uint32_t nversions)
+es_finish_add_table(EsFinishBuilder *f, const EsTableKey *table, uint32_t relid, uint32_t flags,
+					uint64_t nrows, const uint64_t *batch_starts, uint32_t nlogged,
+					const EsPart *inline_batches, uint32_t ninline, const uint8_t *not_taken,
+					const EsFirstVersion *versions, uint32_t nversions)
 {
-	EsFinishTable t = {.table = *table,.relid = relid,.nlogged = nlogged,.ninline = ninline,.nrows = nrows,.nversions = nversions};
+	EsFinishTable	 t = {.table = *table,
+						  .relid = relid,
+						  .nlogged = nlogged,
+						  .ninline = ninline,
+						  .nrows = nrows,
+						  .nversions = nversions};
 	EsSectionHeader *section = (EsSectionHeader *) (f->buffer + f->section);
-	uint64_t	len = sizeof(t) + nlogged * (uint64_t) sizeof(uint64_t);
-	EsStatus	status;
+	uint64_t		 len = sizeof(t) + nlogged * (uint64_t) sizeof(uint64_t);
+	EsStatus		 status;
 
 	if (f->section == 0 || section->ntables == UINT16_MAX || nversions > ES_FINISH_MAX_VERSIONS)
 		return ES_ERR_ARGUMENT;
@@ -408,7 +410,7 @@ es_finish_add_table(EsFinishBuilder *f, const EsTableKey *table, uint32_t relid,
 		finish_put(f, inline_batches[i].data, inline_batches[i].len);
 	if (not_taken != NULL)
 	{
-		size_t		used = (nrows + 7) / 8;
+		size_t used = (nrows + 7) / 8;
 
 		finish_put(f, not_taken, used);
 		memset(f->buffer + f->len, 0, bitmap_len(nrows) - used);

@@ -27,9 +27,9 @@
 #include "core/format.h"
 
 EsStatus
-es_fail(EsError *err, EsStatus status, uint64_t offset, const char *fmt,...)
+es_fail(EsError *err, EsStatus status, uint64_t offset, const char *fmt, ...)
 {
-	va_list		args;
+	va_list args;
 
 	if (err == NULL)
 		return status;
@@ -45,8 +45,7 @@ es_fail(EsError *err, EsStatus status, uint64_t offset, const char *fmt,...)
 }
 
 EsStatus
-es_fail_crc(EsError *err, uint64_t offset, uint32_t expected, uint32_t found,
-			const char *what)
+es_fail_crc(EsError *err, uint64_t offset, uint32_t expected, uint32_t found, const char *what)
 {
 	es_fail(err, ES_ERR_CORRUPT, offset, "wrong checksum of %s", what);
 	if (err != NULL)
@@ -64,7 +63,7 @@ es_fail_crc(EsError *err, uint64_t offset, uint32_t expected, uint32_t found,
 uint32_t
 es_crc32c(uint32_t crc, const void *buf, size_t len)
 {
-	pg_crc32c	state = crc ^ 0xFFFFFFFF;
+	pg_crc32c state = crc ^ 0xFFFFFFFF;
 
 	COMP_CRC32C(state, buf, len);
 	FIN_CRC32C(state);

@@ -34,54 +34,54 @@
 #error "event_store's files are little-endian and this machine is not"
 #endif
 
-typedef uint64_t EsLsn;			/* a position in PostgreSQL's WAL; 0 = none */
-typedef uint64_t EsOwnLsn;		/* a position in a shard's own WAL: file number
+typedef uint64_t EsLsn;		 /* a position in PostgreSQL's WAL; 0 = none */
+typedef uint64_t EsOwnLsn;	 /* a position in a shard's own WAL: file number
 								 * in the upper 32 bits, byte offset below */
-typedef uint64_t EsFxid;		/* a full (64 bit) top-level transaction id */
-typedef uint64_t EsPosition;	/* place in the total order; 1 is the first */
+typedef uint64_t EsFxid;	 /* a full (64 bit) top-level transaction id */
+typedef uint64_t EsPosition; /* place in the total order; 1 is the first */
 
 /* Version of everything on disk and in PostgreSQL's WAL. */
-#define ES_FORMAT_VERSION		1
+#define ES_FORMAT_VERSION 1
 
-#define ES_MAX_SHARDS			16
-#define ES_ROUTING_SLOTS		1024
-#define ES_MAX_COLUMNS			1600	/* MaxHeapAttributeNumber */
-#define ES_MAX_POSITION			((UINT64_C(1) << 47) - 1)
-#define ES_POSITION_STEP		(UINT64_C(1) << 20) /* positions per RESERVE */
-#define ES_ZONE_ROWS			8192
-#define ES_UUID_LEN				16
-#define ES_CONTENT_HASH_LEN		16
+#define ES_MAX_SHARDS		16
+#define ES_ROUTING_SLOTS	1024
+#define ES_MAX_COLUMNS		1600 /* MaxHeapAttributeNumber */
+#define ES_MAX_POSITION		((UINT64_C(1) << 47) - 1)
+#define ES_POSITION_STEP	(UINT64_C(1) << 20) /* positions per RESERVE */
+#define ES_ZONE_ROWS		8192
+#define ES_UUID_LEN			16
+#define ES_CONTENT_HASH_LEN 16
 
 typedef enum EsStatus
 {
 	ES_OK = 0,
-	ES_ERR_NOMEM,				/* malloc said no */
-	ES_ERR_CORRUPT,				/* checksum or structure is wrong */
-	ES_ERR_VERSION,				/* made by a newer or foreign format */
-	ES_ERR_FOREIGN,				/* another store, shard or system identifier */
-	ES_ERR_TRUNCATED,			/* ends before it should: for a reader of a log
+	ES_ERR_NOMEM,	  /* malloc said no */
+	ES_ERR_CORRUPT,	  /* checksum or structure is wrong */
+	ES_ERR_VERSION,	  /* made by a newer or foreign format */
+	ES_ERR_FOREIGN,	  /* another store, shard or system identifier */
+	ES_ERR_TRUNCATED, /* ends before it should: for a reader of a log
 								 * the difference to CORRUPT is decided by the
 								 * durable end, not by this code */
-	ES_ERR_TOO_LARGE,			/* a value, row or message beyond its limit */
-	ES_ERR_ARGUMENT,			/* the caller broke the contract */
-	ES_ERR_IO					/* a callback of the caller failed */
+	ES_ERR_TOO_LARGE, /* a value, row or message beyond its limit */
+	ES_ERR_ARGUMENT,  /* the caller broke the contract */
+	ES_ERR_IO		  /* a callback of the caller failed */
 } EsStatus;
 
 /* What was wrong, where.  offset is in the file or buffer the caller named. */
 typedef struct EsError
 {
-	EsStatus	status;
-	uint64_t	offset;
-	uint32_t	expected_crc;	/* both 0 when no checksum is concerned */
-	uint32_t	found_crc;
-	char		what[160];		/* English, lower case, no final period */
+	EsStatus status;
+	uint64_t offset;
+	uint32_t expected_crc; /* both 0 when no checksum is concerned */
+	uint32_t found_crc;
+	char	 what[160]; /* English, lower case, no final period */
 } EsError;
 
 /* Fills *err (if not NULL) and returns status. */
-extern EsStatus es_fail(EsError *err, EsStatus status, uint64_t offset,
-						const char *fmt,...) __attribute__((format(printf, 4, 5)));
-extern EsStatus es_fail_crc(EsError *err, uint64_t offset, uint32_t expected,
-							uint32_t found, const char *what);
+extern EsStatus es_fail(EsError *err, EsStatus status, uint64_t offset, const char *fmt, ...)
+	__attribute__((format(printf, 4, 5)));
+extern EsStatus
+es_fail_crc(EsError *err, uint64_t offset, uint32_t expected, uint32_t found, const char *what);
 
 /* CRC-32C (Castagnoli) as PostgreSQL computes it; start with crc = 0 to get
  * the CRC of buf alone, or with the result for what came before. */
@@ -94,9 +94,9 @@ extern uint32_t es_crc32c(uint32_t crc, const void *buf, size_t len);
  */
 typedef struct EsTableKey
 {
-	uint64_t	storage_id;
-	uint32_t	database;		/* OID */
-	uint32_t	reserved;		/* 0 */
+	uint64_t storage_id;
+	uint32_t database; /* OID */
+	uint32_t reserved; /* 0 */
 } EsTableKey;
 
 _Static_assert(sizeof(EsTableKey) == 16, "EsTableKey is on disk");
@@ -111,7 +111,7 @@ es_table_key_equal(const EsTableKey *a, const EsTableKey *b)
  * that varchar -> text or int4 -> int8 keep their routing. */
 typedef enum EsContextClass
 {
-	ES_CONTEXT_STRING = 1,		/* text, varchar, name: the characters */
+	ES_CONTEXT_STRING = 1, /* text, varchar, name: the characters */
 	ES_CONTEXT_BYTEA = 2,
 	ES_CONTEXT_INTEGER = 3,		/* int2/4/8: as int64, 8 bytes */
 	ES_CONTEXT_UUID = 4,		/* 16 bytes */
@@ -127,13 +127,13 @@ typedef enum EsContextClass
  */
 typedef struct EsRoles
 {
-	int16_t		context;
-	int16_t		position;
-	int16_t		version;
-	int16_t		event_id;
-	int16_t		event_type;
-	uint8_t		context_class;	/* EsContextClass */
-	uint8_t		reserved;
+	int16_t context;
+	int16_t position;
+	int16_t version;
+	int16_t event_id;
+	int16_t event_type;
+	uint8_t context_class; /* EsContextClass */
+	uint8_t reserved;
 } EsRoles;
 
 _Static_assert(sizeof(EsRoles) == 12, "EsRoles is on disk");
@@ -141,14 +141,15 @@ _Static_assert(sizeof(EsRoles) == 12, "EsRoles is on disk");
 /* The physical shape of a column, from pg_attribute. */
 typedef struct EsColumnDesc
 {
-	int16_t		len;			/* attlen: > 0 fixed width, -1 varlena */
-	uint8_t		align;			/* 1, 2, 4 or 8 */
-	uint8_t		flags;			/* ES_COLUMN_* */
+	int16_t len;   /* attlen: > 0 fixed width, -1 varlena */
+	uint8_t align; /* 1, 2, 4 or 8 */
+	uint8_t flags; /* ES_COLUMN_* */
 } EsColumnDesc;
 
-#define ES_COLUMN_BYVAL		0x01
-#define ES_COLUMN_DROPPED	0x02	/* all NULL from here on */
-#define ES_COLUMN_PLAIN		0x04	/* attstorage 'p': values keep their 4-byte header,
+#define ES_COLUMN_BYVAL	  0x01
+#define ES_COLUMN_DROPPED 0x02 /* all NULL from here on */
+#define ES_COLUMN_PLAIN \
+	0x04 /* attstorage 'p': values keep their 4-byte header,
 									 * for functions of such types (tsquery, int2vector)
 									 * do not look for a short one */
 
@@ -176,4 +177,4 @@ es_varlena_is_short(const void *p)
 	return (*(const uint8_t *) p & 0x01) != 0;
 }
 
-#endif							/* ES_CORE_FORMAT_H */
+#endif /* ES_CORE_FORMAT_H */

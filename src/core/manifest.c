@@ -28,7 +28,7 @@
 static bool
 adopt_fits(const EsManifestAdopt *a, const uint8_t *dead_bitmap, const EsManifestEntry *e)
 {
-	uint64_t	ndead = 0;
+	uint64_t ndead = 0;
 
 	if (!e->pending || e->segment.min_fxid != a->fxid || a->nfirst_versions > e->segment.nrows)
 		return false;
@@ -87,15 +87,15 @@ es_manifest_state_slim(EsManifestState *state)
 static uint32_t
 lower_bound(const EsManifestState *state, uint64_t id)
 {
-	uint32_t	low = 0;
-	uint32_t	high = state->nentries;
+	uint32_t low = 0;
+	uint32_t high = state->nentries;
 
 	/* ids grow, so new ones mostly go to the end */
 	if (high > 0 && state->entries[high - 1].segment.id < id)
 		return high;
 	while (low < high)
 	{
-		uint32_t	mid = low + (high - low) / 2;
+		uint32_t mid = low + (high - low) / 2;
 
 		if (state->entries[mid].segment.id < id)
 			low = mid + 1;
@@ -108,7 +108,7 @@ lower_bound(const EsManifestState *state, uint64_t id)
 EsManifestEntry *
 es_manifest_find(EsManifestState *state, uint64_t id)
 {
-	uint32_t	i = lower_bound(state, id);
+	uint32_t i = lower_bound(state, id);
 
 	return i < state->nentries && state->entries[i].segment.id == id ? &state->entries[i] : NULL;
 }
@@ -118,7 +118,7 @@ reserve_entry(EsManifestState *state)
 {
 	if (state->nentries == state->allocated)
 	{
-		uint32_t	n = state->allocated < 16 ? 16 : state->allocated * 2;
+		uint32_t		 n = state->allocated < 16 ? 16 : state->allocated * 2;
 		EsManifestEntry *grown = realloc(state->entries, n * sizeof(*grown));
 
 		if (grown == NULL)
@@ -133,10 +133,9 @@ reserve_entry(EsManifestState *state)
 static void
 insert_entry(EsManifestState *state, const EsManifestEntry *entry)
 {
-	uint32_t	i = lower_bound(state, entry->segment.id);
+	uint32_t i = lower_bound(state, entry->segment.id);
 
-	memmove(&state->entries[i + 1], &state->entries[i],
-			(state->nentries - i) * sizeof(*state->entries));
+	memmove(&state->entries[i + 1], &state->entries[i], (state->nentries - i) * sizeof(*state->entries));
 	state->entries[i] = *entry;
 	state->nentries++;
 }
@@ -145,8 +144,7 @@ static void
 remove_entry(EsManifestState *state, uint32_t i)
 {
 	state->nentries--;
-	memmove(&state->entries[i], &state->entries[i + 1],
-			(state->nentries - i) * sizeof(*state->entries));
+	memmove(&state->entries[i], &state->entries[i + 1], (state->nentries - i) * sizeof(*state->entries));
 }
 
 /* ---- applying a record ---- */
@@ -154,20 +152,20 @@ remove_entry(EsManifestState *state, uint32_t i)
 /* One change of the state: what stood at this id before it. */
 typedef struct Change
 {
-	bool		existed;		/* else before.segment.id is all that counts */
+	bool			existed; /* else before.segment.id is all that counts */
 	EsManifestEntry before;
 } Change;
 
 typedef struct Applier
 {
 	EsManifestState *state;
-	EsManifestHead old_head;
-	EsOwnLsn	old_flushed_up_to;
-	Change	   *changes;
-	uint32_t	nchanges;
-	uint32_t	allocated;
-	EsError    *err;
-	uint64_t	where;			/* of the part at hand */
+	EsManifestHead	 old_head;
+	EsOwnLsn		 old_flushed_up_to;
+	Change			*changes;
+	uint32_t		 nchanges;
+	uint32_t		 allocated;
+	EsError			*err;
+	uint64_t		 where; /* of the part at hand */
 } Applier;
 
 static EsStatus
@@ -181,8 +179,8 @@ reserve_change(Applier *a)
 {
 	if (a->nchanges == a->allocated)
 	{
-		uint32_t	n = a->allocated == 0 ? 8 : a->allocated * 2;
-		Change	   *grown = realloc(a->changes, n * sizeof(*grown));
+		uint32_t n = a->allocated == 0 ? 8 : a->allocated * 2;
+		Change	*grown = realloc(a->changes, n * sizeof(*grown));
 
 		if (grown == NULL)
 			return no_memory(a);
@@ -197,7 +195,7 @@ revert(Applier *a)
 {
 	while (a->nchanges > 0)
 	{
-		Change	   *change = &a->changes[--a->nchanges];
+		Change			*change = &a->changes[--a->nchanges];
 		EsManifestEntry *now = es_manifest_find(a->state, change->before.segment.id);
 
 		if (now != NULL)
@@ -226,7 +224,7 @@ static EsStatus
 apply_add(Applier *a, EsManifestEntry *entry)
 {
 	EsManifestState *state = a->state;
-	EsStatus	status;
+	EsStatus		 status;
 
 	if (es_manifest_find(state, entry->segment.id) != NULL)
 	{
@@ -242,7 +240,7 @@ apply_add(Applier *a, EsManifestEntry *entry)
 		entry_free(entry);
 		return status;
 	}
-	a->changes[a->nchanges++] = (Change) {.existed = false,.before.segment.id = entry->segment.id};
+	a->changes[a->nchanges++] = (Change){.existed = false, .before.segment.id = entry->segment.id};
 	insert_entry(state, entry);
 	if (entry->segment.id >= state->head.next_segment_id)
 		state->head.next_segment_id = entry->segment.id + 1;
@@ -253,14 +251,15 @@ static EsStatus
 apply_drop(Applier *a, uint64_t id)
 {
 	EsManifestEntry *e = es_manifest_find(a->state, id);
-	EsStatus	status;
+	EsStatus		 status;
 
 	if (e == NULL)
-		return es_fail(a->err, ES_ERR_CORRUPT, a->where, "segment %016" PRIx64 " is dropped but not there", id);
+		return es_fail(a->err, ES_ERR_CORRUPT, a->where, "segment %016" PRIx64 " is dropped but not there",
+					   id);
 	status = reserve_change(a);
 	if (status != ES_OK)
 		return status;
-	a->changes[a->nchanges++] = (Change) {.existed = true,.before = *e};
+	a->changes[a->nchanges++] = (Change){.existed = true, .before = *e};
 	remove_entry(a->state, (uint32_t) (e - a->state->entries));
 	return ES_OK;
 }
@@ -269,7 +268,7 @@ static EsStatus
 apply_drop_storage(Applier *a, const EsTableKey *table)
 {
 	EsManifestState *state = a->state;
-	EsStatus	status;
+	EsStatus		 status;
 
 	for (uint32_t i = state->nentries; i-- > 0;)
 	{
@@ -286,7 +285,7 @@ apply_drop_storage(Applier *a, const EsTableKey *table)
 static void *
 copy_array(const void *array, size_t len, bool *ok)
 {
-	void	   *copy;
+	void *copy;
 
 	if (len == 0)
 		return NULL;
@@ -301,13 +300,11 @@ copy_array(const void *array, size_t len, bool *ok)
 static EsStatus
 apply_pending(Applier *a, const EsManifestPending *p)
 {
-	bool		ok = true;
-	EsManifestEntry entry = {
-		.segment = p->segment,
-		.pending = true,
-		.starts = copy_array(p + 1, p->nstarts * sizeof(uint64_t), &ok),
-		.nstarts = p->nstarts
-	};
+	bool			ok = true;
+	EsManifestEntry entry = {.segment = p->segment,
+							 .pending = true,
+							 .starts = copy_array(p + 1, p->nstarts * sizeof(uint64_t), &ok),
+							 .nstarts = p->nstarts};
 
 	if (!ok)
 		return no_memory(a);
@@ -317,11 +314,11 @@ apply_pending(Applier *a, const EsManifestPending *p)
 static EsStatus
 apply_adopt(Applier *a, const EsManifestAdopt *adopt)
 {
-	const uint8_t *bitmap = (const uint8_t *) (adopt + 1);
+	const uint8_t	*bitmap = (const uint8_t *) (adopt + 1);
 	EsManifestEntry *e = es_manifest_find(a->state, adopt->id);
-	EsManifestEntry after;
-	bool		ok = true;
-	EsStatus	status;
+	EsManifestEntry	 after;
+	bool			 ok = true;
+	EsStatus		 status;
 
 	if (e == NULL || !adopt_fits(adopt, bitmap, e))
 		return es_fail(a->err, ES_ERR_CORRUPT, a->where,
@@ -340,8 +337,9 @@ apply_adopt(Applier *a, const EsManifestAdopt *adopt)
 	/* recovery may see the FINISH again and must find its batches: the copy is the new entry's */
 	after.starts = copy_array(e->starts, e->nstarts * sizeof(uint64_t), &ok);
 	after.dead_bitmap = copy_array(bitmap, adopt->dead_bitmap_len, &ok);
-	after.first_versions = copy_array(bitmap + adopt->dead_bitmap_len,
-									  es_manifest_versions_len(adopt->nfirst_versions, adopt->version_width), &ok);
+	after.first_versions =
+		copy_array(bitmap + adopt->dead_bitmap_len,
+				   es_manifest_versions_len(adopt->nfirst_versions, adopt->version_width), &ok);
 	after.nfirst_versions = adopt->nfirst_versions;
 	after.version_base = adopt->version_base;
 	after.version_width = adopt->version_width;
@@ -350,7 +348,7 @@ apply_adopt(Applier *a, const EsManifestAdopt *adopt)
 		entry_free(&after);
 		return no_memory(a);
 	}
-	a->changes[a->nchanges++] = (Change) {.existed = true,.before = *e};
+	a->changes[a->nchanges++] = (Change){.existed = true, .before = *e};
 	*e = after;
 	return ES_OK;
 }
@@ -364,90 +362,86 @@ apply_part(Applier *a, uint32_t type, const void *body, size_t len, bool head_al
 	switch (type)
 	{
 		case ES_PART_HEAD:
-			{
-				const EsManifestHead *head = body;
+		{
+			const EsManifestHead *head = body;
 
-				if (len != sizeof(*head) || !head_allowed)
-					break;
-				state->head = *head;
-				return ES_OK;
-			}
+			if (len != sizeof(*head) || !head_allowed)
+				break;
+			state->head = *head;
+			return ES_OK;
+		}
 		case ES_PART_SEGMENT:
-			{
-				const EsManifestSegment *s = body;
-				EsManifestEntry entry = {0};
+		{
+			const EsManifestSegment *s = body;
+			EsManifestEntry			 entry = {0};
 
-				if (len != sizeof(*s) || !es_manifest_segment_valid(s))
-					break;
-				entry.segment = *s;
-				entry.nlive = s->nrows;
-				return apply_add(a, &entry);
-			}
+			if (len != sizeof(*s) || !es_manifest_segment_valid(s))
+				break;
+			entry.segment = *s;
+			entry.nlive = s->nrows;
+			return apply_add(a, &entry);
+		}
 		case ES_PART_PENDING:
-			{
-				const EsManifestPending *p = body;
+		{
+			const EsManifestPending *p = body;
 
-				if (len < sizeof(*p) || !es_manifest_pending_valid(&p->segment) || p->reserved != 0 ||
-					len - sizeof(*p) != p->nstarts * sizeof(uint64_t))
-					break;
-				return apply_pending(a, p);
-			}
+			if (len < sizeof(*p) || !es_manifest_pending_valid(&p->segment) || p->reserved != 0 ||
+				len - sizeof(*p) != p->nstarts * sizeof(uint64_t))
+				break;
+			return apply_pending(a, p);
+		}
 		case ES_PART_ADOPT:
-			{
-				const EsManifestAdopt *adopt = body;
+		{
+			const EsManifestAdopt *adopt = body;
 
-				if (len < sizeof(*adopt) || !es_manifest_adopt_valid(adopt) ||
-					len - sizeof(*adopt) != adopt->dead_bitmap_len +
-					es_manifest_versions_len(adopt->nfirst_versions, adopt->version_width))
-					break;
-				return apply_adopt(a, adopt);
-			}
+			if (len < sizeof(*adopt) || !es_manifest_adopt_valid(adopt) ||
+				len - sizeof(*adopt) !=
+					adopt->dead_bitmap_len +
+						es_manifest_versions_len(adopt->nfirst_versions, adopt->version_width))
+				break;
+			return apply_adopt(a, adopt);
+		}
 		case ES_PART_DROP:
-			{
-				const EsManifestDrop *drop = body;
+		{
+			const EsManifestDrop *drop = body;
 
-				if (len != sizeof(*drop))
-					break;
-				return apply_drop(a, drop->id);
-			}
+			if (len != sizeof(*drop))
+				break;
+			return apply_drop(a, drop->id);
+		}
 		case ES_PART_FLUSHED:
-			{
-				const EsManifestFlushed *f = body;
+		{
+			const EsManifestFlushed *f = body;
 
-				if (len != sizeof(*f) || f->up_to < state->flushed_up_to)
-					break;
-				state->flushed_up_to = f->up_to;
-				return ES_OK;
-			}
+			if (len != sizeof(*f) || f->up_to < state->flushed_up_to)
+				break;
+			state->flushed_up_to = f->up_to;
+			return ES_OK;
+		}
 		case ES_PART_DROP_STORAGE:
-			{
-				const EsTableKey *table = body;
+		{
+			const EsTableKey *table = body;
 
-				if (len != sizeof(*table) || table->reserved != 0)
-					break;
-				return apply_drop_storage(a, table);
-			}
+			if (len != sizeof(*table) || table->reserved != 0)
+				break;
+			return apply_drop_storage(a, table);
+		}
 		default:
 			break;
 	}
-	return es_fail(a->err, ES_ERR_CORRUPT, a->where, "manifest part of type %u and %zu bytes is not valid here",
-				   type, len);
+	return es_fail(a->err, ES_ERR_CORRUPT, a->where,
+				   "manifest part of type %u and %zu bytes is not valid here", type, len);
 }
 
 /* first: this is the first record of a file, which must begin with the head. */
 static EsStatus
-apply_record(EsManifestState *state, const char *record, size_t len, bool first,
-			 uint64_t where, EsError *err)
+apply_record(EsManifestState *state, const char *record, size_t len, bool first, uint64_t where, EsError *err)
 {
 	const EsManifestRecord *h = (const EsManifestRecord *) record;
-	size_t		at = sizeof(*h);
-	EsStatus	status = ES_OK;
-	Applier		a = {
-		.state = state,
-		.old_head = state->head,
-		.old_flushed_up_to = state->flushed_up_to,
-		.err = err
-	};
+	size_t					at = sizeof(*h);
+	EsStatus				status = ES_OK;
+	Applier					a = {
+						.state = state, .old_head = state->head, .old_flushed_up_to = state->flushed_up_to, .err = err};
 
 	for (uint32_t i = 0; i < h->nparts && status == ES_OK; i++)
 	{
@@ -483,7 +477,7 @@ header_fits(const char *buf, size_t len)
 	const EsManifestRecord *h = (const EsManifestRecord *) buf;
 
 	return len >= sizeof(*h) && h->magic == ES_MANIFEST_MAGIC && h->len >= sizeof(*h) &&
-		h->len <= ES_MANIFEST_MAX_RECORD && h->len % 8 == 0 && h->len <= len;
+		   h->len <= ES_MANIFEST_MAX_RECORD && h->len % 8 == 0 && h->len <= len;
 }
 
 /*
@@ -494,8 +488,8 @@ EsStatus
 es_manifest_apply(EsManifestState *state, const void *record, size_t len, EsError *err)
 {
 	const EsManifestRecord *h = record;
-	const EsManifestPart *part;
-	bool		first = false;
+	const EsManifestPart   *part;
+	bool					first = false;
 
 	if ((uintptr_t) record % 8 != 0)
 		return es_fail(err, ES_ERR_ARGUMENT, 0, "manifest record is not aligned");
@@ -527,8 +521,8 @@ es_manifest_read(EsManifestState *state, const void *file, size_t len, uint64_t 
 	for (;;)
 	{
 		const EsManifestRecord *h = (const EsManifestRecord *) (base + at);
-		uint32_t	crc = 0;
-		bool		fits = header_fits(base + at, len - at);
+		uint32_t				crc = 0;
+		bool					fits = header_fits(base + at, len - at);
 
 		if (fits)
 			crc = es_manifest_record_crc(base + at, h->len, prev_crc);
@@ -537,15 +531,16 @@ es_manifest_read(EsManifestState *state, const void *file, size_t len, uint64_t 
 			if (at > 0 && at >= durable_len)
 				break;
 			if (at == len)
-				return es_fail(err, ES_ERR_CORRUPT, at, "manifest ends before %" PRIu64 " bytes that were durable",
-							   durable_len);
+				return es_fail(err, ES_ERR_CORRUPT, at,
+							   "manifest ends before %" PRIu64 " bytes that were durable", durable_len);
 			if (fits)
 				return es_fail_crc(err, at, h->crc, crc, "manifest record");
 			return es_fail(err, ES_ERR_CORRUPT, at, "manifest record is malformed");
 		}
 		if (h->version != ES_FORMAT_VERSION)
-			return es_fail(err, ES_ERR_VERSION, at, "manifest record has format version %u, this program knows %u",
-						   h->version, ES_FORMAT_VERSION);
+			return es_fail(err, ES_ERR_VERSION, at,
+						   "manifest record has format version %u, this program knows %u", h->version,
+						   ES_FORMAT_VERSION);
 		status = apply_record(state, base + at, h->len, at == 0, at, err);
 		if (status != ES_OK)
 			return status;
@@ -561,10 +556,10 @@ es_manifest_read(EsManifestState *state, const void *file, size_t len, uint64_t 
 
 typedef struct Image
 {
-	char	   *data;
-	size_t		len;
-	size_t		cap;
-	uint32_t	crc;
+	char	*data;
+	size_t	 len;
+	size_t	 cap;
+	uint32_t crc;
 } Image;
 
 /* Appends the edit as a record and starts it anew. */
@@ -580,8 +575,8 @@ image_append(Image *image, EsManifestEdit *e)
 		return status;
 	if (image->len + len > image->cap)
 	{
-		size_t		cap = image->cap * 2 > image->len + len ? image->cap * 2 : image->len + len;
-		char	   *grown = realloc(image->data, cap);
+		size_t cap = image->cap * 2 > image->len + len ? image->cap * 2 : image->len + len;
+		char  *grown = realloc(image->data, cap);
 
 		if (grown == NULL)
 			return ES_ERR_NOMEM;
@@ -598,8 +593,8 @@ image_append(Image *image, EsManifestEdit *e)
 static EsStatus
 edit_entry(EsManifestEdit *e, const EsManifestEntry *entry)
 {
-	EsManifestPending p = {.segment = entry->segment,.nstarts = entry->nstarts};
-	EsStatus	status;
+	EsManifestPending p = {.segment = entry->segment, .nstarts = entry->nstarts};
+	EsStatus		  status;
 
 	if (!entry->pending && !entry->adopted)
 		return es_manifest_edit_segment(e, &entry->segment);
@@ -609,18 +604,18 @@ edit_entry(EsManifestEdit *e, const EsManifestEntry *entry)
 	status = es_manifest_edit_pending(e, &p, entry->starts);
 	if (status == ES_OK && entry->adopted)
 	{
-		EsManifestAdopt a = {
-			.id = entry->segment.id,
-			.fxid = entry->segment.min_fxid,
-			.base = entry->base,
-			.min_position = entry->segment.min_position,
-			.max_position = entry->segment.max_position,
-			.nlive = entry->nlive,
-			.dead_bitmap_len = entry->dead_bitmap ? (uint32_t) es_manifest_bitmap_len(entry->segment.nrows) : 0,
-			.nfirst_versions = entry->nfirst_versions,
-			.version_base = entry->version_base,
-			.version_width = entry->version_width
-		};
+		EsManifestAdopt a = {.id = entry->segment.id,
+							 .fxid = entry->segment.min_fxid,
+							 .base = entry->base,
+							 .min_position = entry->segment.min_position,
+							 .max_position = entry->segment.max_position,
+							 .nlive = entry->nlive,
+							 .dead_bitmap_len = entry->dead_bitmap
+													? (uint32_t) es_manifest_bitmap_len(entry->segment.nrows)
+													: 0,
+							 .nfirst_versions = entry->nfirst_versions,
+							 .version_base = entry->version_base,
+							 .version_width = entry->version_width};
 
 		status = es_manifest_edit_adopt(e, &a, entry->dead_bitmap, entry->first_versions);
 	}
@@ -631,8 +626,8 @@ EsStatus
 es_manifest_rewrite(const EsManifestState *state, void **file, size_t *len, uint32_t *last_crc)
 {
 	EsManifestEdit *e = es_manifest_edit_create();
-	Image		image = {0};
-	EsStatus	status;
+	Image			image = {0};
+	EsStatus		status;
 
 	if (state->slim)
 	{

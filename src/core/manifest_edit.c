@@ -16,10 +16,10 @@
 
 struct EsManifestEdit
 {
-	char	   *buffer;
-	size_t		len;
-	size_t		cap;
-	uint32_t	nparts;
+	char	*buffer;
+	size_t	 len;
+	size_t	 cap;
+	uint32_t nparts;
 };
 
 void
@@ -58,17 +58,17 @@ es_manifest_edit_free(EsManifestEdit *e)
 
 EsStatus
 es_manifest_edit_part(EsManifestEdit *e, EsManifestPartType type, const void *fixed, size_t fixed_len,
-		  const void *array1, size_t len1, const void *array2, size_t len2)
+					  const void *array1, size_t len1, const void *array2, size_t len2)
 {
 	EsManifestPart part = {.type = type};
-	size_t		len = sizeof(part) + fixed_len + len1 + len2;
+	size_t		   len = sizeof(part) + fixed_len + len1 + len2;
 
 	if (e->nparts == UINT16_MAX || len > ES_MANIFEST_MAX_RECORD - e->len)
 		return ES_ERR_TOO_LARGE;
 	if (e->len + len > e->cap)
 	{
-		size_t		cap = e->cap * 2 > e->len + len ? e->cap * 2 : e->len + len;
-		char	   *grown = realloc(e->buffer, cap);
+		size_t cap = e->cap * 2 > e->len + len ? e->cap * 2 : e->len + len;
+		char  *grown = realloc(e->buffer, cap);
 
 		if (grown == NULL)
 			return ES_ERR_NOMEM;
@@ -103,7 +103,8 @@ es_manifest_edit_pending(EsManifestEdit *e, const EsManifestPending *p, const ui
 {
 	if (!es_manifest_pending_valid(&p->segment) || p->reserved != 0)
 		return ES_ERR_ARGUMENT;
-	return es_manifest_edit_part(e, ES_PART_PENDING, p, sizeof(*p), starts, p->nstarts * sizeof(uint64_t), NULL, 0);
+	return es_manifest_edit_part(e, ES_PART_PENDING, p, sizeof(*p), starts, p->nstarts * sizeof(uint64_t),
+								 NULL, 0);
 }
 
 EsStatus
@@ -113,7 +114,8 @@ es_manifest_edit_adopt(EsManifestEdit *e, const EsManifestAdopt *a, const uint8_
 	if (!es_manifest_adopt_valid(a))
 		return ES_ERR_ARGUMENT;
 	return es_manifest_edit_part(e, ES_PART_ADOPT, a, sizeof(*a), dead_bitmap, a->dead_bitmap_len,
-					 first_versions, es_manifest_versions_len(a->nfirst_versions, a->version_width));
+								 first_versions,
+								 es_manifest_versions_len(a->nfirst_versions, a->version_width));
 }
 
 EsStatus
@@ -146,7 +148,7 @@ uint32_t
 es_manifest_record_crc(const char *record, size_t len, uint32_t prev_crc)
 {
 	EsManifestRecord h;
-	uint32_t	crc;
+	uint32_t		 crc;
 
 	memcpy(&h, record, sizeof(h));
 	h.crc = 0;
@@ -156,15 +158,12 @@ es_manifest_record_crc(const char *record, size_t len, uint32_t prev_crc)
 }
 
 EsStatus
-es_manifest_edit_record(EsManifestEdit *e, uint32_t prev_crc, const void **record,
-						size_t *len, uint32_t *crc)
+es_manifest_edit_record(EsManifestEdit *e, uint32_t prev_crc, const void **record, size_t *len, uint32_t *crc)
 {
-	EsManifestRecord h = {
-		.magic = ES_MANIFEST_MAGIC,
-		.version = ES_FORMAT_VERSION,
-		.nparts = (uint16_t) e->nparts,
-		.len = (uint32_t) e->len
-	};
+	EsManifestRecord h = {.magic = ES_MANIFEST_MAGIC,
+						  .version = ES_FORMAT_VERSION,
+						  .nparts = (uint16_t) e->nparts,
+						  .len = (uint32_t) e->len};
 
 	if (e->nparts == 0)
 		return ES_ERR_ARGUMENT;
@@ -182,10 +181,10 @@ es_manifest_edit_record(EsManifestEdit *e, uint32_t prev_crc, const void **recor
 EsStatus
 es_manifest_pack_versions(EsManifestEntry *entry, const int64_t *versions, uint32_t n)
 {
-	int64_t		lowest = n > 0 ? versions[0] : 0;
-	uint64_t	most = 0;
-	uint32_t	width = 0;
-	uint8_t    *bytes;
+	int64_t	 lowest = n > 0 ? versions[0] : 0;
+	uint64_t most = 0;
+	uint32_t width = 0;
+	uint8_t *bytes;
 
 	if (n == 0)
 		return ES_OK;
@@ -204,7 +203,7 @@ es_manifest_pack_versions(EsManifestEntry *entry, const int64_t *versions, uint3
 	/* little-endian: the lowest bytes come first */
 	for (uint32_t i = 0; i < n; i++)
 	{
-		uint64_t	more = (uint64_t) versions[i] - (uint64_t) lowest;
+		uint64_t more = (uint64_t) versions[i] - (uint64_t) lowest;
 
 		memcpy(bytes + (size_t) i * width, &more, width);
 	}

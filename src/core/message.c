@@ -26,28 +26,28 @@
 
 #include "core/message.h"
 
-#define MAX_PAYLOAD		UINT32_C(0x7fffffff)
-#define PIECE_ROOM		(ES_MESSAGE_MAX_RECORD - sizeof(EsMessageHeader))
+#define MAX_PAYLOAD UINT32_C(0x7fffffff)
+#define PIECE_ROOM	(ES_MESSAGE_MAX_RECORD - sizeof(EsMessageHeader))
 
 /* An LZ4 sequence yields at most 255 bytes for each byte of its own. */
-#define LZ4_MAX_RATIO	255
+#define LZ4_MAX_RATIO 255
 
 /* Buffers larger than this are not kept for the next message. */
-#define KEEP_MEMORY		(256 * 1024)
+#define KEEP_MEMORY (256 * 1024)
 
 /* ---- writing ---- */
 
 struct EsMessageWriter
 {
-	EsMessageHeader header;		/* what all pieces share */
-	uint32_t	npieces;
-	const EsPart *parts;		/* the stored payload: the caller's parts or `whole` */
-	int			nparts;
-	EsPart		whole;
-	EsPart	   *own_parts;		/* copy of the caller's array */
-	int			own_parts_cap;
-	char	   *buffer;			/* joined and compressed payload */
-	size_t		buffer_cap;
+	EsMessageHeader header; /* what all pieces share */
+	uint32_t		npieces;
+	const EsPart   *parts; /* the stored payload: the caller's parts or `whole` */
+	int				nparts;
+	EsPart			whole;
+	EsPart		   *own_parts; /* copy of the caller's array */
+	int				own_parts_cap;
+	char		   *buffer; /* joined and compressed payload */
+	size_t			buffer_cap;
 };
 
 static EsMessageWriter *spare_writer = NULL;
@@ -101,7 +101,7 @@ compress_payload(EsMessageWriter *w)
 		raw = w->parts[0].data;
 	else
 	{
-		char	   *joined = w->buffer + room;
+		char *joined = w->buffer + room;
 
 		raw = joined;
 		for (int i = 0; i < w->nparts; i++)
@@ -117,7 +117,7 @@ compress_payload(EsMessageWriter *w)
 	{
 		w->header.flags = ES_MESSAGE_LZ4;
 		w->header.stored_len = (uint32_t) stored_len;
-		w->whole = (EsPart) {w->buffer, (size_t) stored_len};
+		w->whole = (EsPart){w->buffer, (size_t) stored_len};
 		w->parts = &w->whole;
 		w->nparts = 1;
 	}
@@ -125,13 +125,12 @@ compress_payload(EsMessageWriter *w)
 }
 
 EsStatus
-es_message_begin(EsMessageWriter **writer, EsMessageKind kind,
-				 const uint8_t uuid[ES_UUID_LEN], EsFxid fxid, uint16_t shard,
-				 const EsPart *parts, int nparts)
+es_message_begin(EsMessageWriter **writer, EsMessageKind kind, const uint8_t uuid[ES_UUID_LEN], EsFxid fxid,
+				 uint16_t shard, const EsPart *parts, int nparts)
 {
 	EsMessageWriter *w = spare_writer;
-	size_t		total = 0;
-	EsStatus	status;
+	size_t			 total = 0;
+	EsStatus		 status;
 
 	*writer = NULL;
 	if (!kind_valid(kind) || nparts < 0)
@@ -206,13 +205,12 @@ message_crc(const EsMessageHeader *header, const void *piece)
 }
 
 EsStatus
-es_message_piece(EsMessageWriter *w, uint32_t piece, EsLsn first_start,
-				 void *buf, size_t *len)
+es_message_piece(EsMessageWriter *w, uint32_t piece, EsLsn first_start, void *buf, size_t *len)
 {
 	EsMessageHeader h = w->header;
-	size_t		skip = (size_t) piece * PIECE_ROOM;
-	size_t		left;
-	char	   *out = (char *) buf + sizeof(h);
+	size_t			skip = (size_t) piece * PIECE_ROOM;
+	size_t			left;
+	char		   *out = (char *) buf + sizeof(h);
 
 	if (piece >= w->npieces || (piece == 0) != (first_start == 0))
 		return ES_ERR_ARGUMENT;
@@ -227,7 +225,7 @@ es_message_piece(EsMessageWriter *w, uint32_t piece, EsLsn first_start,
 	for (int i = 0; i < w->nparts && left > 0; i++)
 	{
 		const EsPart *p = &w->parts[i];
-		size_t		n;
+		size_t		  n;
 
 		if (skip >= p->len)
 		{
@@ -248,22 +246,22 @@ es_message_piece(EsMessageWriter *w, uint32_t piece, EsLsn first_start,
 /* ---- reading ---- */
 
 EsStatus
-es_message_check(const void *buf, size_t len, const EsMessageHeader **header,
-				 const void **piece, EsError *err)
+es_message_check(const void *buf, size_t len, const EsMessageHeader **header, const void **piece,
+				 EsError *err)
 {
 	const EsMessageHeader *h = buf;
-	const char *bytes = (const char *) buf + sizeof(*h);
-	uint32_t	crc;
-	bool		lengths_fit;
-	bool		piece_fits;
+	const char			  *bytes = (const char *) buf + sizeof(*h);
+	uint32_t			   crc;
+	bool				   lengths_fit;
+	bool				   piece_fits;
 
 	if ((uintptr_t) buf % 8 != 0)
 		return es_fail(err, ES_ERR_ARGUMENT, 0, "message is not aligned");
 	if (len < sizeof(*h))
 		return es_fail(err, ES_ERR_TRUNCATED, len, "message ends in its header");
 	if (h->magic != ES_MESSAGE_MAGIC)
-		return es_fail(err, ES_ERR_CORRUPT, 0, "message has magic %08x instead of %08x",
-					   h->magic, ES_MESSAGE_MAGIC);
+		return es_fail(err, ES_ERR_CORRUPT, 0, "message has magic %08x instead of %08x", h->magic,
+					   ES_MESSAGE_MAGIC);
 	if (h->version != ES_FORMAT_VERSION)
 		return es_fail(err, ES_ERR_VERSION, 0, "message has format version %u, this program knows %u",
 					   h->version, ES_FORMAT_VERSION);
@@ -276,16 +274,16 @@ es_message_check(const void *buf, size_t len, const EsMessageHeader **header,
 
 	/* The checksum says that a program of ours wrote this; the rest holds what readers rely on. */
 	if (!kind_valid(h->kind) || (h->flags & ~ES_MESSAGE_LZ4) != 0)
-		return es_fail(err, ES_ERR_CORRUPT, 0, "message has unknown kind %u or flags %02x",
-					   h->kind, h->flags);
+		return es_fail(err, ES_ERR_CORRUPT, 0, "message has unknown kind %u or flags %02x", h->kind,
+					   h->flags);
 	if (h->flags & ES_MESSAGE_LZ4)
-		lengths_fit = h->stored_len > 0 && h->stored_len < h->raw_len &&
-			h->raw_len <= MAX_PAYLOAD && h->raw_len / LZ4_MAX_RATIO <= h->stored_len;
+		lengths_fit = h->stored_len > 0 && h->stored_len < h->raw_len && h->raw_len <= MAX_PAYLOAD &&
+					  h->raw_len / LZ4_MAX_RATIO <= h->stored_len;
 	else
 		lengths_fit = h->stored_len == h->raw_len && h->raw_len <= MAX_PAYLOAD;
 	if (!lengths_fit)
-		return es_fail(err, ES_ERR_CORRUPT, 0, "message has %u bytes, stored as %u",
-					   h->raw_len, h->stored_len);
+		return es_fail(err, ES_ERR_CORRUPT, 0, "message has %u bytes, stored as %u", h->raw_len,
+					   h->stored_len);
 
 	/* npieces is given in the last piece, which is the whole payload if it is the first one as well */
 	if (h->npieces != 0)
@@ -294,8 +292,8 @@ es_message_check(const void *buf, size_t len, const EsMessageHeader **header,
 		piece_fits = h->piece_len < h->stored_len;
 	if (!piece_fits || len > ES_MESSAGE_MAX_RECORD || h->piece_len > h->stored_len ||
 		(h->piece_len == 0 && h->stored_len != 0) || (h->piece == 0) != (h->first_start == 0))
-		return es_fail(err, ES_ERR_CORRUPT, 0, "piece %u of %u of a message has %u of %u bytes",
-					   h->piece, h->npieces, h->piece_len, h->stored_len);
+		return es_fail(err, ES_ERR_CORRUPT, 0, "piece %u of %u of a message has %u of %u bytes", h->piece,
+					   h->npieces, h->piece_len, h->stored_len);
 
 	*header = h;
 	*piece = bytes;
@@ -304,13 +302,13 @@ es_message_check(const void *buf, size_t len, const EsMessageHeader **header,
 
 struct EsMessageAssembler
 {
-	EsMessageHeader first;		/* header of piece 0 */
-	EsLsn		first_start;	/* as the later pieces say */
-	uint32_t	next_piece;
-	bool		closed;			/* complete, or failed */
-	char	   *stored;
-	size_t		stored_len;
-	size_t		stored_cap;
+	EsMessageHeader first;		 /* header of piece 0 */
+	EsLsn			first_start; /* as the later pieces say */
+	uint32_t		next_piece;
+	bool			closed; /* complete, or failed */
+	char		   *stored;
+	size_t			stored_len;
+	size_t			stored_cap;
 };
 
 EsMessageAssembler *
@@ -338,8 +336,8 @@ piece_continues(const EsMessageAssembler *a, const EsMessageHeader *h)
 		return false;
 	if (h->piece > 0)
 	{
-		if (h->kind != f->kind || h->flags != f->flags || h->fxid != f->fxid ||
-			h->shard != f->shard || h->raw_len != f->raw_len || h->stored_len != f->stored_len ||
+		if (h->kind != f->kind || h->flags != f->flags || h->fxid != f->fxid || h->shard != f->shard ||
+			h->raw_len != f->raw_len || h->stored_len != f->stored_len ||
 			memcmp(h->store_uuid, f->store_uuid, ES_UUID_LEN) != 0)
 			return false;
 		if (h->piece > 1 && h->first_start != a->first_start)
@@ -354,17 +352,17 @@ piece_continues(const EsMessageAssembler *a, const EsMessageHeader *h)
 static EsStatus
 append_piece(EsMessageAssembler *a, const void *piece, size_t len, size_t total)
 {
-	size_t		need = a->stored_len + len;
+	size_t need = a->stored_len + len;
 
 	if (need > a->stored_cap || a->stored == NULL)
 	{
-		size_t		cap = a->stored_cap * 2 > need ? a->stored_cap * 2 : need;
-		char	   *grown;
+		size_t cap = a->stored_cap * 2 > need ? a->stored_cap * 2 : need;
+		char  *grown;
 
 		if (cap > total)
 			cap = total;
 		if (cap == 0)
-			cap = 1;			/* an empty payload is not NULL */
+			cap = 1; /* an empty payload is not NULL */
 		grown = realloc(a->stored, cap);
 		if (grown == NULL)
 			return ES_ERR_NOMEM;
@@ -379,8 +377,8 @@ append_piece(EsMessageAssembler *a, const void *piece, size_t len, size_t total)
 static EsStatus
 decompress(const EsMessageHeader *h, const char *stored, void **payload, EsError *err)
 {
-	char	   *raw = malloc(h->raw_len);
-	int			n;
+	char *raw = malloc(h->raw_len);
+	int	  n;
 
 	if (raw == NULL)
 		return es_fail(err, ES_ERR_NOMEM, 0, "no memory for a message of %u bytes", h->raw_len);
@@ -388,8 +386,8 @@ decompress(const EsMessageHeader *h, const char *stored, void **payload, EsError
 	if (n < 0 || (uint32_t) n != h->raw_len)
 	{
 		free(raw);
-		return es_fail(err, ES_ERR_CORRUPT, 0, "message of %u bytes does not decompress to %u",
-					   h->stored_len, h->raw_len);
+		return es_fail(err, ES_ERR_CORRUPT, 0, "message of %u bytes does not decompress to %u", h->stored_len,
+					   h->raw_len);
 	}
 	*payload = raw;
 	return ES_OK;
@@ -397,8 +395,8 @@ decompress(const EsMessageHeader *h, const char *stored, void **payload, EsError
 
 /* After the last piece, and after a failure, the assembler takes nothing more. */
 EsStatus
-es_assembler_add(EsMessageAssembler *a, const EsMessageHeader *header,
-				 const void *piece, void **payload, size_t *payload_len, EsError *err)
+es_assembler_add(EsMessageAssembler *a, const EsMessageHeader *header, const void *piece, void **payload,
+				 size_t *payload_len, EsError *err)
 {
 	const char *stored = piece;
 	EsStatus	status;
@@ -425,8 +423,7 @@ es_assembler_add(EsMessageAssembler *a, const EsMessageHeader *header,
 		if (append_piece(a, piece, header->piece_len, header->stored_len) != ES_OK)
 		{
 			a->closed = true;
-			return es_fail(err, ES_ERR_NOMEM, 0, "no memory for a message of %u bytes",
-						   header->stored_len);
+			return es_fail(err, ES_ERR_NOMEM, 0, "no memory for a message of %u bytes", header->stored_len);
 		}
 		stored = a->stored;
 	}

@@ -18,11 +18,12 @@
 #include "core/batch.h"
 
 /* Prefix of the record with its embedded NULs: SQL cannot write it. */
-#define ES_MESSAGE_PREFIX		"event_store\0\1\0"
-#define ES_MESSAGE_PREFIX_LEN	14
+#define ES_MESSAGE_PREFIX	  "event_store\0\1\0"
+#define ES_MESSAGE_PREFIX_LEN 14
 
-#define ES_MESSAGE_MAGIC		UINT32_C(0x4d425345)	/* "ESBM" */
-#define ES_MESSAGE_MAX_RECORD	(256 * 1024)	/* payload bytes of one record,
+#define ES_MESSAGE_MAGIC UINT32_C(0x4d425345) /* "ESBM" */
+#define ES_MESSAGE_MAX_RECORD \
+	(256 * 1024)					/* payload bytes of one record,
 												 * EsMessageHeader included */
 #define ES_MESSAGE_COMPRESS_MIN 512 /* payloads below are stored as they are */
 
@@ -30,39 +31,39 @@ typedef enum EsMessageKind
 {
 	ES_MESSAGE_BATCH = 1,
 	ES_MESSAGE_FINISH = 2,
-	ES_MESSAGE_RESERVE = 3,		/* payload: EsReserve */
-	ES_MESSAGE_MARK = 4			/* no payload */
+	ES_MESSAGE_RESERVE = 3, /* payload: EsReserve */
+	ES_MESSAGE_MARK = 4		/* no payload */
 } EsMessageKind;
 
-#define ES_MESSAGE_LZ4		0x01	/* the joined payload is one LZ4 block */
+#define ES_MESSAGE_LZ4 0x01 /* the joined payload is one LZ4 block */
 
-#define ES_SHARD_NONE		0xffff
+#define ES_SHARD_NONE 0xffff
 
 typedef struct EsMessageHeader
 {
-	uint32_t	magic;
-	uint16_t	version;		/* ES_FORMAT_VERSION */
-	uint8_t		kind;
-	uint8_t		flags;
-	uint8_t		store_uuid[ES_UUID_LEN];
-	EsFxid		fxid;			/* top-level; 0 for RESERVE and MARK */
-	EsLsn		first_start;	/* in pieces after the first: start of the first */
-	uint32_t	raw_len;		/* of the joined payload, uncompressed */
-	uint32_t	stored_len;		/* of the joined payload, as stored */
-	uint32_t	piece;			/* from 0 */
-	uint32_t	npieces;		/* in the last piece: how many there are; else 0 */
-	uint32_t	piece_len;		/* payload bytes in this record */
-	uint16_t	shard;			/* BATCH: its shard; else ES_SHARD_NONE */
-	uint16_t	reserved;
-	uint32_t	crc;			/* of this header with crc = 0, then the piece */
-	uint32_t	reserved2;
+	uint32_t magic;
+	uint16_t version; /* ES_FORMAT_VERSION */
+	uint8_t	 kind;
+	uint8_t	 flags;
+	uint8_t	 store_uuid[ES_UUID_LEN];
+	EsFxid	 fxid;		  /* top-level; 0 for RESERVE and MARK */
+	EsLsn	 first_start; /* in pieces after the first: start of the first */
+	uint32_t raw_len;	  /* of the joined payload, uncompressed */
+	uint32_t stored_len;  /* of the joined payload, as stored */
+	uint32_t piece;		  /* from 0 */
+	uint32_t npieces;	  /* in the last piece: how many there are; else 0 */
+	uint32_t piece_len;	  /* payload bytes in this record */
+	uint16_t shard;		  /* BATCH: its shard; else ES_SHARD_NONE */
+	uint16_t reserved;
+	uint32_t crc; /* of this header with crc = 0, then the piece */
+	uint32_t reserved2;
 } EsMessageHeader;
 
 _Static_assert(sizeof(EsMessageHeader) == 72, "EsMessageHeader is on disk");
 
 typedef struct EsReserve
 {
-	EsPosition	below;			/* positions below this may be in use */
+	EsPosition below; /* positions below this may be in use */
 } EsReserve;
 
 /*
@@ -81,12 +82,11 @@ typedef struct EsPart
 	size_t		len;
 } EsPart;
 
-extern EsStatus es_message_begin(EsMessageWriter **w, EsMessageKind kind,
-								 const uint8_t uuid[ES_UUID_LEN], EsFxid fxid,
-								 uint16_t shard, const EsPart *parts, int nparts);
+extern EsStatus es_message_begin(EsMessageWriter **w, EsMessageKind kind, const uint8_t uuid[ES_UUID_LEN],
+								 EsFxid fxid, uint16_t shard, const EsPart *parts, int nparts);
 extern uint32_t es_message_npieces(const EsMessageWriter *w);
-extern EsStatus es_message_piece(EsMessageWriter *w, uint32_t piece,
-								 EsLsn first_start, void *buf, size_t *len);
+extern EsStatus
+			es_message_piece(EsMessageWriter *w, uint32_t piece, EsLsn first_start, void *buf, size_t *len);
 extern void es_message_end(EsMessageWriter *w);
 
 /*
@@ -94,8 +94,7 @@ extern void es_message_end(EsMessageWriter *w);
  * *header and *piece point into buf, which must be 8-byte aligned: behind its
  * prefix a record's payload is not, so the reader of PostgreSQL's WAL copies it.
  */
-extern EsStatus es_message_check(const void *buf, size_t len,
-								 const EsMessageHeader **header,
+extern EsStatus es_message_check(const void *buf, size_t len, const EsMessageHeader **header,
 								 const void **piece, EsError *err);
 
 /*
@@ -106,10 +105,9 @@ extern EsStatus es_message_check(const void *buf, size_t len,
 typedef struct EsMessageAssembler EsMessageAssembler;
 
 extern EsMessageAssembler *es_assembler_create(void);
-extern void es_assembler_free(EsMessageAssembler *a);
-extern EsStatus es_assembler_add(EsMessageAssembler *a, const EsMessageHeader *header,
-								 const void *piece, void **payload,
-								 size_t *payload_len, EsError *err);
+extern void				   es_assembler_free(EsMessageAssembler *a);
+extern EsStatus es_assembler_add(EsMessageAssembler *a, const EsMessageHeader *header, const void *piece,
+								 void **payload, size_t *payload_len, EsError *err);
 
 /*
  * ---- FINISH ----
@@ -130,43 +128,43 @@ extern EsStatus es_assembler_add(EsMessageAssembler *a, const EsMessageHeader *h
  */
 typedef struct EsFinishHeader
 {
-	EsPosition	base;
-	uint64_t	npositions;		/* positions reserved from base */
-	uint32_t	nsections;
-	uint32_t	reserved;
+	EsPosition base;
+	uint64_t   npositions; /* positions reserved from base */
+	uint32_t   nsections;
+	uint32_t   reserved;
 } EsFinishHeader;
 
 typedef struct EsSectionHeader
 {
-	uint32_t	len;			/* bytes, this header included, multiple of 8 */
-	uint16_t	shard;
-	uint16_t	ntables;
-	EsPosition	base;			/* repeated: a section stands alone in own WAL */
-	uint64_t	npositions;
+	uint32_t   len; /* bytes, this header included, multiple of 8 */
+	uint16_t   shard;
+	uint16_t   ntables;
+	EsPosition base; /* repeated: a section stands alone in own WAL */
+	uint64_t   npositions;
 } EsSectionHeader;
 
-#define ES_FINISH_GIVEN_POSITIONS	0x01
-#define ES_FINISH_GIVEN_VERSIONS	0x02
-#define ES_FINISH_NOT_TAKEN			0x04	/* the bitmap is there */
+#define ES_FINISH_GIVEN_POSITIONS 0x01
+#define ES_FINISH_GIVEN_VERSIONS  0x02
+#define ES_FINISH_NOT_TAKEN		  0x04 /* the bitmap is there */
 
 typedef struct EsFinishTable
 {
-	EsTableKey	table;
-	uint32_t	len;			/* bytes, this header included, multiple of 8 */
-	uint32_t	relid;
-	uint32_t	nlogged;		/* live batches logged before */
-	uint32_t	ninline;		/* batches that follow here */
-	uint64_t	nrows;			/* of all live batches, taken or not */
-	uint32_t	nversions;		/* EsFirstVersion entries, at most ES_FINISH_MAX_VERSIONS */
-	uint32_t	flags;			/* ES_FINISH_* */
+	EsTableKey table;
+	uint32_t   len; /* bytes, this header included, multiple of 8 */
+	uint32_t   relid;
+	uint32_t   nlogged;	  /* live batches logged before */
+	uint32_t   ninline;	  /* batches that follow here */
+	uint64_t   nrows;	  /* of all live batches, taken or not */
+	uint32_t   nversions; /* EsFirstVersion entries, at most ES_FINISH_MAX_VERSIONS */
+	uint32_t   flags;	  /* ES_FINISH_* */
 } EsFinishTable;
 
-#define ES_FINISH_MAX_VERSIONS	1000
+#define ES_FINISH_MAX_VERSIONS 1000
 
 typedef struct EsFirstVersion
 {
-	uint64_t	context_hash;
-	int64_t		first_version;	/* of the transaction's first row of the context */
+	uint64_t context_hash;
+	int64_t	 first_version; /* of the transaction's first row of the context */
 } EsFirstVersion;
 
 _Static_assert(sizeof(EsFinishHeader) == 24, "on disk");
@@ -184,31 +182,29 @@ extern const EsSectionHeader *es_finish_section(const void *finish, uint16_t sha
 /* Iteration over a checked section's tables. */
 typedef struct EsFinishTableView
 {
-	const EsFinishTable *table;
-	const uint64_t *batch_starts;	/* nlogged */
-	const char *inline_batches; /* first one; the next total_len behind */
-	const uint8_t *not_taken;	/* NULL = all taken */
-	const EsFirstVersion *versions; /* nversions */
+	const EsFinishTable	 *table;
+	const uint64_t		 *batch_starts;	  /* nlogged */
+	const char			 *inline_batches; /* first one; the next total_len behind */
+	const uint8_t		 *not_taken;	  /* NULL = all taken */
+	const EsFirstVersion *versions;		  /* nversions */
 } EsFinishTableView;
 
 extern const EsFinishTable *es_section_first(const EsSectionHeader *section);
-extern const EsFinishTable *es_section_next(const EsSectionHeader *section,
-											const EsFinishTable *table);
-extern void es_finish_table_view(const EsFinishTable *table, EsFinishTableView *view);
+extern const EsFinishTable *es_section_next(const EsSectionHeader *section, const EsFinishTable *table);
+extern void					es_finish_table_view(const EsFinishTable *table, EsFinishTableView *view);
 
 /* Writing: a growing buffer; es_finish_* return ES_ERR_NOMEM or ES_ERR_TOO_LARGE. */
 typedef struct EsFinishBuilder EsFinishBuilder;
 
 extern EsFinishBuilder *es_finish_create(void);
-extern void es_finish_free(EsFinishBuilder *f);
-extern void es_finish_reset(EsFinishBuilder *f, EsPosition base, uint64_t npositions);
-extern EsStatus es_finish_begin_section(EsFinishBuilder *f, uint16_t shard);
-extern EsStatus es_finish_add_table(EsFinishBuilder *f, const EsTableKey *table,
-									uint32_t relid, uint32_t flags, uint64_t nrows,
-									const uint64_t *batch_starts, uint32_t nlogged,
-									const EsPart *inline_batches, uint32_t ninline,
-									const uint8_t *not_taken,
-									const EsFirstVersion *versions, uint32_t nversions);
+extern void				es_finish_free(EsFinishBuilder *f);
+extern void				es_finish_reset(EsFinishBuilder *f, EsPosition base, uint64_t npositions);
+extern EsStatus			es_finish_begin_section(EsFinishBuilder *f, uint16_t shard);
+extern EsStatus
+es_finish_add_table(EsFinishBuilder *f, const EsTableKey *table, uint32_t relid, uint32_t flags,
+					uint64_t nrows, const uint64_t *batch_starts, uint32_t nlogged,
+					const EsPart *inline_batches, uint32_t ninline, const uint8_t *not_taken,
+					const EsFirstVersion *versions, uint32_t nversions);
 extern EsStatus es_finish_end(EsFinishBuilder *f, const void **payload, size_t *len);
 
-#endif							/* ES_CORE_MESSAGE_H */
+#endif /* ES_CORE_MESSAGE_H */

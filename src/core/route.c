@@ -42,7 +42,7 @@ es_slot_map_init(uint8_t map[ES_ROUTING_SLOTS], int nshards)
 size_t
 es_varlena_size(const void *value)
 {
-	uint32_t	header;
+	uint32_t header;
 
 	if (es_varlena_is_short(value))
 		return *(const uint8_t *) value >> 1;
@@ -53,7 +53,7 @@ es_varlena_size(const void *value)
 void
 es_varlena_data(const void *value, const char **data, size_t *len)
 {
-	size_t		header_len = es_varlena_is_short(value) ? 1 : 4;
+	size_t header_len = es_varlena_is_short(value) ? 1 : 4;
 
 	*data = (const char *) value + header_len;
 	*len = es_varlena_size(value) - header_len;
@@ -63,9 +63,9 @@ es_varlena_data(const void *value, const char **data, size_t *len)
 static int64_t
 read_integer(const void *value, int16_t attlen)
 {
-	int16_t		i2;
-	int32_t		i4;
-	int64_t		i8;
+	int16_t i2;
+	int32_t i4;
+	int64_t i8;
 
 	switch (attlen)
 	{
@@ -84,8 +84,8 @@ read_integer(const void *value, int16_t attlen)
 }
 
 void
-es_context_bytes(EsContextClass klass, int16_t attlen, const void *value,
-				 int64_t *scratch, const void **bytes, size_t *len)
+es_context_bytes(EsContextClass klass, int16_t attlen, const void *value, int64_t *scratch,
+				 const void **bytes, size_t *len)
 {
 	const char *data;
 	const void *nul;
@@ -111,14 +111,14 @@ es_context_bytes(EsContextClass klass, int16_t attlen, const void *value,
 			*len = ES_UUID_LEN;
 			return;
 		case ES_CONTEXT_ENUM:
-			{
-				uint32_t	oid;
+		{
+			uint32_t oid;
 
-				/* an OID is unsigned */
-				memcpy(&oid, value, sizeof(oid));
-				*scratch = oid;
-				break;
-			}
+			/* an OID is unsigned */
+			memcpy(&oid, value, sizeof(oid));
+			*scratch = oid;
+			break;
+		}
 		case ES_CONTEXT_INTEGER:
 		case ES_CONTEXT_DATE:
 		case ES_CONTEXT_TIMESTAMPTZ:

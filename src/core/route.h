@@ -32,8 +32,7 @@ extern void es_slot_map_init(uint8_t map[ES_ROUTING_SLOTS], int nshards);
  *	 bytes, else the fixed-width value in memory; scratch: 8 bytes for classes
  *	 that are widened.  The result points into value or scratch.
  */
-extern void es_context_bytes(EsContextClass klass, int16_t attlen,
-							 const void *value, int64_t *scratch,
+extern void es_context_bytes(EsContextClass klass, int16_t attlen, const void *value, int64_t *scratch,
 							 const void **bytes, size_t *len);
 
 /* Data part of a varlena value that is neither external nor compressed. */
@@ -42,4 +41,4 @@ extern void es_varlena_data(const void *value, const char **data, size_t *len);
 /* Whole size of such a value with its header. */
 extern size_t es_varlena_size(const void *value);
 
-#endif							/* ES_CORE_ROUTE_H */
+#endif /* ES_CORE_ROUTE_H */

@@ -26,7 +26,7 @@
 #include "core/wal.h"
 
 /* An LZ4 sequence yields at most 255 bytes for each byte of its own. */
-#define LZ4_MAX_RATIO	255
+#define LZ4_MAX_RATIO 255
 
 static bool
 all_zero(const void *buf, size_t len)
@@ -43,7 +43,7 @@ static uint32_t
 frame_crc(const EsFrameHeader *header, const void *payload, uint32_t prev_crc)
 {
 	EsFrameHeader h = *header;
-	uint32_t	crc;
+	uint32_t	  crc;
 
 	h.crc = 0;
 	crc = es_crc32c(0, &h, sizeof(h));
@@ -54,8 +54,8 @@ frame_crc(const EsFrameHeader *header, const void *payload, uint32_t prev_crc)
 uint32_t
 es_frame_encode(EsFrameHeader *header, const void *payload, uint32_t prev_crc, void *buf)
 {
-	char	   *out = buf;
-	size_t		used = sizeof(*header) + header->payload_len;
+	char  *out = buf;
+	size_t used = sizeof(*header) + header->payload_len;
 
 	header->magic = ES_FRAME_MAGIC;
 	header->version = ES_FORMAT_VERSION;
@@ -70,37 +70,36 @@ es_frame_encode(EsFrameHeader *header, const void *payload, uint32_t prev_crc, v
 }
 
 EsStatus
-es_frame_decode(const void *buf, size_t len, EsOwnLsn own_lsn, uint16_t shard,
-				uint32_t prev_crc, const EsFrameHeader **header, const void **payload,
-				uint32_t *crc, EsError *err)
+es_frame_decode(const void *buf, size_t len, EsOwnLsn own_lsn, uint16_t shard, uint32_t prev_crc,
+				const EsFrameHeader **header, const void **payload, uint32_t *crc, EsError *err)
 {
 	const EsFrameHeader *h = buf;
-	const char *bytes = (const char *) buf + sizeof(*h);
-	uint64_t	where = own_lsn & UINT32_MAX;
-	size_t		size;
-	uint32_t	found;
+	const char			*bytes = (const char *) buf + sizeof(*h);
+	uint64_t			 where = own_lsn & UINT32_MAX;
+	size_t				 size;
+	uint32_t			 found;
 
 	if ((uintptr_t) buf % 8 != 0 || own_lsn % 8 != 0)
 		return es_fail(err, ES_ERR_ARGUMENT, where, "frame is not aligned");
 	if (len < sizeof(uint32_t) || h->magic == 0)
 	{
-		size_t		rest = ES_WAL_BLOCK - own_lsn % ES_WAL_BLOCK;
+		size_t rest = ES_WAL_BLOCK - own_lsn % ES_WAL_BLOCK;
 
 		if (all_zero(buf, rest < len ? rest : len))
 			return es_fail(err, ES_ERR_TRUNCATED, where, "no frame, but padding");
 		return es_fail(err, ES_ERR_CORRUPT, where, "padding between frames is not zero");
 	}
 	if (h->magic != ES_FRAME_MAGIC)
-		return es_fail(err, ES_ERR_CORRUPT, where, "frame has magic %08x instead of %08x",
-					   h->magic, ES_FRAME_MAGIC);
+		return es_fail(err, ES_ERR_CORRUPT, where, "frame has magic %08x instead of %08x", h->magic,
+					   ES_FRAME_MAGIC);
 	if (len < sizeof(*h))
 		return es_fail(err, ES_ERR_CORRUPT, where, "frame ends in its header");
 	if (h->version != ES_FORMAT_VERSION)
 		return es_fail(err, ES_ERR_VERSION, where, "frame has format version %u, this program knows %u",
 					   h->version, ES_FORMAT_VERSION);
 	if (h->own_lsn != own_lsn)
-		return es_fail(err, ES_ERR_CORRUPT, where,
-					   "frame at %" PRIx64 " says that it stands at %" PRIx64, own_lsn, h->own_lsn);
+		return es_fail(err, ES_ERR_CORRUPT, where, "frame at %" PRIx64 " says that it stands at %" PRIx64,
+					   own_lsn, h->own_lsn);
 	size = es_frame_size(h->payload_len);
 	if (h->payload_len > ES_FRAME_MAX_PAYLOAD || size > len)
 		return es_fail(err, ES_ERR_CORRUPT, where, "frame has %u bytes of payload where %zu are left",
@@ -110,13 +109,13 @@ es_frame_decode(const void *buf, size_t len, EsOwnLsn own_lsn, uint16_t shard,
 		return es_fail_crc(err, where, h->crc, found, "frame");
 	if (!all_zero(bytes + h->payload_len, size - sizeof(*h) - h->payload_len))
 		return es_fail(err, ES_ERR_CORRUPT, where, "padding of a frame is not zero");
-	if (h->type < ES_FRAME_FILE || h->type > ES_FRAME_CARRY_FINISH ||
-		(h->flags & ~ES_FRAME_LZ4) != 0 || h->reserved != 0 || h->reserved2 != 0)
-		return es_fail(err, ES_ERR_CORRUPT, where, "frame has unknown type %u or flags %02x",
-					   h->type, h->flags);
+	if (h->type < ES_FRAME_FILE || h->type > ES_FRAME_CARRY_FINISH || (h->flags & ~ES_FRAME_LZ4) != 0 ||
+		h->reserved != 0 || h->reserved2 != 0)
+		return es_fail(err, ES_ERR_CORRUPT, where, "frame has unknown type %u or flags %02x", h->type,
+					   h->flags);
 	if (h->shard != shard)
-		return es_fail(err, ES_ERR_FOREIGN, where, "frame of shard %u in the log of shard %u",
-					   h->shard, shard);
+		return es_fail(err, ES_ERR_FOREIGN, where, "frame of shard %u in the log of shard %u", h->shard,
+					   shard);
 
 	*header = h;
 	*payload = bytes;
@@ -125,13 +124,12 @@ es_frame_decode(const void *buf, size_t len, EsOwnLsn own_lsn, uint16_t shard,
 }
 
 EsStatus
-es_frame_unpack(const EsFrameHeader *header, const void *payload, void **raw,
-				size_t *raw_len, EsError *err)
+es_frame_unpack(const EsFrameHeader *header, const void *payload, void **raw, size_t *raw_len, EsError *err)
 {
-	uint64_t	where = header->own_lsn & UINT32_MAX;
-	uint64_t	len;
-	uint32_t	stored_len;
-	char	   *out;
+	uint64_t where = header->own_lsn & UINT32_MAX;
+	uint64_t len;
+	uint32_t stored_len;
+	char	*out;
 
 	if (!(header->flags & ES_FRAME_LZ4))
 		return es_fail(err, ES_ERR_ARGUMENT, where, "frame is not compressed");
@@ -145,8 +143,8 @@ es_frame_unpack(const EsFrameHeader *header, const void *payload, void **raw,
 	out = malloc(len);
 	if (out == NULL)
 		return es_fail(err, ES_ERR_NOMEM, where, "no memory for a frame of %" PRIu64 " bytes", len);
-	if (LZ4_decompress_safe((const char *) payload + sizeof(len), out, (int) stored_len,
-							(int) len) != (int) len)
+	if (LZ4_decompress_safe((const char *) payload + sizeof(len), out, (int) stored_len, (int) len) !=
+		(int) len)
 	{
 		free(out);
 		return es_fail(err, ES_ERR_CORRUPT, where, "frame of %u bytes does not decompress to %" PRIu64,
@@ -164,8 +162,7 @@ es_frame_unpack(const EsFrameHeader *header, const void *payload, void **raw,
  * the start, over all before it; used bytes of the block are in use.
  */
 static EsStatus
-check_block(const void *block, uint32_t magic, size_t crc_at, size_t used,
-			const char *what, EsError *err)
+check_block(const void *block, uint32_t magic, size_t crc_at, size_t used, const char *what, EsError *err)
 {
 	const char *bytes = block;
 	uint32_t	found_magic;
@@ -182,8 +179,8 @@ check_block(const void *block, uint32_t magic, size_t crc_at, size_t used,
 		return es_fail(err, ES_ERR_CORRUPT, 0, "%s has magic %08x instead of %08x, or no version", what,
 					   found_magic, magic);
 	if (version != ES_FORMAT_VERSION)
-		return es_fail(err, ES_ERR_VERSION, 0, "%s has format version %u, this program knows %u",
-					   what, version, ES_FORMAT_VERSION);
+		return es_fail(err, ES_ERR_VERSION, 0, "%s has format version %u, this program knows %u", what,
+					   version, ES_FORMAT_VERSION);
 	found = es_crc32c(0, bytes, crc_at);
 	if (found != expected)
 		return es_fail_crc(err, crc_at, expected, found, what);
@@ -207,8 +204,8 @@ es_control_encode(EsControl *control, void *block)
 EsStatus
 es_control_decode(const void *block, EsControl *control, EsError *err)
 {
-	EsStatus	status = check_block(block, ES_CONTROL_MAGIC, offsetof(EsControl, crc),
-									 sizeof(*control), "control block", err);
+	EsStatus status = check_block(block, ES_CONTROL_MAGIC, offsetof(EsControl, crc), sizeof(*control),
+								  "control block", err);
 
 	if (status != ES_OK)
 		return status;
@@ -217,8 +214,8 @@ es_control_decode(const void *block, EsControl *control, EsError *err)
 		return es_fail(err, ES_ERR_CORRUPT, 0, "control block has unknown flags %04x", control->flags);
 	if (control->identity.nshards < 1 || control->identity.nshards > ES_MAX_SHARDS ||
 		control->identity.shard >= control->identity.nshards)
-		return es_fail(err, ES_ERR_CORRUPT, 0, "control block is of shard %u of %u",
-					   control->identity.shard, control->identity.nshards);
+		return es_fail(err, ES_ERR_CORRUPT, 0, "control block is of shard %u of %u", control->identity.shard,
+					   control->identity.nshards);
 	return ES_OK;
 }
 
@@ -254,8 +251,8 @@ es_store_encode(EsStoreFile *store, void *block)
 EsStatus
 es_store_decode(const void *block, EsStoreFile *store, EsError *err)
 {
-	EsStatus	status = check_block(block, ES_STORE_MAGIC, offsetof(EsStoreFile, crc),
-									 sizeof(*store), "store file", err);
+	EsStatus status =
+		check_block(block, ES_STORE_MAGIC, offsetof(EsStoreFile, crc), sizeof(*store), "store file", err);
 
 	if (status != ES_OK)
 		return status;
@@ -267,7 +264,7 @@ es_store_decode(const void *block, EsStoreFile *store, EsError *err)
 	for (int slot = 0; slot < ES_ROUTING_SLOTS; slot++)
 		if (store->slot_map[slot] >= store->nshards)
 			return es_fail(err, ES_ERR_CORRUPT, offsetof(EsStoreFile, slot_map) + (size_t) slot,
-						   "slot %d of the store file belongs to shard %u of %u", slot,
-						   store->slot_map[slot], store->nshards);
+						   "slot %d of the store file belongs to shard %u of %u", slot, store->slot_map[slot],
+						   store->nshards);
 	return ES_OK;
 }

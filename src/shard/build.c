@@ -5,8 +5,8 @@
  *	  job, takes the file, renames it; the fsync of the directory; the gate to
  *	  the manifest.
  *
- * A build holds a reference on each of its batches from its beginning to its
- * end, so nothing the worker reads goes away.  Each attempt has a segment id
+ * A build holds a reference on each of its batches, or on the MemTable that has them, from its
+ * beginning to its end, so nothing the worker reads goes away.  Each attempt has a segment id
  * of its own, because a file that could not be written whole is never touched
  * again.  An attempt fails with the disk, or because its worker has exited; both are
  * tried again after a pause for as long as the build is wanted: the rows are in memory and
@@ -40,13 +40,17 @@
 /* Jobs of one shard that may be posted at once, of the ES_MAX_JOBS that all share. */
 #define MAX_POSTED (ES_MAX_JOBS / ES_MAX_SHARDS)
 
+/* Batches of a job that are described in one turn of the loop. */
+#define LIST_SLICE 2048
+
 static dlist_head given_up = DLIST_STATIC_INIT(given_up);
 static int		  posted;
 
 /* ---- builds ---- */
 
 EsBuild *
-es_build_create(EsJobKind kind, const EsTableKey *table, EsMemBatch **batches, uint32 nbatches)
+es_build_create(EsJobKind kind, const EsTableKey *table, EsMemBatch **batches, uint32 nbatches,
+				EsMemTable *memtable)
 {
 	MemoryContext old = MemoryContextSwitchTo(TopMemoryContext);
 	EsBuild		 *b = palloc0(sizeof(EsBuild));
@@ -56,38 +60,51 @@ es_build_create(EsJobKind kind, const EsTableKey *table, EsMemBatch **batches, u
 	b->nbatches = nbatches;
 	b->batches = palloc_extended(sizeof(EsMemBatch *) * Max(nbatches, 1), MCXT_ALLOC_HUGE);
 	memcpy(b->batches, batches, sizeof(EsMemBatch *) * nbatches);
-	for (uint32 i = 0; i < nbatches; i++)
-		es_membatch_ref(batches[i]);
+	b->memtable = memtable;
+	if (memtable != NULL)
+		es_memtable_ref(memtable);
+	else
+		for (uint32 i = 0; i < nbatches; i++)
+			es_membatch_ref(batches[i]);
 	MemoryContextSwitchTo(old);
 	return b;
 }
 
-/* The job's description in the arena.  False: no memory, try later. */
+/* The job's description in the arena, in slices.  False: not yet, or no memory. */
 static bool
 make_list(EsBuild *build)
 {
 	EsJobBatch *list;
+	uint32		end = Min(build->nbatches, build->listed + LIST_SLICE);
 
-	build->list = es_arena_alloc(sizeof(EsJobBatch) * Max(build->nbatches, 1));
+	if (!DsaPointerIsValid(build->list))
+		build->list = es_arena_alloc(sizeof(EsJobBatch) * Max(build->nbatches, 1));
 	if (!DsaPointerIsValid(build->list))
 		return false;
 	list = dsa_get_address(es_arena, build->list);
-	for (uint32 i = 0; i < build->nbatches; i++)
+	for (; build->listed < end; build->listed++)
 	{
-		const EsMemBatch *b = build->batches[i];
+		const EsMemBatch *b = build->batches[build->listed];
+		EsJobBatch		 *l = &list[build->listed];
 
-		memset(&list[i], 0, sizeof(list[i]));
-		list[i].batch = b->pointer;
-		list[i].fxid = b->txn->fxid;
+		memset(l, 0, sizeof(*l));
+		l->batch = b->pointer;
+		l->fxid = b->txn->fxid;
 		if (build->kind == ES_JOB_FLUSH)
 		{
-			list[i].versions = b->versions;
-			list[i].skip = b->skip;
-			list[i].base = b->base;
-			list[i].flags = b->finish_flags;
+			l->versions = b->versions;
+			l->skip = b->skip;
+			l->base = b->base;
+			l->flags = b->finish_flags;
 		}
 	}
-	return true;
+	return build->listed == build->nbatches;
+}
+
+bool
+es_build_hurries(const EsBuild *build)
+{
+	return DsaPointerIsValid(build->list) && build->listed < build->nbatches;
 }
 
 static void
@@ -158,7 +175,7 @@ es_build_tick(EsBuild *build)
 	}
 	if (posted >= MAX_POSTED || (build->retry_at != 0 && GetCurrentTimestamp() < build->retry_at))
 		return false;
-	if (!DsaPointerIsValid(build->list) && !make_list(build))
+	if ((build->listed < build->nbatches || !DsaPointerIsValid(build->list)) && !make_list(build))
 		return false;
 
 	memset(&job, 0, sizeof(job));
@@ -235,8 +252,11 @@ void
 es_build_free(EsBuild *build)
 {
 	Assert(build->job == NULL);
-	for (uint32 i = 0; i < build->nbatches; i++)
-		es_membatch_unref(build->batches[i]);
+	if (build->memtable != NULL)
+		es_memtable_unref(build->memtable);
+	else
+		for (uint32 i = 0; i < build->nbatches; i++)
+			es_membatch_unref(build->batches[i]);
 	if (DsaPointerIsValid(build->list))
 		dsa_free(es_arena, build->list);
 	pfree(build->batches);

@@ -490,7 +490,7 @@ es_apply_finish(EsFxid fxid, EsLsn start, EsLsn end, const EsSectionHeader *sect
 	}
 
 	/* What takes long, in slices; in recovery nobody waits. */
-	if ((txn->pending != NIL || txn->spilling) && !from_own_wal && !es_flush_finish_slice(txn, section))
+	if (txn->pending != NIL && !from_own_wal && !es_flush_finish_slice(txn, section))
 		return false;
 
 	/* First half: memory. */

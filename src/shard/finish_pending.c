@@ -639,9 +639,6 @@ es_finish_pending(EsTxn *txn, const EsSectionHeader *section, int64 deadline)
 bool
 es_flush_finish_slice(EsTxn *txn, const EsSectionHeader *section)
 {
-	/* what is left in memory is written first, if it is much */
-	if (work == NULL && es_spill_before_finish(txn))
-		return false;
 	if (txn->pending == NIL)
 		return true;
 	return es_finish_pending(txn, section, es_task_clock() + SLICE);

@@ -48,17 +48,28 @@
 
 #define MAX_PASSIVE	  2 /* that wait for size or age; FLUSH may add some */
 #define MAX_ASKED	  8
-#define VERDICT_GRACE 100 /* ms until a transaction in progress is carried over */
-#define VERDICT_POLL  10  /* ms between two looks at verdicts */
+#define COLLECT_SLICE 2048 /* batches that are looked at in one turn of the loop */
+#define REAP_SLICE	  2048 /* batches of retired MemTables that are freed in one */
+#define VERDICT_GRACE 100  /* ms until a transaction in progress is carried over */
+#define VERDICT_POLL  10   /* ms between two looks at verdicts */
 
 typedef enum FlushStage
 {
 	STAGE_VERDICTS,
+	STAGE_COLLECT,
 	STAGE_BUILD,
 	STAGE_DIRECTORY,
 	STAGE_LOG,
 	STAGE_MANIFEST
 } FlushStage;
+
+/* A batch that goes into a segment. */
+typedef struct Placed
+{
+	EsPosition	position;
+	EsMemBatch *batch;
+	uint64		nrows;
+} Placed;
 
 /* A passive MemTable on its way. */
 typedef struct Flush
@@ -75,6 +86,13 @@ typedef struct Flush
 	uint32		nundecided;
 	EsBuild	  **builds;
 	uint32		nbuilds;
+	uint32		builds_allocated;
+	uint32		store_state; /* of es_memtable_each */
+	EsMemStore *store;		 /* whose batches are being collected */
+	uint32		next_batch;
+	Placed	   *placed;
+	uint32		nplaced;
+	uint32		placed_allocated;
 	uint64		carry_ticket; /* last frame that was carried over */
 	uint64		directory;	  /* ticket of the fsync */
 	uint64		edit;		  /* ticket of the manifest record */
@@ -89,6 +107,8 @@ static uint64	last_retired; /* MemTable */
 static uint64	last_ticket;  /* of the log at the last boundary */
 static EsOwnLsn last_lsn;	  /* of the boundary of the last flush */
 static uint64	wal_bytes;	  /* counter at the last boundary */
+
+static bool reaping; /* memory of retired MemTables is being freed */
 
 void
 es_flush_init(void)
@@ -254,13 +274,6 @@ carry_over(Flush *f)
 
 /* ---- build ---- */
 
-typedef struct Placed
-{
-	EsPosition	position;
-	EsMemBatch *batch;
-	uint64		nrows;
-} Placed;
-
 static int
 compare_placed(const void *x, const void *y)
 {
@@ -281,65 +294,89 @@ taken_rows(const EsMemBatch *b)
 	return n;
 }
 
+/* Cuts the store's batches into builds, in the order of positions. */
 static void
-build_store(Flush *f, EsMemStore *store, EsMemBatch **batches, Placed *placed, uint32 *allocated)
+cut_store(Flush *f)
 {
-	uint32 n = 0;
+	EsMemBatch **batches = palloc_extended(Max(f->nplaced, 1) * sizeof(EsMemBatch *), MCXT_ALLOC_HUGE);
 
-	for (uint32 i = 0; i < store->nbatches; i++)
-	{
-		EsMemBatch *b = store->batches[i];
-		uint32		nrows;
-
-		if (b->moved_to != 0 || b->txn->verdict != ES_VERDICT_COMMITTED)
-			continue;
-		nrows = taken_rows(b);
-		if (nrows > 0)
-			placed[n++] = (Placed){.position = es_membatch_position(b, 0), .batch = b, .nrows = nrows};
-	}
-	qsort(placed, n, sizeof(Placed), compare_placed);
-	for (uint32 i = 0; i < n;)
+	qsort(f->placed, f->nplaced, sizeof(Placed), compare_placed);
+	for (uint32 i = 0; i < f->nplaced;)
 	{
 		uint64 nrows = 0;
 		uint32 k = 0;
 
 		do
 		{
-			nrows += placed[i].nrows;
-			batches[k++] = placed[i++].batch;
-		} while (i < n && nrows + placed[i].nrows <= es_guc_segment_rows &&
-				 es_batch_table_columns(&placed[i].batch->view) == es_batch_table_columns(&batches[0]->view));
-		if (f->nbuilds == *allocated)
+			nrows += f->placed[i].nrows;
+			batches[k++] = f->placed[i++].batch;
+		} while (i < f->nplaced && nrows + f->placed[i].nrows <= es_guc_segment_rows &&
+				 es_batch_table_columns(&f->placed[i].batch->view) ==
+					 es_batch_table_columns(&batches[0]->view));
+		if (f->nbuilds == f->builds_allocated)
 		{
-			*allocated = Max(16, *allocated * 2);
+			f->builds_allocated = Max(16, f->builds_allocated * 2);
 			f->builds = f->builds == NULL
-							? MemoryContextAlloc(TopMemoryContext, *allocated * sizeof(EsBuild *))
-							: repalloc(f->builds, *allocated * sizeof(EsBuild *));
+							? MemoryContextAlloc(TopMemoryContext, f->builds_allocated * sizeof(EsBuild *))
+							: repalloc(f->builds, f->builds_allocated * sizeof(EsBuild *));
 		}
-		f->builds[f->nbuilds++] = es_build_create(ES_JOB_FLUSH, &store->key, batches, k);
+		f->builds[f->nbuilds++] = es_build_create(ES_JOB_FLUSH, &f->store->key, batches, k, f->memtable);
 	}
+	pfree(batches);
 }
 
 static void
+collect_batch(Flush *f, EsMemBatch *b)
+{
+	uint32 nrows;
+
+	if (b->moved_to != 0 || b->txn->verdict != ES_VERDICT_COMMITTED)
+		return;
+	nrows = taken_rows(b);
+	if (nrows == 0)
+		return;
+	if (f->nplaced == f->placed_allocated)
+	{
+		f->placed_allocated = Max(1024, f->placed_allocated * 2);
+		f->placed = f->placed == NULL
+						? MemoryContextAlloc(TopMemoryContext, f->placed_allocated * sizeof(Placed))
+						: repalloc_huge(f->placed, (Size) f->placed_allocated * sizeof(Placed));
+	}
+	f->placed[f->nplaced++] = (Placed){.position = es_membatch_position(b, 0), .batch = b, .nrows = nrows};
+}
+
+/* Makes the builds, in slices.  False: not all of them yet. */
+static bool
 create_builds(Flush *f)
 {
-	uint32		 state = 0;
-	uint32		 most = 1;
-	uint32		 allocated = 0;
-	EsMemStore	*store;
-	EsMemBatch **batches;
-	Placed		*placed;
+	uint32 left = COLLECT_SLICE;
 
-	while ((store = es_memtable_each(f->memtable, &state)) != NULL)
-		most = Max(most, store->nbatches);
-	batches = palloc_extended(most * sizeof(EsMemBatch *), MCXT_ALLOC_HUGE);
-	placed = palloc_extended(most * sizeof(Placed), MCXT_ALLOC_HUGE);
-	state = 0;
-	while ((store = es_memtable_each(f->memtable, &state)) != NULL)
-		if (!es_storage_dropped(&store->key))
-			build_store(f, store, batches, placed, &allocated);
-	pfree(batches);
-	pfree(placed);
+	for (;;)
+	{
+		if (f->store == NULL)
+		{
+			f->store = es_memtable_each(f->memtable, &f->store_state);
+			if (f->store == NULL)
+				break;
+			f->next_batch = 0;
+			f->nplaced = 0;
+		}
+		if (!es_storage_dropped(&f->store->key))
+		{
+			while (f->next_batch < f->store->nbatches)
+			{
+				if (left-- == 0)
+					return false;
+				collect_batch(f, f->store->batches[f->next_batch++]);
+			}
+			cut_store(f);
+		}
+		f->store = NULL;
+	}
+	if (f->placed != NULL)
+		pfree(f->placed);
+	f->placed = NULL;
+	return true;
 }
 
 static bool
@@ -436,7 +473,12 @@ advance(Flush *f, TimestampTz now)
 			if (!verdicts_known(f, now))
 				return false;
 			carry_over(f);
-			create_builds(f);
+			f->stage = STAGE_COLLECT;
+			return true;
+
+		case STAGE_COLLECT:
+			if (!create_builds(f))
+				return false;
 			f->stage = STAGE_BUILD;
 			return true;
 
@@ -547,6 +589,7 @@ es_flush_tick(void)
 		turn_passive(now);
 	while (!dlist_is_empty(&flushes) && advance(dlist_head_element(Flush, node, &flushes), now))
 		;
+	reaping = es_memtable_reap(REAP_SLICE);
 	es_flush_answer(now);
 }
 
@@ -555,7 +598,7 @@ es_flush_timeout(void)
 {
 	long timeout = Min(es_spill_timeout(), es_adopt_timeout());
 
-	if (es_flush_finishing())
+	if (es_flush_finishing() || reaping)
 		return 0;
 
 	if (es_guc_memtable_age > 0 && es_memtable_active->first_row != 0)
@@ -570,12 +613,14 @@ es_flush_timeout(void)
 
 		if (f->stage == STAGE_VERDICTS)
 			timeout = Min(timeout, VERDICT_POLL);
+		else if (f->stage == STAGE_COLLECT)
+			return 0;
 		else if (f->stage == STAGE_BUILD)
 		{
 			/* jobs wake the shard; a failed one, or one for which there is no place, does not */
 			for (uint32 i = 0; i < f->nbuilds; i++)
 				if (!f->builds[i]->finished && f->builds[i]->job == NULL)
-					timeout = Min(timeout, 100);
+					timeout = Min(timeout, es_build_hurries(f->builds[i]) ? 0 : 100);
 		}
 		else
 			timeout = Min(timeout, 100);

@@ -45,9 +45,11 @@ typedef struct EsBuild
 {
 	EsJobKind	 kind;
 	EsTableKey	 table;
-	EsMemBatch **batches; /* each with a reference */
+	EsMemBatch **batches;
 	uint32		 nbatches;
-	dsa_pointer	 list; /* EsJobBatch[nbatches], 0 = not made */
+	EsMemTable	*memtable; /* that has the batches, with a reference; NULL = a reference to each */
+	dsa_pointer	 list;	   /* EsJobBatch[nbatches], 0 = not made */
+	uint32		 listed;   /* how many are in it */
 
 	uint64			 id;		/* of this attempt's segment; 0 = none under way */
 	EsJob			*job;		/* NULL = not posted, or finished */
@@ -62,9 +64,11 @@ typedef struct EsBuild
 	dlist_node	node; /* in the list of those given up */
 } EsBuild;
 
-/* Takes a reference to each batch.  Nothing is posted yet. */
-extern EsBuild *
-es_build_create(EsJobKind kind, const EsTableKey *table, EsMemBatch **batches, uint32 nbatches);
+/* memtable: the one that has the batches, NULL = staged ones.  Nothing is posted yet. */
+extern EsBuild *es_build_create(EsJobKind kind, const EsTableKey *table, EsMemBatch **batches,
+								uint32 nbatches, EsMemTable *memtable);
+/* Has it more to do than one turn of the loop allows? */
+extern bool es_build_hurries(const EsBuild *build);
 /* Posts the job, looks after it, posts it again if it failed.  True when the file is there. */
 extern bool es_build_tick(EsBuild *build);
 /* Renames the file to seg.<id>.  False: it failed, and is built anew. */
@@ -122,11 +126,6 @@ extern void es_frame_staged(EsTxn *txn);
 extern void es_spill_tick(void);
 extern bool es_spill_idle(void);
 extern long es_spill_timeout(void);
-/*
- * FINISH has come for a transaction that spills: must it wait for what is under way, or for one
- * more spill of what is left?  Starts that one.
- */
-extern bool es_spill_before_finish(EsTxn *txn);
 /* One whose file could not be written at the last attempt, or NULL. */
 extern const EsBuild *es_spill_failed(void);
 /* Was one given up whose manifest record is not taken back yet? */

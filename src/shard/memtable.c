@@ -7,10 +7,10 @@
  * whole: when its rows are in segments it leaves the list, and when the last scan
  * that sees it lets go, its batches lose their reference and its memory context goes.
  *
- * The index from context to rows is filled lazily.  Tables that are only
- * queried never pay for it; a look-up first indexes the batches that came since the
- * last one.  So that no look-up stalls the loop, es_memtable_add keeps
- * the arrears below INDEX_ARREARS rows.
+ * The index from context to rows is filled lazily: a look-up first indexes the batches that came since the
+ * last one.  So that no look-up stalls the loop, es_memtable_tick keeps the arrears of the active MemTable small, a
+ * slice per turn.  What turns passive before its slice comes, as a bulk load does at once, is indexed only
+ * if somebody asks.
  *
  * nbytes counts what a MemTable holds in all: arena, batch and transaction
  * structs, index; the flush decides by it.
@@ -27,7 +27,7 @@
 #include "shard/memtable.h"
 #include "shard/shard.h"
 
-/* Rows that may wait to be indexed: some 0.3 ms of work. */
+/* Rows of a store that may wait to be indexed, and that are indexed in one turn: some 0.3 ms of work. */
 #define INDEX_ARREARS	4096
 
 typedef struct StoreEntry
@@ -79,6 +79,7 @@ EsMemTable *es_memtable_oldest = NULL;
 EsMemTable *es_memtable_active = NULL;
 
 static uint64 last_id = 0;
+static bool active_arrears = false; /* some store of the active MemTable has INDEX_ARREARS */
 
 /* MemTables that nobody sees any more, to be freed. */
 static EsMemTable *dead = NULL;
@@ -103,6 +104,7 @@ es_memtable_create(void)
 	else
 		es_memtable_oldest = mt;
 	es_memtable_active = mt;
+	active_arrears = false;
 	return mt;
 }
 
@@ -119,6 +121,8 @@ es_memtable_unref(EsMemTable *mt)
 	if (--mt->refs > 0)
 		return;
 	Assert(!mt->listed);
+	ES_COUNT(memtable_rows, -(int64) mt->nrows);
+	ES_COUNT(memtable_bytes, -(int64) mt->nbytes);
 	mt->next = dead;
 	dead = mt;
 }
@@ -143,8 +147,6 @@ es_memtable_reap(uint32 max)
 			mt->stores->n--;
 		}
 		dead = mt->next;
-		ES_COUNT(memtable_rows, -(int64) mt->nrows);
-		ES_COUNT(memtable_bytes, -(int64) mt->nbytes);
 		MemoryContextDelete(mt->context);
 	}
 	return false;
@@ -198,9 +200,9 @@ es_memtable_store(EsMemTable *mt, const EsTableKey *key, bool create)
 	return stores->last = &s->store;
 }
 
-/* Brings the index up to all batches. */
+/* Indexes batches until there is none left or about max_rows rows were done. */
 static void
-index_catch_up(Store *s)
+index_catch_up(Store *s, uint64 max_rows)
 {
 	EsMemStore *store = &s->store;
 	EsMemTable *mt = s->memtable;
@@ -208,7 +210,7 @@ index_catch_up(Store *s)
 
 	if (store->index == NULL)
 		store->index = es_memindex_create(mt->context);
-	while (s->nindexed < store->nbatches)
+	for (uint64 done = 0; s->nindexed < store->nbatches && done < max_rows;)
 	{
 		EsMemBatch *b = store->batches[s->nindexed];
 		uint32		nrows = b->view.header->nrows;
@@ -218,8 +220,9 @@ index_catch_up(Store *s)
 				es_memindex_add(store->index, es_batch_context_hash(&b->view, row),
 								s->nindexed, row);
 		s->nindexed++;
+		s->arrears -= nrows;
+		done += nrows;
 	}
-	s->arrears = 0;
 
 	bytes = es_memindex_bytes(store->index);
 	mt->nbytes += bytes - s->index_bytes;
@@ -263,7 +266,27 @@ es_memtable_add(EsMemTable *mt, EsMemBatch *batch)
 
 	s->arrears += header->nrows;
 	if (s->arrears >= INDEX_ARREARS)
-		index_catch_up(s);
+		active_arrears = true;
+}
+
+bool
+es_memtable_tick(void)
+{
+	struct EsMemStores *stores = es_memtable_active->stores;
+
+	if (!active_arrears)
+		return false;
+	for (uint32 i = 0; i < stores->n; i++)
+	{
+		Store	   *s = (Store *) stores->array[i];
+
+		if (s->arrears < INDEX_ARREARS)
+			continue;
+		index_catch_up(s, INDEX_ARREARS);
+		return true;
+	}
+	active_arrears = false;
+	return false;
 }
 
 EsMemStore *
@@ -279,7 +302,7 @@ es_memstore_next(EsMemStore *store, uint64 hash, uint32 limit, uint64 *cursor,
 	Store	   *s = (Store *) store;
 
 	if (*cursor == 0 && s->nindexed < Min(store->nbatches, limit))
-		index_catch_up(s);
+		index_catch_up(s, PG_UINT64_MAX);
 	if (store->index == NULL)
 		return false;
 	while (es_memindex_next(store->index, hash, cursor, batch_number, row))

@@ -70,6 +70,9 @@ extern void es_memtable_retire(EsMemTable *mt);
 extern EsMemStore *es_memtable_store(EsMemTable *mt, const EsTableKey *key, bool create);
 extern void es_memtable_add(EsMemTable *mt, EsMemBatch *batch);
 
+/* A slice of index work on the active MemTable; true if there is more.  The loop calls it. */
+extern bool es_memtable_tick(void);
+
 /* Iterates over a MemTable's stores: start with *state = 0; NULL at the end. */
 extern EsMemStore *es_memtable_each(EsMemTable *mt, uint32 *state);
 

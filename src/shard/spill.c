@@ -17,14 +17,12 @@
  * its batches, so that no file ever names an xid which a crash could hand out
  * again; the manifest's record comes when the frames of the batches that have some are durable.
  *
- * FINISH of a transaction that has spilled waits for the spill that is under way, and for a last one
- * if much is still staged: so a bulk load is written once, and no flood of rows reaches
- * MemTable and own WAL at its end.  While files cannot be written it does not wait but overtakes the spill:
- * the staged batches move to the MemTable, with frames in own WAL for those that had
- * none, and the segment is thrown away.  If the manifest's record is already on its way, it is taken
- * back by the next one, and until that is durable no flush is recorded: a recovery in between finds
- * the segment, the frames and the FINISH, knows the batches by their starts, and takes them
- * from the segment.
+ * FINISH does not wait for a spill that is under way, since all other commits of the shard
+ * would wait with it, but overtakes it: the staged batches move to the MemTable,
+ * which is flushed at once if they are many, and the segment is thrown away.  If the manifest's record
+ * is already on its way, it is taken back by the next one, and until that is durable no flush is recorded:
+ * a recovery in between finds the segment and the FINISH, knows the batches by their starts, and takes
+ * them from the segment.
  *
  * What stays unframed and is not spilled holds back restart_lsn.  When PostgreSQL's WAL has
  * moved on by UNFRAMED_LIMIT since, it gets its frames.
@@ -48,7 +46,6 @@
 #define WORTH_A_FILE   (1024 * 1024) /* bytes; tables with less are only spilled if nothing else is there */
 #define UNFRAMED_LIMIT (64 * 1024 * 1024) /* bytes of PostgreSQL's WAL */
 #define LOOK_INTERVAL  1000				  /* ms */
-#define LAST_SPILL	   (4 * 1024 * 1024)  /* bytes that are worth one more spill at FINISH */
 
 typedef enum SpillStage
 {
@@ -240,7 +237,7 @@ start_spill(EsTxn *txn)
 				s->last_ticket = Max(s->last_ticket, batches[k]->ticket);
 			}
 			s->builds[s->nbuilds++] =
-				es_build_create(ES_JOB_SPILL, &batches[0]->view.header->table, batches, g->n);
+				es_build_create(ES_JOB_SPILL, &batches[0]->view.header->table, batches, g->n, NULL);
 			pfree(batches);
 		}
 		txn->spilling = true;
@@ -260,41 +257,6 @@ es_flush_consider_spill(EsTxn *txn)
 		return;
 	if (txn->staged_bytes >= chunk_size() || staging_full())
 		start_spill(txn);
-}
-
-/* ---- FINISH ---- */
-
-static bool
-failing(const Spill *s)
-{
-	for (uint32 i = 0; i < s->nbuilds; i++)
-		if (s->builds[i]->failures > 0)
-			return true;
-	return false;
-}
-
-bool
-es_spill_before_finish(EsTxn *txn)
-{
-	dlist_iter iter;
-
-	if (txn->verdict == ES_VERDICT_ABORTED)
-		return false;
-	if (!txn->spilling)
-	{
-		if (txn->pending == NIL || txn->staged_bytes < LAST_SPILL)
-			return false;
-		start_spill(txn);
-	}
-	dlist_foreach(iter, &spills)
-	{
-		Spill *s = dlist_container(Spill, node, iter.cur);
-
-		/* when the disk is full the rows go to memory and own WAL */
-		if (s->txn == txn)
-			return !failing(s);
-	}
-	return false;
 }
 
 /* ---- the state machine ---- */

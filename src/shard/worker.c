@@ -456,6 +456,7 @@ turn(bool *idle)
 	pg_atomic_write_u32(&es_shard->stuck_errno, (uint32) stuck_errno());
 	es_collect_syncs();
 	busy = es_scan_run(SCAN_SLICE);
+	busy |= es_memtable_tick();
 	parked = es_server_push_parked();
 	poll(now);
 	timeout = es_wait_tick();

@@ -86,7 +86,8 @@ es_column_desc(Form_pg_attribute att)
 			d.align = 8;
 			break;
 	}
-	d.flags = (att->attbyval ? ES_COLUMN_BYVAL : 0) | (att->attisdropped ? ES_COLUMN_DROPPED : 0);
+	d.flags = (att->attbyval ? ES_COLUMN_BYVAL : 0) | (att->attisdropped ? ES_COLUMN_DROPPED : 0) |
+		(att->attlen == -1 && att->attstorage == TYPSTORAGE_PLAIN ? ES_COLUMN_PLAIN : 0);
 	return d;
 }
 

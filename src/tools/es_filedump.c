@@ -33,7 +33,7 @@
 #include "core/wal.h"
 
 static bool verbose = false;
-static int exit_status = 0;
+static int	exit_status = 0;
 
 /* A file to be printed; data is all of it, or its beginning (segments). */
 typedef struct Input
@@ -136,9 +136,8 @@ table_text(const EsTableKey *t)
 static void
 print_roles(const EsRoles *r)
 {
-	static const char *const classes[] = {
-		"?", "string", "bytea", "integer", "uuid", "date", "timestamptz", "bool", "enum"
-	};
+	static const char *const classes[] = {"?",	  "string",		 "bytea", "integer", "uuid",
+										  "date", "timestamptz", "bool",  "enum"};
 
 	printf("context is column %d (%s)", r->context,
 		   r->context_class < sizeof(classes) / sizeof(classes[0]) ? classes[r->context_class] : "?");
@@ -158,7 +157,7 @@ print_roles(const EsRoles *r)
 static bool
 one_block(const Input *in)
 {
-	EsError		err;
+	EsError err;
 
 	if (in->len >= ES_WAL_BLOCK)
 		return true;
@@ -186,7 +185,7 @@ print_store(const Input *in)
 		   s.flags & ES_STORE_DETACHED ? ", DETACHED: its slot was dropped knowingly" : "");
 	for (int slot = 0; slot < ES_ROUTING_SLOTS;)
 	{
-		int			first = slot;
+		int first = slot;
 
 		while (slot < ES_ROUTING_SLOTS && s.slot_map[slot] == s.slot_map[first])
 			slot++;
@@ -214,8 +213,8 @@ print_control_body(const EsControl *c)
 static void
 print_control(const Input *in)
 {
-	EsControl	c;
-	EsError		err;
+	EsControl c;
+	EsError	  err;
 
 	printf("control block\n");
 	if (!one_block(in))
@@ -237,9 +236,9 @@ find_control(const char *path, EsControl *control)
 
 	for (int i = 0; i < 2; i++)
 	{
-		char		name[4096];
-		uint64_t	block[ES_WAL_BLOCK / 8];
-		FILE	   *f;
+		char	 name[4096];
+		uint64_t block[ES_WAL_BLOCK / 8];
+		FILE	*f;
 
 		status[i] = ES_ERR_IO;
 		snprintf(name, sizeof(name), "%.*scontrol.%d", slash ? (int) (slash - path + 1) : 0, path, i);
@@ -270,7 +269,8 @@ print_batch(const void *buf, size_t len, const char *indent)
 		damaged_part(&err, " of this payload");
 		return;
 	}
-	printf("%s%u rows of %s (relation %u), %u bytes, ordinals %" PRIu64 " to %" PRIu64 ", subtransaction %u\n",
+	printf("%s%u rows of %s (relation %u), %u bytes, ordinals %" PRIu64 " to %" PRIu64
+		   ", subtransaction %u\n",
 		   indent, v.header->nrows, table_text(&v.header->table), v.header->relid, v.header->total_len,
 		   v.header->nrows ? es_batch_ordinal(&v, 0) : 0,
 		   v.header->nrows ? es_batch_ordinal(&v, v.header->nrows - 1) : 0, v.header->subid);
@@ -297,7 +297,7 @@ static void
 print_section(const void *buf, size_t len)
 {
 	const EsSectionHeader *s = buf;
-	EsError		err;
+	EsError				   err;
 
 	if (es_section_check(buf, len, &err) != ES_OK)
 	{
@@ -308,7 +308,7 @@ print_section(const void *buf, size_t len)
 	for (const EsFinishTable *t = es_section_first(s); t != NULL; t = es_section_next(s, t))
 	{
 		EsFinishTableView v;
-		const char *batch;
+		const char		 *batch;
 
 		es_finish_table_view(t, &v);
 		printf("    %" PRIu64 " rows of %s: %u batches logged before, %u here, %u first versions%s%s%s\n",
@@ -321,7 +321,7 @@ print_section(const void *buf, size_t len)
 		batch = v.inline_batches;
 		for (uint32_t i = 0; i < t->ninline; i++)
 		{
-			size_t		batch_len = ((const EsBatchHeader *) batch)->total_len;
+			size_t batch_len = ((const EsBatchHeader *) batch)->total_len;
 
 			print_batch(batch, batch_len, "      ");
 			batch += batch_len;
@@ -338,16 +338,17 @@ print_payload(int type, const void *payload, size_t len)
 	switch (type)
 	{
 		case ES_FRAME_FILE:
-			{
-				EsWalFileHeader h;
+		{
+			EsWalFileHeader h;
 
-				if (len < sizeof(h))
-					break;
-				memcpy(&h, payload, sizeof(h));
-				print_identity(&h.identity);
-				printf("  file number %" PRIu64 ", made by incarnation %" PRIu64 "\n", h.file_number, h.incarnation);
-				return;
-			}
+			if (len < sizeof(h))
+				break;
+			memcpy(&h, payload, sizeof(h));
+			print_identity(&h.identity);
+			printf("  file number %" PRIu64 ", made by incarnation %" PRIu64 "\n", h.file_number,
+				   h.incarnation);
+			return;
+		}
 		case ES_FRAME_BATCH:
 		case ES_FRAME_CARRY_BATCH:
 			print_batch(payload, len, "    ");
@@ -357,18 +358,18 @@ print_payload(int type, const void *payload, size_t len)
 			print_section(payload, len);
 			return;
 		case ES_FRAME_RESOLVED:
-			{
-				EsResolved	r;
+		{
+			EsResolved r;
 
-				if (len < sizeof(r))
-					break;
-				memcpy(&r, payload, sizeof(r));
-				if (r.committed)
-					printf("    committed, commit record up to %s\n", lsn_text(r.commit_lsn));
-				else
-					printf("    aborted\n");
-				return;
-			}
+			if (len < sizeof(r))
+				break;
+			memcpy(&r, payload, sizeof(r));
+			if (r.committed)
+				printf("    committed, commit record up to %s\n", lsn_text(r.commit_lsn));
+			else
+				printf("    aborted\n");
+			return;
+		}
 	}
 	printf("    payload of %zu bytes is too short for its type\n", len);
 	exit_status = exit_status > 1 ? exit_status : 1;
@@ -378,8 +379,7 @@ static const char *
 frame_name(int type)
 {
 	static const char *const names[] = {
-		"?", "FILE", "BATCH", "FINISH", "RESOLVED", "BATCH carried over", "FINISH carried over"
-	};
+		"?", "FILE", "BATCH", "FINISH", "RESOLVED", "BATCH carried over", "FINISH carried over"};
 
 	return type > 0 && type < (int) (sizeof(names) / sizeof(names[0])) ? names[type] : "?";
 }
@@ -387,9 +387,9 @@ frame_name(int type)
 static void
 print_frame(const EsFrameHeader *h, const void *payload)
 {
-	void	   *raw = NULL;
-	size_t		len = h->payload_len;
-	EsError		err;
+	void   *raw = NULL;
+	size_t	len = h->payload_len;
+	EsError err;
 
 	printf("  offset %u: %s", (unsigned) h->own_lsn, frame_name(h->type));
 	if (h->fxid != 0)
@@ -418,7 +418,7 @@ wal_number(const char *path, uint32_t *number)
 	int			end = 0;
 
 	return sscanf(slash ? slash + 1 : path, "wal.%8" SCNx32 "%n", number, &end) == 1 &&
-		(slash ? slash + 1 : path)[end] == '\0';
+		   (slash ? slash + 1 : path)[end] == '\0';
 }
 
 /*
@@ -428,9 +428,9 @@ wal_number(const char *path, uint32_t *number)
 static bool
 print_unused_wal(const Input *in)
 {
-	uint32_t	number;
+	uint32_t	  number;
 	EsFrameHeader first = {0};
-	EsControl	control;
+	EsControl	  control;
 
 	memcpy(&first, in->data, in->len < sizeof(first) ? in->len : sizeof(first));
 	if (!wal_number(in->path, &number) || (first.magic != 0 && first.magic != ES_FRAME_MAGIC) ||
@@ -449,16 +449,16 @@ static void
 print_wal(const Input *in)
 {
 	EsFrameHeader first;
-	EsControl	control;
-	uint64_t	durable = 0;	/* bytes of this file that must be there; 0 = not known */
-	uint32_t	number;
-	EsOwnLsn	start;
-	size_t		at = 0;
-	size_t		end = 0;
-	uint32_t	crc = 0;
-	uint32_t	nframes = 0;
-	EsError		err;
-	EsStatus	status;
+	EsControl	  control;
+	uint64_t	  durable = 0; /* bytes of this file that must be there; 0 = not known */
+	uint32_t	  number;
+	EsOwnLsn	  start;
+	size_t		  at = 0;
+	size_t		  end = 0;
+	uint32_t	  crc = 0;
+	uint32_t	  nframes = 0;
+	EsError		  err;
+	EsStatus	  status;
 
 	printf("own WAL of a shard\n");
 	if (in->len < sizeof(first))
@@ -474,7 +474,7 @@ print_wal(const Input *in)
 	for (;;)
 	{
 		const EsFrameHeader *h;
-		const void *payload;
+		const void			*payload;
 
 		status = es_frame_decode(in->data + at, in->len - at, start + at, first.shard, crc, &h, &payload,
 								 &crc, &err);
@@ -509,8 +509,9 @@ static void
 print_segment_entry(const EsManifestSegment *s)
 {
 	printf("seg.%016" PRIx64 ", %s, %" PRIu64 " rows, %" PRIu64 " bytes, positions %" PRIu64 " to %" PRIu64
-		   ", transactions %" PRIu64 " to %" PRIu64, s->id, table_text(&s->table), s->nrows, s->file_len,
-		   s->min_position, s->max_position, s->min_fxid, s->max_fxid);
+		   ", transactions %" PRIu64 " to %" PRIu64,
+		   s->id, table_text(&s->table), s->nrows, s->file_len, s->min_position, s->max_position, s->min_fxid,
+		   s->max_fxid);
 }
 
 /* The record was applied, so its parts have the lengths that they should. */
@@ -523,35 +524,36 @@ print_part(const EsManifestPart *part)
 	switch ((EsManifestPartType) part->type)
 	{
 		case ES_PART_HEAD:
-			{
-				const EsManifestHead *h = body;
+		{
+			const EsManifestHead *h = body;
 
-				printf("head: generation %" PRIu64 ", next segment id %" PRIx64 "\n  ", h->generation, h->next_segment_id);
-				print_identity(&h->identity);
-				return;
-			}
+			printf("head: generation %" PRIu64 ", next segment id %" PRIx64 "\n  ", h->generation,
+				   h->next_segment_id);
+			print_identity(&h->identity);
+			return;
+		}
 		case ES_PART_SEGMENT:
 			printf("segment: ");
 			print_segment_entry(body);
 			break;
 		case ES_PART_PENDING:
-			{
-				const EsManifestPending *p = body;
+		{
+			const EsManifestPending *p = body;
 
-				printf("pending: ");
-				print_segment_entry(&p->segment);
-				printf(", %u batches", p->nstarts);
-				break;
-			}
+			printf("pending: ");
+			print_segment_entry(&p->segment);
+			printf(", %u batches", p->nstarts);
+			break;
+		}
 		case ES_PART_ADOPT:
-			{
-				const EsManifestAdopt *a = body;
+		{
+			const EsManifestAdopt *a = body;
 
-				printf("adopted: seg.%016" PRIx64 " of transaction %" PRIu64 ", base %" PRIu64 ", %" PRIu64
-					   " rows live, positions %" PRIu64 " to %" PRIu64 ", %u first versions", a->id, a->fxid, a->base,
-					   a->nlive, a->min_position, a->max_position, a->nfirst_versions);
-				break;
-			}
+			printf("adopted: seg.%016" PRIx64 " of transaction %" PRIu64 ", base %" PRIu64 ", %" PRIu64
+				   " rows live, positions %" PRIu64 " to %" PRIu64 ", %u first versions",
+				   a->id, a->fxid, a->base, a->nlive, a->min_position, a->max_position, a->nfirst_versions);
+			break;
+		}
 		case ES_PART_DROP:
 			printf("dropped: seg.%016" PRIx64, ((const EsManifestDrop *) body)->id);
 			break;
@@ -569,12 +571,12 @@ static void
 print_manifest(const Input *in)
 {
 	EsManifestState state;
-	EsControl	control;
-	uint64_t	durable = 0;
-	uint64_t	valid_len = 0;
-	uint32_t	crc;
-	EsError		err;
-	EsStatus	status;
+	EsControl		control;
+	uint64_t		durable = 0;
+	uint64_t		valid_len = 0;
+	uint32_t		crc;
+	EsError			err;
+	EsStatus		status;
 
 	printf("manifest\n");
 	es_manifest_state_init(&state);
@@ -595,7 +597,7 @@ print_manifest(const Input *in)
 	for (uint64_t at = 0; at < valid_len;)
 	{
 		const EsManifestRecord *r = (const EsManifestRecord *) (in->data + at);
-		const char *part = (const char *) (r + 1);
+		const char			   *part = (const char *) (r + 1);
 
 		printf("  offset %" PRIu64 ": record of %u parts, %u bytes\n", at, r->nparts, r->len);
 		for (int i = 0; i < r->nparts; i++)
@@ -606,8 +608,10 @@ print_manifest(const Input *in)
 		at += r->len;
 	}
 	if (valid_len < in->len)
-		printf("  %" PRIu64 " bytes behind offset %" PRIu64 " do not count\n", in->len - valid_len, valid_len);
-	printf("  so %u segments live, own WAL is in them up to %s\n", state.nentries, own_lsn_text(state.flushed_up_to));
+		printf("  %" PRIu64 " bytes behind offset %" PRIu64 " do not count\n", in->len - valid_len,
+			   valid_len);
+	printf("  so %u segments live, own WAL is in them up to %s\n", state.nentries,
+		   own_lsn_text(state.flushed_up_to));
 	for (uint32_t i = 0; i < state.nentries; i++)
 	{
 		const EsManifestEntry *e = &state.entries[i];
@@ -629,11 +633,11 @@ static EsStatus
 read_segment(void *arg, void *buf, size_t len, uint64_t offset, EsError *err)
 {
 	const Input *in = arg;
-	size_t		done = 0;
+	size_t		 done = 0;
 
 	while (done < len)
 	{
-		ssize_t		n = pread(in->fd, (char *) buf + done, len - done, (off_t) (offset + done));
+		ssize_t n = pread(in->fd, (char *) buf + done, len - done, (off_t) (offset + done));
 
 		if (n < 0 && errno == EINTR)
 			continue;
@@ -656,11 +660,12 @@ report_damage(void *arg, const EsError *err)
 static void
 print_zone(const EsSegment *seg, const EsSegmentInfo *info, uint32_t zone)
 {
-	EsZoneInfo	z = es_segment_zone(seg, zone);
+	EsZoneInfo z = es_segment_zone(seg, zone);
 
-	printf("  zone %u: rows from %" PRIu64 ", %u of them, positions %" PRIu64 " to %" PRIu64 ", transactions %" PRIu64
-		   " to %" PRIu64 ", context hashes %016" PRIx64 " to %016" PRIx64 "\n", zone, z.first_row, z.nrows,
-		   z.min_position, z.max_position, z.min_fxid, z.max_fxid, z.first_hash, z.last_hash);
+	printf("  zone %u: rows from %" PRIu64 ", %u of them, positions %" PRIu64 " to %" PRIu64
+		   ", transactions %" PRIu64 " to %" PRIu64 ", context hashes %016" PRIx64 " to %016" PRIx64 "\n",
+		   zone, z.first_row, z.nrows, z.min_position, z.max_position, z.min_fxid, z.max_fxid, z.first_hash,
+		   z.last_hash);
 	if (!verbose)
 		return;
 	for (int col = 0; col < info->ncols; col++)
@@ -677,10 +682,10 @@ print_zone(const EsSegment *seg, const EsSegmentInfo *info, uint32_t zone)
 static void
 print_segment(Input *in)
 {
-	EsSegment  *seg;
+	EsSegment			*seg;
 	const EsSegmentInfo *info;
-	unsigned	ndamaged = 0;
-	EsError		err;
+	unsigned			 ndamaged = 0;
+	EsError				 err;
 
 	printf("segment\n");
 	if (es_segment_open(&seg, read_segment, in, in->size, &err) != ES_OK)
@@ -690,15 +695,17 @@ print_segment(Input *in)
 	}
 	info = es_segment_info(seg);
 	print_identity(&info->identity);
-	printf("  segment %016" PRIx64 " of %s (relation %u)%s, ", info->id, table_text(&info->table), info->relid,
-		   info->flags & ES_SEGMENT_PENDING ? ", with ordinals in the place of positions" : "");
+	printf("  segment %016" PRIx64 " of %s (relation %u)%s, ", info->id, table_text(&info->table),
+		   info->relid, info->flags & ES_SEGMENT_PENDING ? ", with ordinals in the place of positions" : "");
 	print_roles(&info->roles);
-	printf("\n  %" PRIu64 " rows of %" PRIu64 " contexts in %u zones, %" PRIu64 " bytes of %" PRIu64 " uncompressed\n",
+	printf("\n  %" PRIu64 " rows of %" PRIu64 " contexts in %u zones, %" PRIu64 " bytes of %" PRIu64
+		   " uncompressed\n",
 		   info->summary.nrows, info->summary.ncontexts, info->nzones, info->summary.file_len,
 		   info->summary.raw_bytes);
-	printf("  positions %" PRIu64 " to %" PRIu64 ", transactions %" PRIu64 " to %" PRIu64 ", footer's checksum %08x\n",
-		   info->summary.min_position, info->summary.max_position, info->summary.min_fxid, info->summary.max_fxid,
-		   info->summary.footer_crc);
+	printf("  positions %" PRIu64 " to %" PRIu64 ", transactions %" PRIu64 " to %" PRIu64
+		   ", footer's checksum %08x\n",
+		   info->summary.min_position, info->summary.max_position, info->summary.min_fxid,
+		   info->summary.max_fxid, info->summary.footer_crc);
 	printf("  %d columns%s:", info->ncols, info->has_content_hash ? " and content hashes" : "");
 	for (int col = 0; col < info->ncols; col++)
 	{
@@ -734,7 +741,7 @@ cannot(const char *what, const char *path)
 static bool
 load(Input *in, uint64_t len)
 {
-	EsError		err;
+	EsError err;
 
 	if (len > in->size)
 		len = in->size;
@@ -818,9 +825,8 @@ int
 main(int argc, char **argv)
 {
 	static const struct option options[] = {
-		{"verbose", no_argument, NULL, 'v'}, {"help", no_argument, NULL, 'h'}, {NULL, 0, NULL, 0}
-	};
-	int			c;
+		{"verbose", no_argument, NULL, 'v'}, {"help", no_argument, NULL, 'h'}, {NULL, 0, NULL, 0}};
+	int c;
 
 	while ((c = getopt_long(argc, argv, "vh", options, NULL)) != -1)
 	{

@@ -15,7 +15,7 @@ static volatile uint64_t sink;
 static void
 walk(const EsBatchView *v)
 {
-	uint64_t	sum = 0;
+	uint64_t sum = 0;
 
 	for (uint32_t r = 0; r < v->header->nrows; r++)
 	{
@@ -25,7 +25,7 @@ walk(const EsBatchView *v)
 		for (int c = 0; c < v->header->ncols && r < 100; c++)
 		{
 			const uint8_t *value;
-			size_t		len;
+			size_t		   len;
 
 			if (es_batch_is_null(v, c, r))
 				continue;
@@ -55,18 +55,18 @@ fuzz_open(const uint8_t *data, size_t size)
 static void
 fuzz_build(const uint8_t *data, size_t size)
 {
-	EsColumnDesc columns[8] = {0};
-	bool		wanted[8];
-	const void *values[8];
-	int			ncols;
+	EsColumnDesc	columns[8] = {0};
+	bool			wanted[8];
+	const void	   *values[8];
+	int				ncols;
 	EsBatchBuilder *b;
-	EsBatchMeta meta = {.subid = 1};
-	uint64_t	ordinal = 0;
-	uint64_t	last_ordinal = 0;
-	EsBatchView v;
-	void	   *buf;
-	size_t		len;
-	uint32_t	nrows = 0;
+	EsBatchMeta		meta = {.subid = 1};
+	uint64_t		ordinal = 0;
+	uint64_t		last_ordinal = 0;
+	EsBatchView		v;
+	void		   *buf;
+	size_t			len;
+	uint32_t		nrows = 0;
 
 	if (size < 1 + 3 * 8)
 		return;
@@ -90,28 +90,29 @@ fuzz_build(const uint8_t *data, size_t size)
 	es_batch_reset(b, &meta);
 	while (size >= 12)
 	{
-		uint8_t		step = data[0];
-		uint8_t		nulls = data[1];
-		EsStatus	status;
-		bool		taken = true;
+		uint8_t	 step = data[0];
+		uint8_t	 nulls = data[1];
+		EsStatus status;
+		bool	 taken = true;
 
 		for (int c = 0; c < ncols; c++)
 		{
-			size_t		at = 2 + data[2 + c] % (size - 11);
-			size_t		left = size - at;
+			size_t at = 2 + data[2 + c] % (size - 11);
+			size_t left = size - at;
 
 			values[c] = NULL;
 			if (nulls >> c & 1)
 				continue;
 			/* the builder trusts its caller that the value is there */
-			if (columns[c].len > 0 ? left < (size_t) columns[c].len :
-				left < 4 || es_varlena_size(data + at) > left)
+			if (columns[c].len > 0 ? left < (size_t) columns[c].len
+								   : left < 4 || es_varlena_size(data + at) > left)
 				continue;
 			values[c] = data + at;
 			/* but it must refuse the kinds of varlena that are not for it */
 			if (columns[c].len < 0 && wanted[c] && !(columns[c].flags & ES_COLUMN_DROPPED))
-				taken = taken && (es_varlena_is_short(data + at) ? data[at] != 1 :
-								  (data[at] & 3) == 0 && es_varlena_size(data + at) >= 4);
+				taken = taken && (es_varlena_is_short(data + at)
+									  ? data[at] != 1
+									  : (data[at] & 3) == 0 && es_varlena_size(data + at) >= 4);
 		}
 		ordinal += step;
 		status = es_batch_add(b, values, ordinal, step, ordinal, 1);
@@ -136,7 +137,7 @@ fuzz_build(const uint8_t *data, size_t size)
 	es_batch_free(b);
 }
 
-int			LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int
 LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)

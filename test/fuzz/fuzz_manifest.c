@@ -13,7 +13,7 @@
 static void
 reseal(char *file, size_t len)
 {
-	uint32_t	prev = 0;
+	uint32_t prev = 0;
 
 	for (size_t at = 0; len - at >= sizeof(EsManifestRecord);)
 	{
@@ -33,8 +33,8 @@ reseal(char *file, size_t len)
 static void *
 image_of(const EsManifestState *state, size_t *len)
 {
-	void	   *image;
-	uint32_t	crc;
+	void	*image;
+	uint32_t crc;
 
 	if (es_manifest_rewrite(state, &image, len, &crc) != ES_OK)
 		abort();
@@ -51,10 +51,10 @@ apply_records(const char *file, size_t len)
 	for (size_t at = 0; len - at >= sizeof(EsManifestRecord);)
 	{
 		const EsManifestRecord *r = (const EsManifestRecord *) (file + at);
-		size_t		len1;
-		size_t		len2;
-		void	   *before;
-		void	   *after;
+		size_t					len1;
+		size_t					len2;
+		void				   *before;
+		void				   *after;
 
 		if (r->len < sizeof(*r) || r->len > len - at || r->len % 8 != 0)
 			break;
@@ -72,16 +72,16 @@ apply_records(const char *file, size_t len)
 	es_manifest_state_free(&state);
 }
 
-int			LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int
 LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	EsManifestState state;
-	uint64_t	valid_len;
-	uint32_t	crc;
-	char	   *file;
-	uint8_t		mode;
+	uint64_t		valid_len;
+	uint32_t		crc;
+	char		   *file;
+	uint8_t			mode;
 
 	if (size == 0)
 		return 0;
@@ -95,15 +95,16 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	if (es_manifest_read(&state, file, size, mode & 2 ? size : 0, &valid_len, &crc, NULL) == ES_OK)
 	{
 		EsManifestState again;
-		size_t		len1;
-		size_t		len2;
-		void	   *image1 = image_of(&state, &len1);
-		void	   *image2;
+		size_t			len1;
+		size_t			len2;
+		void		   *image1 = image_of(&state, &len1);
+		void		   *image2;
 
 		if (valid_len > size)
 			abort();
 		es_manifest_state_init(&again);
-		if (es_manifest_read(&again, image1, len1, len1, &valid_len, &crc, NULL) != ES_OK || valid_len != len1)
+		if (es_manifest_read(&again, image1, len1, len1, &valid_len, &crc, NULL) != ES_OK ||
+			valid_len != len1)
 			abort();
 		image2 = image_of(&again, &len2);
 		if (len1 != len2 || memcmp(image1, image2, len1) != 0)

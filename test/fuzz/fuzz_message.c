@@ -17,7 +17,7 @@ walk_section(const EsSectionHeader *s)
 	for (const EsFinishTable *t = es_section_first(s); t != NULL; t = es_section_next(s, t))
 	{
 		EsFinishTableView v;
-		const char *at;
+		const char		 *at;
 
 		es_finish_table_view(t, &v);
 		for (uint32_t i = 0; i < t->nlogged; i++)
@@ -64,12 +64,12 @@ fuzz_records(const uint8_t *data, size_t size)
 
 	while (size >= 2)
 	{
-		size_t		len = data[0] | data[1] << 8;
-		EsMessageHeader *record;
+		size_t				   len = data[0] | data[1] << 8;
+		EsMessageHeader		  *record;
 		const EsMessageHeader *h;
-		const void *piece;
-		void	   *payload;
-		size_t		payload_len;
+		const void			  *piece;
+		void				  *payload;
+		size_t				   payload_len;
 
 		data += 2;
 		size -= 2;
@@ -106,14 +106,14 @@ fuzz_records(const uint8_t *data, size_t size)
 	es_assembler_free(a);
 }
 
-int			LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int
 LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	const EsMessageHeader *h;
-	const void *piece;
-	void	   *copy;
+	const void			  *piece;
+	void				  *copy;
 
 	if (size == 0)
 		return 0;

@@ -16,15 +16,15 @@ static volatile uint64_t sink;
 static void
 read_log(char *data, size_t size, bool reseal)
 {
-	size_t		at = 0;
-	uint32_t	crc = 0;
+	size_t	 at = 0;
+	uint32_t crc = 0;
 
 	while (at <= size)
 	{
 		const EsFrameHeader *h;
-		const void *payload;
-		EsFrameHeader *raw = (EsFrameHeader *) (data + at);
-		EsStatus	status;
+		const void			*payload;
+		EsFrameHeader		*raw = (EsFrameHeader *) (data + at);
+		EsStatus			 status;
 
 		if (reseal && size - at >= sizeof(*raw) && raw->magic == ES_FRAME_MAGIC)
 		{
@@ -37,7 +37,8 @@ read_log(char *data, size_t size, bool reseal)
 				EsFrameHeader copy = *raw;
 
 				copy.crc = 0;
-				raw->crc = es_crc32c(es_crc32c(es_crc32c(0, &copy, sizeof(copy)), raw + 1, raw->payload_len), &crc, 4);
+				raw->crc = es_crc32c(es_crc32c(es_crc32c(0, &copy, sizeof(copy)), raw + 1, raw->payload_len),
+									 &crc, 4);
 			}
 		}
 		status = es_frame_decode(data + at, size - at, OWN_LSN(at), 3, crc, &h, &payload, &crc, NULL);
@@ -52,8 +53,8 @@ read_log(char *data, size_t size, bool reseal)
 			sink += ((const uint8_t *) payload)[h->payload_len - 1];
 		if (h->flags & ES_FRAME_LZ4)
 		{
-			void	   *unpacked;
-			size_t		len;
+			void  *unpacked;
+			size_t len;
 
 			if (es_frame_unpack(h, payload, &unpacked, &len, NULL) == ES_OK)
 			{
@@ -79,7 +80,7 @@ read_block(const uint8_t *data, size_t size, uint8_t mode)
 		((EsStoreFile *) block)->crc = es_crc32c(0, block, offsetof(EsStoreFile, crc));
 	if (es_control_decode(block, &control, NULL) == ES_OK)
 	{
-		char	   *again = malloc(ES_WAL_BLOCK);
+		char *again = malloc(ES_WAL_BLOCK);
 
 		es_control_encode(&control, again);
 		/* reserved may have held something */
@@ -94,12 +95,12 @@ read_block(const uint8_t *data, size_t size, uint8_t mode)
 	free(block);
 }
 
-int			LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int
 LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-	char	   *copy;
+	char *copy;
 
 	if (size == 0)
 		return 0;

@@ -29,9 +29,9 @@
 #include <string.h>
 
 static const char *tap_promise = NULL;
-static unsigned tap_passed = 0;
-static unsigned tap_failed = 0;
-static unsigned tap_failed_checks = 0; /* of the current promise */
+static unsigned	   tap_passed = 0;
+static unsigned	   tap_failed = 0;
+static unsigned	   tap_failed_checks = 0; /* of the current promise */
 
 static inline void
 tap_close(void)
@@ -47,12 +47,12 @@ tap_close(void)
 	fflush(stdout);
 }
 
-#define PROMISE(text)                                                                                         \
-	do                                                                                                         \
-	{                                                                                                          \
-		tap_close();                                                                                           \
-		tap_promise = (text);                                                                                  \
-		tap_failed_checks = 0;                                                                                 \
+#define PROMISE(text)          \
+	do                         \
+	{                          \
+		tap_close();           \
+		tap_promise = (text);  \
+		tap_failed_checks = 0; \
 	} while (0)
 
 /* Returns the condition, so that a test can stop where going on makes no sense. */

@@ -28,22 +28,22 @@ next_xid(EsFxid xid)
 
 typedef struct Explorer
 {
-	size_t		world_size;
-	int			nactors;
+	size_t world_size;
+	int	   nactors;
 	/* The actor's next step in the world; false if it has none. */
-	bool		(*step) (void *world, int actor);
+	bool (*step)(void *world, int actor);
 	/* Called in each new world; terminal: nobody has a step.  Answers whether to go on from there. */
-	bool		(*visit) (const void *world, bool terminal);
-	uint64_t   *seen;			/* open hash table of worlds' hashes, 0 = free */
-	size_t		nseen;
-	size_t		capacity;
+	bool (*visit)(const void *world, bool terminal);
+	uint64_t *seen; /* open hash table of worlds' hashes, 0 = free */
+	size_t	  nseen;
+	size_t	  capacity;
 } Explorer;
 
 static uint64_t
 world_hash(const void *world, size_t len)
 {
 	const uint64_t *p = world;
-	uint64_t	h = UINT64_C(0x9e3779b97f4a7c15);
+	uint64_t		h = UINT64_C(0x9e3779b97f4a7c15);
 
 	for (size_t i = 0; i < len / 8; i++)
 	{
@@ -59,8 +59,8 @@ remember(Explorer *e, uint64_t hash)
 {
 	if (e->nseen * 2 >= e->capacity)
 	{
-		uint64_t   *old = e->seen;
-		size_t		old_capacity = e->capacity;
+		uint64_t *old = e->seen;
+		size_t	  old_capacity = e->capacity;
 
 		e->capacity = old_capacity ? old_capacity * 2 : 1 << 16;
 		e->seen = calloc(e->capacity, sizeof(*e->seen));
@@ -86,8 +86,8 @@ remember(Explorer *e, uint64_t hash)
 static void
 explore(Explorer *e, const void *world)
 {
-	uint64_t	next[MAX_WORLD / 8];
-	bool		terminal = true;
+	uint64_t next[MAX_WORLD / 8];
+	bool	 terminal = true;
 
 	if (!e->visit(world, false))
 		return;
@@ -108,7 +108,7 @@ explore(Explorer *e, const void *world)
 static void
 wander(const Explorer *e, void *world)
 {
-	int			idle = 0;
+	int idle = 0;
 
 	while (idle < 100)
 	{
@@ -124,10 +124,10 @@ wander(const Explorer *e, void *world)
 
 /* Returns the number of worlds. */
 static size_t
-explore_from(const void *world, size_t size, int nactors, bool (*step) (void *, int),
-			 bool (*visit) (const void *, bool))
+explore_from(const void *world, size_t size, int nactors, bool (*step)(void *, int),
+			 bool (*visit)(const void *, bool))
 {
-	Explorer	e = {.world_size = size,.nactors = nactors,.step = step,.visit = visit};
+	Explorer e = {.world_size = size, .nactors = nactors, .step = step, .visit = visit};
 
 	if (size > MAX_WORLD || size % 8 != 0)
 		abort();
@@ -156,22 +156,22 @@ typedef enum Breakage
 /* What does not change in a run. */
 static struct
 {
-	Breakage	broken;
-	int			nwriters;
-	int			rounds;			/* transactions per writer */
-	int			ring_size;
-	bool		other;			/* one more xid comes and goes, without events */
-	bool		other_stays;	/* … or stays */
-	bool		reader;
-	unsigned	aborting;		/* bit (writer * rounds + round): it aborts */
+	Breakage broken;
+	int		 nwriters;
+	int		 rounds; /* transactions per writer */
+	int		 ring_size;
+	bool	 other;		  /* one more xid comes and goes, without events */
+	bool	 other_stays; /* … or stays */
+	bool	 reader;
+	unsigned aborting; /* bit (writer * rounds + round): it aborts */
 } setup;
 
 typedef enum WriterStep
 {
-	W_BEGIN,					/* gets its xid */
-	W_SLOT,						/* publishes the lower bound */
+	W_BEGIN, /* gets its xid */
+	W_SLOT,	 /* publishes the lower bound */
 	W_RESERVE,
-	W_COMMIT,					/* or aborts; from here on snapshots see it */
+	W_COMMIT, /* or aborts; from here on snapshots see it */
 	W_READ_L,
 	W_PUSH,
 	W_CLEAR,
@@ -180,53 +180,53 @@ typedef enum WriterStep
 
 typedef struct Writer
 {
-	EsFxid		xid;
-	EsPosition	base;			/* 0 = not yet */
-	EsFxid		latest_completed;	/* as it read it */
-	uint32_t	steps;			/* taken in this transaction */
-	uint32_t	round;
+	EsFxid	   xid;
+	EsPosition base;			 /* 0 = not yet */
+	EsFxid	   latest_completed; /* as it read it */
+	uint32_t   steps;			 /* taken in this transaction */
+	uint32_t   round;
 } Writer;
 
 typedef struct Transaction
 {
-	EsFxid		xid;
-	EsPosition	base;
-	uint64_t	outcome;		/* 0 = running, 1 = committed, 2 = aborted */
+	EsFxid	   xid;
+	EsPosition base;
+	uint64_t   outcome; /* 0 = running, 1 = committed, 2 = aborted */
 } Transaction;
 
 typedef struct HorizonWorld
 {
-	EsFxid		next;
-	EsFxid		latest_completed;
-	EsPosition	counter;
-	EsHorizonSlot slots[MAX_WRITERS];
+	EsFxid		   next;
+	EsFxid		   latest_completed;
+	EsPosition	   counter;
+	EsHorizonSlot  slots[MAX_WRITERS];
 	EsHorizonEntry ring[MAX_RING];
 	EsHorizonEntry overflow;
-	Writer		writers[MAX_WRITERS];
-	Transaction transactions[MAX_WRITERS * 2 + 1];	/* the last one is the other */
-	uint32_t	nring;
-	uint32_t	other_steps;
+	Writer		   writers[MAX_WRITERS];
+	Transaction	   transactions[MAX_WRITERS * 2 + 1]; /* the last one is the other */
+	uint32_t	   nring;
+	uint32_t	   other_steps;
 
 	/* the reader */
-	uint32_t	reader_steps;
-	uint32_t	nxip;
-	EsFxid		xmin;
-	EsFxid		xmax;
-	EsFxid		xip[MAX_WRITERS + 1];
-	EsPosition	read_counter;
-	EsHorizonSlot read_slots[MAX_WRITERS];
-	uint64_t	read_committed[MAX_WRITERS];
+	uint32_t	   reader_steps;
+	uint32_t	   nxip;
+	EsFxid		   xmin;
+	EsFxid		   xmax;
+	EsFxid		   xip[MAX_WRITERS + 1];
+	EsPosition	   read_counter;
+	EsHorizonSlot  read_slots[MAX_WRITERS];
+	uint64_t	   read_committed[MAX_WRITERS];
 	EsHorizonEntry read_ring[MAX_RING];
 	EsHorizonEntry read_overflow;
-	uint64_t	read_nring;
-	EsPosition	horizon;		/* 0 = not yet */
+	uint64_t	   read_nring;
+	EsPosition	   horizon; /* 0 = not yet */
 } HorizonWorld;
 
-static unsigned misses;			/* events that the reader never gets to see */
-static unsigned stuck;			/* terminal worlds where the horizon is behind */
+static unsigned misses; /* events that the reader never gets to see */
+static unsigned stuck;	/* terminal worlds where the horizon is behind */
 static unsigned terminals;
 static unsigned readings;
-static unsigned held_back;		/* readings whose horizon was below the counter */
+static unsigned held_back; /* readings whose horizon was below the counter */
 
 static Transaction *
 transaction_of(HorizonWorld *w, EsFxid xid)
@@ -261,8 +261,8 @@ take_snapshot(HorizonWorld *w)
 	memset(w->xip, 0, sizeof(w->xip));
 	for (size_t i = 0; i < MAX_WRITERS * 2 + 1; i++)
 	{
-		EsFxid		xid = w->transactions[i].xid;
-		uint32_t	at = w->nxip;
+		EsFxid	 xid = w->transactions[i].xid;
+		uint32_t at = w->nxip;
 
 		if (xid == 0 || w->transactions[i].outcome != 0 || xid >= w->xmax)
 			continue;
@@ -281,7 +281,7 @@ take_snapshot(HorizonWorld *w)
 static EsSnapshot
 snapshot_of(const HorizonWorld *w)
 {
-	return (EsSnapshot) {.xmin = w->xmin,.xmax = w->xmax,.nxip = w->nxip,.xip = w->xip};
+	return (EsSnapshot){.xmin = w->xmin, .xmax = w->xmax, .nxip = w->nxip, .xip = w->xip};
 }
 
 static void
@@ -314,9 +314,9 @@ writer_step(uint32_t n)
 static bool
 step_writer(HorizonWorld *w, int i)
 {
-	Writer	   *me = &w->writers[i];
-	uint32_t	number = (uint32_t) (i * setup.rounds) + me->round;
-	bool		aborts = (setup.aborting >> number) & 1;
+	Writer	*me = &w->writers[i];
+	uint32_t number = (uint32_t) (i * setup.rounds) + me->round;
+	bool	 aborts = (setup.aborting >> number) & 1;
 
 	if (me->round == (uint32_t) setup.rounds)
 		return false;
@@ -327,7 +327,7 @@ step_writer(HorizonWorld *w, int i)
 			me->xid = w->transactions[number].xid;
 			break;
 		case W_SLOT:
-			w->slots[i] = (EsHorizonSlot) {.lower_bound = w->counter,.fxid = me->xid};
+			w->slots[i] = (EsHorizonSlot){.lower_bound = w->counter, .fxid = me->xid};
 			break;
 		case W_RESERVE:
 			w->transactions[number].base = me->base = w->counter;
@@ -341,17 +341,17 @@ step_writer(HorizonWorld *w, int i)
 			break;
 		case W_PUSH:
 			if (!aborts)
-				push(w, (EsHorizonEntry) {me->latest_completed, me->xid, me->base});
+				push(w, (EsHorizonEntry){me->latest_completed, me->xid, me->base});
 			break;
 		case W_CLEAR:
-			w->slots[i] = (EsHorizonSlot) {0};
+			w->slots[i] = (EsHorizonSlot){0};
 			break;
 		case W_STEPS:
 			break;
 	}
 	if (++me->steps == W_STEPS)
 	{
-		uint32_t	round = me->round + 1;
+		uint32_t round = me->round + 1;
 
 		memset(me, 0, sizeof(*me));
 		me->round = round;
@@ -362,13 +362,13 @@ step_writer(HorizonWorld *w, int i)
 static EsPosition
 compute_horizon(const HorizonWorld *w)
 {
-	EsSnapshot	s = snapshot_of(w);
-	bool		committed[MAX_WRITERS];
+	EsSnapshot s = snapshot_of(w);
+	bool	   committed[MAX_WRITERS];
 
 	for (int i = 0; i < setup.nwriters; i++)
 		committed[i] = w->read_committed[i] != 0;
-	return es_horizon(&s, w->read_counter, w->read_slots, committed, (uint32_t) setup.nwriters,
-					  w->read_ring, (uint32_t) w->read_nring, &w->read_overflow);
+	return es_horizon(&s, w->read_counter, w->read_slots, committed, (uint32_t) setup.nwriters, w->read_ring,
+					  (uint32_t) w->read_nring, &w->read_overflow);
 }
 
 static void
@@ -390,8 +390,8 @@ read_ring(HorizonWorld *w)
 static bool
 step_reader(HorizonWorld *w)
 {
-	int			n = setup.nwriters;
-	int			at = (int) w->reader_steps - 1;
+	int n = setup.nwriters;
+	int at = (int) w->reader_steps - 1;
 
 	if (!setup.reader || w->horizon != 0)
 		return false;
@@ -454,7 +454,7 @@ static bool
 visit_horizon_world(const void *world, bool terminal)
 {
 	HorizonWorld w = *(const HorizonWorld *) world;
-	EsSnapshot	s = snapshot_of(&w);
+	EsSnapshot	 s = snapshot_of(&w);
 
 	if (!setup.reader && terminal)
 	{
@@ -471,11 +471,11 @@ visit_horizon_world(const void *world, bool terminal)
 		return true;
 	readings++;
 	held_back += w.horizon < w.read_counter;
-	CHECK(w.horizon <= w.read_counter);	/* so bases taken from now on are not below */
+	CHECK(w.horizon <= w.read_counter); /* so bases taken from now on are not below */
 	for (int i = 0; i < setup.nwriters * setup.rounds; i++)
 	{
 		const Transaction *t = &w.transactions[i];
-		bool		aborts = (setup.aborting >> i) & 1;
+		bool			   aborts = (setup.aborting >> i) & 1;
 
 		/* what commits below the horizon, sooner or later, is seen */
 		if (t->base != 0 && t->base < w.horizon && !aborts && es_snapshot_running(&s, t->xid))
@@ -487,7 +487,7 @@ visit_horizon_world(const void *world, bool terminal)
 static HorizonWorld
 first_world(EsFxid first_xid)
 {
-	HorizonWorld w = {.next = first_xid,.counter = 1,.latest_completed = first_xid - 1};
+	HorizonWorld w = {.next = first_xid, .counter = 1, .latest_completed = first_xid - 1};
 
 	while ((uint32_t) w.latest_completed < FIRST_XID)
 		w.latest_completed--;
@@ -498,8 +498,8 @@ first_world(EsFxid first_xid)
 static size_t
 run_horizon(EsFxid first_xid, bool with_aborts)
 {
-	size_t		worlds = 0;
-	unsigned	patterns = with_aborts ? 1u << (setup.nwriters * setup.rounds) : 1;
+	size_t	 worlds = 0;
+	unsigned patterns = with_aborts ? 1u << (setup.nwriters * setup.rounds) : 1;
 
 	misses = stuck = terminals = readings = held_back = 0;
 	for (setup.aborting = 0; setup.aborting < patterns; setup.aborting++)
@@ -524,9 +524,8 @@ set_up(Breakage broken, int nwriters, int rounds, int ring_size, bool other, boo
 }
 
 /* Xids far from the end of an epoch, and such that it ends at each of the first ones. */
-static const EsFxid first_xids[] = {
-	1000, UINT64_C(0xfffffffd), UINT64_C(0xfffffffe), UINT64_C(0xffffffff), UINT64_C(0x100000003)
-};
+static const EsFxid first_xids[] = {1000, UINT64_C(0xfffffffd), UINT64_C(0xfffffffe), UINT64_C(0xffffffff),
+									UINT64_C(0x100000003)};
 
 #define for_each_first_xid(i) for (size_t i = 0; i < sizeof(first_xids) / sizeof(first_xids[0]); i++)
 
@@ -540,13 +539,12 @@ test_horizon_safe(void)
 	CHECK(misses == 0 && readings > 100000 && held_back > 100000);
 
 	/* one each and somebody else's xid, where an epoch of xids ends; and all patterns of aborts */
-	for_each_first_xid(i)
-		for (int ring = 1; ring <= 2; ring++)
-		{
-			set_up(CORRECT, 2, 1, ring, true, true);
-			CHECK(run_horizon(first_xids[i], i == 0 && ring == 1) > 10000);
-			CHECK(misses == 0 && readings > 1000 && held_back > 1000);
-		}
+	for_each_first_xid(i) for (int ring = 1; ring <= 2; ring++)
+	{
+		set_up(CORRECT, 2, 1, ring, true, true);
+		CHECK(run_horizon(first_xids[i], i == 0 && ring == 1) > 10000);
+		CHECK(misses == 0 && readings > 1000 && held_back > 1000);
+	}
 }
 
 static void
@@ -558,7 +556,8 @@ test_horizon_random(void)
 	for (int i = 0; i < 300000; i++)
 	{
 		HorizonWorld w = first_world(first_xids[rnd_below(sizeof(first_xids) / sizeof(first_xids[0]))]);
-		Explorer	e = {.nactors = setup.nwriters + 2,.step = step_horizon_world,.visit = visit_horizon_world};
+		Explorer	 e = {
+				.nactors = setup.nwriters + 2, .step = step_horizon_world, .visit = visit_horizon_world};
 
 		setup.ring_size = 1 + (int) rnd_below(MAX_RING);
 		setup.aborting = (unsigned) (rnd() & rnd() & 63);
@@ -574,15 +573,15 @@ static void
 test_horizon_advances(void)
 {
 	PROMISE("when all writers are idle the horizon is the counter, however small the ring");
-	for_each_first_xid(i)
-		for (int ring = 1; ring <= 3; ring++)
-		{
-			set_up(CORRECT, 2, 2, ring, false, false);
-			run_horizon(first_xids[i], i == 0 && ring == 1);
-			CHECK(stuck == 0 && terminals > 100);
-		}
+	for_each_first_xid(i) for (int ring = 1; ring <= 3; ring++)
+	{
+		set_up(CORRECT, 2, 2, ring, false, false);
+		run_horizon(first_xids[i], i == 0 && ring == 1);
+		CHECK(stuck == 0 && terminals > 100);
+	}
 
-	PROMISE("also while a transaction elsewhere stays open, if the ring holds more entries than there are writers");
+	PROMISE(
+		"also while a transaction elsewhere stays open, if the ring holds more entries than there are writers");
 	for_each_first_xid(i)
 	{
 		set_up(CORRECT, 2, 2, 3, true, false);
@@ -599,9 +598,8 @@ test_horizon_advances(void)
 static void
 test_horizon_orders(void)
 {
-	static const Breakage broken[] = {
-		RESERVE_BEFORE_SLOT, CLEAR_BEFORE_PUSH, PUSH_BEFORE_COMMIT, RING_BEFORE_SLOTS, SLOTS_BEFORE_COUNTER, NO_OVERFLOW
-	};
+	static const Breakage broken[] = {RESERVE_BEFORE_SLOT, CLEAR_BEFORE_PUSH,	 PUSH_BEFORE_COMMIT,
+									  RING_BEFORE_SLOTS,   SLOTS_BEFORE_COUNTER, NO_OVERFLOW};
 
 	PROMISE("each order that the horizon's rules ask for is needed: without it a reader misses events");
 	for (size_t i = 0; i < sizeof(broken) / sizeof(broken[0]); i++)
@@ -616,7 +614,7 @@ test_horizon_orders(void)
 /* ---- the restart LSN ---- */
 
 #define MAX_BACKENDS 2
-#define MESSAGES 2				/* per backend */
+#define MESSAGES	 2 /* per backend */
 
 typedef enum RestartBreakage
 {
@@ -641,32 +639,32 @@ typedef enum BackendStep
 
 typedef struct Message
 {
-	EsLsn		start;			/* 0 = not logged */
-	EsLsn		end;
-	uint32_t	sent;
-	uint32_t	known;			/* by the shard */
-	uint64_t	durable;
+	EsLsn	 start; /* 0 = not logged */
+	EsLsn	 end;
+	uint32_t sent;
+	uint32_t known; /* by the shard */
+	uint64_t durable;
 } Message;
 
 typedef struct RestartWorld
 {
-	EsLsn		insert;
-	EsLsn		flushed;
-	EsLsn		floors[MAX_BACKENDS];
-	EsLsn		saw_flushed[MAX_BACKENDS];
-	uint32_t	steps[MAX_BACKENDS];
-	uint32_t	message[MAX_BACKENDS];	/* number of the one at hand */
-	Message		messages[MAX_BACKENDS][MESSAGES];
+	EsLsn	 insert;
+	EsLsn	 flushed;
+	EsLsn	 floors[MAX_BACKENDS];
+	EsLsn	 saw_flushed[MAX_BACKENDS];
+	uint32_t steps[MAX_BACKENDS];
+	uint32_t message[MAX_BACKENDS]; /* number of the one at hand */
+	Message	 messages[MAX_BACKENDS][MESSAGES];
 
 	/* the shard */
-	uint32_t	shard_steps;
-	uint32_t	rounds;			/* restart LSNs computed */
-	EsLsn		read_flushed;
-	EsLsn		read_floors[MAX_BACKENDS];
-	EsLsn		restart_lsn;
+	uint32_t shard_steps;
+	uint32_t rounds; /* restart LSNs computed */
+	EsLsn	 read_flushed;
+	EsLsn	 read_floors[MAX_BACKENDS];
+	EsLsn	 restart_lsn;
 } RestartWorld;
 
-static unsigned lost;			/* messages in front of restart_lsn that are nowhere else */
+static unsigned lost; /* messages in front of restart_lsn that are nowhere else */
 static unsigned went_back;
 static unsigned advanced;
 
@@ -678,8 +676,8 @@ step_backend(RestartWorld *w, int i)
 		{B_READ_FLUSHED, B_LOG, B_FLOOR, B_SEND, B_CLEAR},
 		{B_READ_FLUSHED, B_FLOOR, B_LOG, B_CLEAR, B_SEND},
 	};
-	int			order = restart_broken == FLOOR_AFTER_LOG ? 1 : restart_broken == CLEAR_BEFORE_SEND ? 2 : 0;
-	Message    *m;
+	int		 order = restart_broken == FLOOR_AFTER_LOG ? 1 : restart_broken == CLEAR_BEFORE_SEND ? 2 : 0;
+	Message *m;
 
 	if (w->message[i] == MESSAGES)
 		return false;
@@ -723,9 +721,9 @@ drain(RestartWorld *w, int i)
 static bool
 step_shard(RestartWorld *w)
 {
-	EsLsn		oldest = 0;
-	uint32_t	at = w->shard_steps;
-	EsLsn		before = w->restart_lsn;
+	EsLsn	 oldest = 0;
+	uint32_t at = w->shard_steps;
+	EsLsn	 before = w->restart_lsn;
 
 	if (w->rounds == 2)
 		return false;
@@ -767,7 +765,7 @@ step_durable(RestartWorld *w)
 	for (int i = 0; i < MAX_BACKENDS; i++)
 		for (int k = 0; k < MESSAGES; k++)
 		{
-			Message    *m = &w->messages[i][k];
+			Message *m = &w->messages[i][k];
 
 			if (m->known && !m->durable && m->end <= w->flushed)
 			{
@@ -805,14 +803,14 @@ visit_restart_world(const void *world, bool terminal)
 	for (int i = 0; i < MAX_BACKENDS; i++)
 		for (int k = 0; k < MESSAGES; k++)
 			lost += w->messages[i][k].start != 0 && !w->messages[i][k].durable &&
-				w->messages[i][k].start < w->restart_lsn;
+					w->messages[i][k].start < w->restart_lsn;
 	return true;
 }
 
 static void
 run_restart(RestartBreakage broken)
 {
-	RestartWorld w = {.insert = 100,.flushed = 100,.restart_lsn = 100};
+	RestartWorld w = {.insert = 100, .flushed = 100, .restart_lsn = 100};
 
 	lost = went_back = advanced = 0;
 	restart_broken = broken;
@@ -822,7 +820,8 @@ run_restart(RestartBreakage broken)
 static void
 test_restart_lsn(void)
 {
-	PROMISE("a message that is not durable in the shard's files starts at or behind restart_lsn, which moves on and never back");
+	PROMISE(
+		"a message that is not durable in the shard's files starts at or behind restart_lsn, which moves on and never back");
 	run_restart(RESTART_CORRECT);
 	CHECK(lost == 0 && went_back == 0 && advanced > 1000);
 
@@ -836,10 +835,10 @@ test_restart_lsn(void)
 
 	PROMISE("restart_lsn is the least of what it is given, zeros left out, and not below the previous one");
 	CHECK(es_restart_lsn(0, 500, NULL, 0, 0) == 500);
-	CHECK(es_restart_lsn(0, 500, (EsLsn[]) {0, 300, 0, 400}, 4, 0) == 300);
-	CHECK(es_restart_lsn(0, 500, (EsLsn[]) {0, 300}, 2, 200) == 200);
-	CHECK(es_restart_lsn(0, 500, (EsLsn[]) {0, 600}, 2, 700) == 500);
-	CHECK(es_restart_lsn(450, 500, (EsLsn[]) {0, 300}, 2, 200) == 450);
+	CHECK(es_restart_lsn(0, 500, (EsLsn[]){0, 300, 0, 400}, 4, 0) == 300);
+	CHECK(es_restart_lsn(0, 500, (EsLsn[]){0, 300}, 2, 200) == 200);
+	CHECK(es_restart_lsn(0, 500, (EsLsn[]){0, 600}, 2, 700) == 500);
+	CHECK(es_restart_lsn(450, 500, (EsLsn[]){0, 300}, 2, 200) == 450);
 }
 
 /* ---- visibility ---- */
@@ -847,12 +846,13 @@ test_restart_lsn(void)
 static void
 test_snapshot(void)
 {
-	PROMISE("a snapshot's running transactions are those of its list and all from xmax on, but never its own");
+	PROMISE(
+		"a snapshot's running transactions are those of its list and all from xmax on, but never its own");
 	for (int round = 0; round < 2000; round++)
 	{
-		EsFxid		xip[20];
-		uint64_t	in_list = 0;
-		EsSnapshot	s = {.xmin = 1000 + rnd_below(20),.xip = xip};
+		EsFxid	   xip[20];
+		uint64_t   in_list = 0;
+		EsSnapshot s = {.xmin = 1000 + rnd_below(20), .xip = xip};
 
 		s.xmax = s.xmin + rnd_below(60);
 		for (EsFxid x = s.xmin; x < s.xmax && s.nxip < 20; x++)
@@ -864,8 +864,8 @@ test_snapshot(void)
 		s.own = rnd_below(2) ? s.xmin + rnd_below(70) : 0;
 		for (EsFxid x = 990; x < 1100; x++)
 		{
-			bool		running = x >= s.xmax || (x >= s.xmin && (in_list >> (x - s.xmin) & 1));
-			bool		all_visible = true;
+			bool running = x >= s.xmax || (x >= s.xmin && (in_list >> (x - s.xmin) & 1));
+			bool all_visible = true;
 
 			if (x == s.own)
 				running = false;
@@ -879,8 +879,8 @@ test_snapshot(void)
 			CHECK(es_all_visible(&s, x) == all_visible);
 		}
 	}
-	CHECK(es_own_row_visible(&(EsSnapshot) {.curcid = 3}, 2));
-	CHECK(!es_own_row_visible(&(EsSnapshot) {.curcid = 3}, 3));
+	CHECK(es_own_row_visible(&(EsSnapshot){.curcid = 3}, 2));
+	CHECK(!es_own_row_visible(&(EsSnapshot){.curcid = 3}, 3));
 }
 
 static void
@@ -889,9 +889,9 @@ test_widen(void)
 	PROMISE("a 32-bit xid is widened to the full xid nearest to the reference");
 	for (int i = 0; i < 100000; i++)
 	{
-		EsFxid		reference = (rnd_below(2) ? UINT64_C(5) << 32 : UINT64_C(1) << 31) + (rnd() >> 33);
-		int64_t		distance = (int64_t) (rnd() >> 33) * (rnd_below(2) ? 1 : -1);
-		EsFxid		full = reference + (uint64_t) distance;
+		EsFxid	reference = (rnd_below(2) ? UINT64_C(5) << 32 : UINT64_C(1) << 31) + (rnd() >> 33);
+		int64_t distance = (int64_t) (rnd() >> 33) * (rnd_below(2) ? 1 : -1);
+		EsFxid	full = reference + (uint64_t) distance;
 
 		if ((uint32_t) full >= FIRST_XID)
 			CHECK(es_widen_xid(reference, (uint32_t) full) == full);

@@ -14,24 +14,24 @@
 /* A table of random rows; values as a caller of es_batch_add() has them. */
 typedef struct Model
 {
-	int			ncols;
-	uint32_t	nrows;
-	uint32_t	allocated;		/* rows there are values for */
+	int			  ncols;
+	uint32_t	  nrows;
+	uint32_t	  allocated; /* rows there are values for */
 	EsColumnDesc *columns;
-	bool	   *wanted;
-	void	  **values;			/* nrows * ncols, NULL = NULL */
-	uint64_t   *ordinals;
-	uint32_t   *cids;
-	uint64_t   *positions;
-	uint64_t   *versions;
-	EsBatchMeta meta;
+	bool		 *wanted;
+	void		**values; /* nrows * ncols, NULL = NULL */
+	uint64_t	 *ordinals;
+	uint32_t	 *cids;
+	uint64_t	 *positions;
+	uint64_t	 *versions;
+	EsBatchMeta	  meta;
 } Model;
 
 static void *
 make_varlena(size_t len, bool short_header)
 {
-	char	   *value = malloc(len + 4);
-	uint32_t	header = (uint32_t) (len + 4) << 2;
+	char	*value = malloc(len + 4);
+	uint32_t header = (uint32_t) (len + 4) << 2;
 
 	if (short_header)
 	{
@@ -49,8 +49,8 @@ make_varlena(size_t len, bool short_header)
 static void *
 random_value(const EsColumnDesc *desc)
 {
-	size_t		len;
-	void	   *value;
+	size_t len;
+	void  *value;
 
 	if (desc->len > 0)
 	{
@@ -64,7 +64,7 @@ random_value(const EsColumnDesc *desc)
 			len = 0;
 			break;
 		case 1:
-			len = 120 + rnd_below(20);	/* around the limit of short headers */
+			len = 120 + rnd_below(20); /* around the limit of short headers */
 			break;
 		case 2:
 			len = rnd_below(5000);
@@ -80,14 +80,27 @@ random_column(void)
 {
 	/* among them a timetz (12, 8), a macaddr (6, 4) and a name */
 	static const EsColumnDesc shapes[] = {
-		{1, 1, ES_COLUMN_BYVAL}, {2, 2, ES_COLUMN_BYVAL}, {4, 4, ES_COLUMN_BYVAL},
-		{8, 8, ES_COLUMN_BYVAL}, {16, 1, 0}, {12, 8, 0}, {6, 4, 0}, {64, 1, 0}, {24, 8, 0},
-		{4, 8, 0}, {3, 1, 0}, {-1, 4, 0}, {-1, 8, 0}, {-1, 1, 0}, {-1, 2, 0}, {-1, 4, ES_COLUMN_PLAIN},
+		{1, 1, ES_COLUMN_BYVAL},
+		{2, 2, ES_COLUMN_BYVAL},
+		{4, 4, ES_COLUMN_BYVAL},
+		{8, 8, ES_COLUMN_BYVAL},
+		{16, 1, 0},
+		{12, 8, 0},
+		{6, 4, 0},
+		{64, 1, 0},
+		{24, 8, 0},
+		{4, 8, 0},
+		{3, 1, 0},
+		{-1, 4, 0},
+		{-1, 8, 0},
+		{-1, 1, 0},
+		{-1, 2, 0},
+		{-1, 4, ES_COLUMN_PLAIN},
 	};
 	EsColumnDesc desc = shapes[rnd_below(sizeof(shapes) / sizeof(shapes[0]))];
 
 	if (rnd_below(3) == 0)
-		desc = rnd_below(2) ? (EsColumnDesc) {-1, 4, 0} : (EsColumnDesc) {8, 8, ES_COLUMN_BYVAL};
+		desc = rnd_below(2) ? (EsColumnDesc){-1, 4, 0} : (EsColumnDesc){8, 8, ES_COLUMN_BYVAL};
 	if (rnd_below(12) == 0)
 		desc.flags |= ES_COLUMN_DROPPED;
 	return desc;
@@ -96,10 +109,10 @@ random_column(void)
 static Model *
 model_create(int ncols, uint32_t nrows)
 {
-	Model	   *m = calloc(1, sizeof(*m));
-	int			gaps = (int) rnd_below(2);
-	uint64_t	ordinal = rnd_below(2) ? 0 : rnd() >> 2;
-	uint32_t	cid = (uint32_t) rnd_below(5);
+	Model	*m = calloc(1, sizeof(*m));
+	int		 gaps = (int) rnd_below(2);
+	uint64_t ordinal = rnd_below(2) ? 0 : rnd() >> 2;
+	uint32_t cid = (uint32_t) rnd_below(5);
 
 	m->ncols = ncols;
 	m->nrows = nrows;
@@ -118,12 +131,12 @@ model_create(int ncols, uint32_t nrows)
 	}
 	for (int c = 0; c < ncols; c++)
 	{
-		uint64_t	pattern = rnd_below(8);
+		uint64_t pattern = rnd_below(8);
 
 		m->columns[c] = random_column();
 		for (uint32_t r = 0; r < nrows; r++)
 		{
-			bool		null;
+			bool null;
 
 			switch (pattern)
 			{
@@ -162,7 +175,7 @@ model_create(int ncols, uint32_t nrows)
 		m->positions[r] = rnd();
 		m->versions[r] = rnd();
 	}
-	m->meta.table = (EsTableKey) {.storage_id = rnd(),.database = (uint32_t) rnd()};
+	m->meta.table = (EsTableKey){.storage_id = rnd(), .database = (uint32_t) rnd()};
 	m->meta.relid = (uint32_t) rnd();
 	m->meta.subid = (uint32_t) rnd();
 	m->meta.flags = ES_BATCH_HAS_EVENT_IDS;
@@ -188,15 +201,15 @@ model_free(Model *m)
 static EsStatus
 model_add(const Model *m, EsBatchBuilder *b, uint32_t row)
 {
-	return es_batch_add(b, (const void *const *) m->values + (size_t) row * m->ncols,
-						m->ordinals[row], m->cids[row], m->positions[row], m->versions[row]);
+	return es_batch_add(b, (const void *const *) m->values + (size_t) row * m->ncols, m->ordinals[row],
+						m->cids[row], m->positions[row], m->versions[row]);
 }
 
 /* The finished batch, in memory of exactly its size. */
 static void *
 finish(EsBatchBuilder *b, size_t *len)
 {
-	void	   *buf;
+	void *buf;
 
 	*len = es_batch_size(b);
 	buf = malloc(*len);
@@ -229,9 +242,8 @@ value_matches(const EsColumnDesc *desc, const void *given, const void *stored)
 	es_varlena_data(given, &data1, &len1);
 	es_varlena_data(stored, &data2, &len2);
 	short_header = es_varlena_is_short(given) || (len1 <= 126 && !(desc->flags & ES_COLUMN_PLAIN));
-	return len1 == len2 && memcmp(data1, data2, len1) == 0 &&
-		es_varlena_is_short(stored) == short_header &&
-		(short_header || (uintptr_t) stored % desc->align == 0);
+	return len1 == len2 && memcmp(data1, data2, len1) == 0 && es_varlena_is_short(stored) == short_header &&
+		   (short_header || (uintptr_t) stored % desc->align == 0);
 }
 
 static void
@@ -248,8 +260,8 @@ check_batch(const Model *m, const void *buf, size_t len)
 	}
 	es_batch_open_trusted(buf, &trusted);
 	CHECK(v.header == trusted.header && v.columns == trusted.columns && v.base == trusted.base &&
-		  v.ordinals == trusted.ordinals && v.cids == trusted.cids &&
-		  v.positions == trusted.positions && v.versions == trusted.versions);
+		  v.ordinals == trusted.ordinals && v.cids == trusted.cids && v.positions == trusted.positions &&
+		  v.versions == trusted.versions);
 	CHECK(v.header->nrows == m->nrows && v.header->ncols == m->ncols && v.header->total_len == len);
 	CHECK(es_table_key_equal(&v.header->table, &m->meta.table));
 	CHECK(v.header->relid == m->meta.relid && v.header->subid == m->meta.subid &&
@@ -280,13 +292,14 @@ check_batch(const Model *m, const void *buf, size_t len)
 static void
 test_round_trip(void)
 {
-	PROMISE("rows come out of a batch as they went in: all widths, NULL patterns, projections, dropped columns");
+	PROMISE(
+		"rows come out of a batch as they went in: all widths, NULL patterns, projections, dropped columns");
 	for (int i = 0; i < 400; i++)
 	{
-		Model	   *m = model_create((int) rnd_below(24), (uint32_t) rnd_below(i % 20 == 0 ? 700 : 40));
+		Model		   *m = model_create((int) rnd_below(24), (uint32_t) rnd_below(i % 20 == 0 ? 700 : 40));
 		EsBatchBuilder *b = es_batch_create(m->columns, m->ncols, m->wanted);
-		size_t		len;
-		void	   *buf = model_batch(m, b, &len);
+		size_t			len;
+		void		   *buf = model_batch(m, b, &len);
 
 		check_batch(m, buf, len);
 		free(buf);
@@ -301,31 +314,31 @@ test_many_columns(void)
 	PROMISE("a batch takes 1600 columns and the hidden one");
 	for (uint32_t nrows = 1; nrows < 20; nrows += 6)
 	{
-		Model	   *m = model_create(ES_MAX_COLUMNS + 1, nrows);
+		Model		   *m = model_create(ES_MAX_COLUMNS + 1, nrows);
 		EsBatchBuilder *b = es_batch_create(m->columns, m->ncols, m->wanted);
-		size_t		len;
-		void	   *buf = model_batch(m, b, &len);
+		size_t			len;
+		void		   *buf = model_batch(m, b, &len);
 
 		check_batch(m, buf, len);
 		free(buf);
 		es_batch_free(b);
 		model_free(m);
 	}
-	CHECK(es_batch_create(&(EsColumnDesc) {8, 8, 0}, ES_MAX_COLUMNS + 2, NULL) == NULL);
+	CHECK(es_batch_create(&(EsColumnDesc){8, 8, 0}, ES_MAX_COLUMNS + 2, NULL) == NULL);
 
 	/* one more, put there by hand */
 	for (uint16_t ncols = ES_MAX_COLUMNS + 1; ncols <= ES_MAX_COLUMNS + 2; ncols++)
 	{
-		size_t		len = sizeof(EsBatchHeader) + ncols * sizeof(EsBatchColumn);
+		size_t		   len = sizeof(EsBatchHeader) + ncols * sizeof(EsBatchColumn);
 		EsBatchHeader *h = calloc(1, len);
 		EsBatchColumn *c = (EsBatchColumn *) (h + 1);
-		EsBatchView v;
+		EsBatchView	   v;
 
 		h->magic = ES_BATCH_MAGIC;
 		h->total_len = (uint32_t) len;
 		h->ncols = ncols;
 		for (int i = 0; i < ncols; i++)
-			c[i] = (EsBatchColumn) {.desc = {8, 8, 0},.flags = ES_BATCH_COLUMN_ABSENT};
+			c[i] = (EsBatchColumn){.desc = {8, 8, 0}, .flags = ES_BATCH_COLUMN_ABSENT};
 		CHECK(es_batch_open(h, len, &v, NULL) == (ncols <= ES_MAX_COLUMNS + 1 ? ES_OK : ES_ERR_CORRUPT));
 		free(h);
 	}
@@ -334,10 +347,10 @@ test_many_columns(void)
 static void
 test_many_rows(void)
 {
-	Model	   *m;
+	Model		   *m;
 	EsBatchBuilder *b;
-	size_t		len;
-	void	   *buf;
+	size_t			len;
+	void		   *buf;
 
 	PROMISE("a batch takes 100,000 rows");
 	m = model_create(6, 100000);
@@ -355,14 +368,14 @@ test_exact_size(void)
 	PROMISE("es_batch_size says after each row what es_batch_finish will write, and finish writes no more");
 	for (int i = 0; i < 60; i++)
 	{
-		Model	   *m = model_create((int) rnd_below(12), (uint32_t) rnd_below(30));
+		Model		   *m = model_create((int) rnd_below(12), (uint32_t) rnd_below(30));
 		EsBatchBuilder *b = es_batch_create(m->columns, m->ncols, m->wanted);
 
 		es_batch_reset(b, &m->meta);
 		for (uint32_t r = 0; r <= m->nrows; r++)
 		{
-			size_t		len;
-			void	   *buf = finish(b, &len);	/* ASan sees one byte too many */
+			size_t len;
+			void  *buf = finish(b, &len); /* ASan sees one byte too many */
 
 			CHECK(((EsBatchHeader *) buf)->total_len == len && len % 8 == 0);
 			CHECK(es_batch_nrows(b) == r);
@@ -382,13 +395,13 @@ test_reuse(void)
 	PROMISE("a builder that is used again builds the same bytes as a new one");
 	for (int i = 0; i < 40; i++)
 	{
-		Model	   *m = model_create((int) rnd_below(12), (uint32_t) rnd_below(300));
+		Model		   *m = model_create((int) rnd_below(12), (uint32_t) rnd_below(300));
 		EsBatchBuilder *used = es_batch_create(m->columns, m->ncols, NULL);
 		EsBatchBuilder *fresh = es_batch_create(m->columns, m->ncols, NULL);
-		size_t		len1;
-		size_t		len2;
-		void	   *buf1;
-		void	   *buf2;
+		size_t			len1;
+		size_t			len2;
+		void		   *buf1;
+		void		   *buf2;
 
 		free(model_batch(m, used, &len1));
 		m->nrows = m->nrows / 3;
@@ -406,18 +419,18 @@ test_reuse(void)
 static void
 test_memory_returned(void)
 {
-	EsColumnDesc text = {-1, 4, 0};
+	EsColumnDesc	text = {-1, 4, 0};
 	EsBatchBuilder *b = es_batch_create(&text, 1, NULL);
-	EsBatchMeta meta = {0};
-	const void *value;
-	void	   *large;
+	EsBatchMeta		meta = {0};
+	const void	   *value;
+	void		   *large;
 
 	PROMISE("a builder that held a large value works on after giving its memory back");
 	large = make_varlena(3000000, false);
 	for (int i = 0; i < 3; i++)
 	{
-		size_t		len;
-		void	   *buf;
+		size_t len;
+		void  *buf;
 
 		es_batch_reset(b, &meta);
 		value = large;
@@ -425,7 +438,9 @@ test_memory_returned(void)
 		es_batch_reset(b, &meta);
 		for (uint64_t r = 0; r < 100; r++)
 		{
-			value = r % 3 ? "\x09" "abc" : NULL;
+			value = r % 3 ? "\x09"
+							"abc"
+						  : NULL;
 			CHECK(es_batch_add(b, &value, r, 0, 0, 0) == ES_OK);
 		}
 		buf = finish(b, &len);
@@ -442,28 +457,28 @@ test_failed_add(void)
 	PROMISE("a row that is refused leaves the builder as it was");
 	for (int i = 0; i < 150; i++)
 	{
-		Model	   *m = model_create(1 + (int) rnd_below(12), 1 + (uint32_t) rnd_below(40));
-		EsBatchBuilder *disturbed;
-		EsBatchBuilder *plain;
-		const void **bad = malloc((size_t) m->ncols * sizeof(*bad));
-		int			victim = (int) rnd_below((uint64_t) m->ncols);
-		size_t		len1;
-		size_t		len2;
-		void	   *buf1;
-		void	   *buf2;
+		Model				 *m = model_create(1 + (int) rnd_below(12), 1 + (uint32_t) rnd_below(40));
+		EsBatchBuilder		 *disturbed;
+		EsBatchBuilder		 *plain;
+		const void			**bad = malloc((size_t) m->ncols * sizeof(*bad));
+		int					  victim = (int) rnd_below((uint64_t) m->ncols);
+		size_t				  len1;
+		size_t				  len2;
+		void				 *buf1;
+		void				 *buf2;
 		static const uint32_t malformed[] = {
-			0x01,				/* external */
-			100 << 2 | 2,		/* compressed */
-			3 << 2,				/* shorter than its header */
+			0x01,		  /* external */
+			100 << 2 | 2, /* compressed */
+			3 << 2,		  /* shorter than its header */
 			0,
 		};
 
 		free(m->wanted);
 		m->wanted = NULL;
-		m->columns[victim] = (EsColumnDesc) {-1, 4, 0};
+		m->columns[victim] = (EsColumnDesc){-1, 4, 0};
 		for (uint32_t r = 0; r < m->nrows; r++)
 		{
-			void	  **value = &m->values[(size_t) r * m->ncols + victim];
+			void **value = &m->values[(size_t) r * m->ncols + victim];
 
 			free(*value);
 			*value = r % 5 ? random_value(&m->columns[victim]) : NULL;
@@ -481,7 +496,7 @@ test_failed_add(void)
 				CHECK(es_batch_add(disturbed, bad, m->ordinals[r], m->cids[r] + 1, 0, 0) == ES_ERR_ARGUMENT);
 			}
 			CHECK(model_add(m, disturbed, r) == ES_OK);
-			CHECK(model_add(m, disturbed, r) == ES_ERR_ARGUMENT);	/* ordinals grow */
+			CHECK(model_add(m, disturbed, r) == ES_ERR_ARGUMENT); /* ordinals grow */
 		}
 		buf1 = finish(disturbed, &len1);
 		buf2 = model_batch(m, plain, &len2);
@@ -499,17 +514,18 @@ test_failed_add(void)
 static void
 test_limits(void)
 {
-	EsColumnDesc columns[3] = {{-1, 4, 0}, {-1, 4, 0}, {1, 1, 0}};
+	EsColumnDesc	columns[3] = {{-1, 4, 0}, {-1, 4, 0}, {1, 1, 0}};
 	EsBatchBuilder *b = es_batch_create(columns, 3, NULL);
-	EsBatchMeta meta = {0};
-	uint32_t	header = UINT32_C(0x3fffffff) << 2;
-	const void *values[3];
-	char	   *gigabyte = calloc(1, 0x3fffffff);
-	EsBatchView v;
-	void	   *buf;
-	size_t		len;
+	EsBatchMeta		meta = {0};
+	uint32_t		header = UINT32_C(0x3fffffff) << 2;
+	const void	   *values[3];
+	char		   *gigabyte = calloc(1, 0x3fffffff);
+	EsBatchView		v;
+	void		   *buf;
+	size_t			len;
 
-	PROMISE("a batch takes the largest value there is, stops at 2 GB, at 2^20 rows and where ordinals are too far apart");
+	PROMISE(
+		"a batch takes the largest value there is, stops at 2 GB, at 2^20 rows and where ordinals are too far apart");
 	memcpy(gigabyte, &header, 4);
 	gigabyte[0x3ffffffe] = 'z';
 	es_batch_reset(b, &meta);
@@ -557,18 +573,18 @@ test_limits(void)
 static int
 out_of_memory(void)
 {
-	EsColumnDesc columns[3] = {{8, 8, 0}, {-1, 4, 0}, {4, 4, 0}};
+	EsColumnDesc	columns[3] = {{8, 8, 0}, {-1, 4, 0}, {4, 4, 0}};
 	EsBatchBuilder *b = es_batch_create(columns, 3, NULL);
-	EsBatchMeta meta = {0};
-	void	   *large = make_varlena(1000000, false);
-	uint64_t	eight = 8;
-	uint32_t	four = 4;
-	const void *values[3] = {&eight, large, &four};
-	uint64_t	rows = 0;
-	EsStatus	status = ES_OK;
-	EsBatchView v;
-	void	   *buf;
-	size_t		len;
+	EsBatchMeta		meta = {0};
+	void		   *large = make_varlena(1000000, false);
+	uint64_t		eight = 8;
+	uint32_t		four = 4;
+	const void	   *values[3] = {&eight, large, &four};
+	uint64_t		rows = 0;
+	EsStatus		status = ES_OK;
+	EsBatchView		v;
+	void		   *buf;
+	size_t			len;
 
 	es_batch_reset(b, &meta);
 	while (rows < 100 && (status = es_batch_add(b, values, rows, 0, 0, 0)) == ES_OK)
@@ -595,8 +611,8 @@ out_of_memory(void)
 static void
 test_out_of_memory(const char *program)
 {
-	pid_t		child;
-	int			status = -1;
+	pid_t child;
+	int	  status = -1;
 
 	PROMISE("a row for which there is no memory leaves the builder as it was");
 	fflush(stdout);
@@ -614,7 +630,7 @@ test_out_of_memory(const char *program)
 static uint64_t
 walk(const EsBatchView *v)
 {
-	uint64_t	sum = 0;
+	uint64_t sum = 0;
 
 	for (uint32_t r = 0; r < v->header->nrows; r++)
 	{
@@ -626,7 +642,7 @@ walk(const EsBatchView *v)
 		for (int c = 0; c < v->header->ncols; c++)
 		{
 			const unsigned char *value;
-			size_t		len;
+			size_t				 len;
 
 			if (es_batch_is_null(v, c, r))
 				continue;
@@ -644,35 +660,35 @@ walk(const EsBatchView *v)
 static Model *
 model_with_roles(uint32_t nrows)
 {
-	Model	   *m = model_create(7, nrows);
+	Model *m = model_create(7, nrows);
 
-	m->columns[0] = (EsColumnDesc) {-1, 4, 0};
-	m->columns[1] = (EsColumnDesc) {8, 8, ES_COLUMN_BYVAL};
-	m->columns[2] = (EsColumnDesc) {16, 1, 0};
+	m->columns[0] = (EsColumnDesc){-1, 4, 0};
+	m->columns[1] = (EsColumnDesc){8, 8, ES_COLUMN_BYVAL};
+	m->columns[2] = (EsColumnDesc){16, 1, 0};
 	for (size_t i = 0; i < (size_t) nrows * 7; i++)
 	{
 		free(m->values[i]);
 		m->values[i] = i % 7 == 0 || rnd_below(4) ? random_value(&m->columns[i % 7]) : NULL;
 	}
-	m->meta.roles = (EsRoles) {.context = 1,.position = 2,.event_id = 3,.context_class = ES_CONTEXT_STRING};
+	m->meta.roles = (EsRoles){.context = 1, .position = 2, .event_id = 3, .context_class = ES_CONTEXT_STRING};
 	return m;
 }
 
 static void
 test_malformed(void)
 {
-	uint64_t	sum = 0;
-	unsigned	opened = 0;
-	unsigned	refused = 0;
+	uint64_t sum = 0;
+	unsigned opened = 0;
+	unsigned refused = 0;
 
 	PROMISE("a batch with changed bytes is refused or can be read without leaving it");
 	for (int i = 0; i < 30; i++)
 	{
-		Model	   *m = model_with_roles(1 + (uint32_t) rnd_below(12));
+		Model		   *m = model_with_roles(1 + (uint32_t) rnd_below(12));
 		EsBatchBuilder *b = es_batch_create(m->columns, m->ncols, m->wanted);
-		size_t		len;
-		unsigned char *buf = model_batch(m, b, &len);
-		EsBatchView v;
+		size_t			len;
+		unsigned char  *buf = model_batch(m, b, &len);
+		EsBatchView		v;
 
 		CHECK(es_batch_open(buf, len, &v, NULL) == ES_OK);
 		for (size_t at = 0; at < len + 3000; at++)
@@ -685,7 +701,7 @@ test_malformed(void)
 				for (uint64_t n = 1 + rnd_below(4); n > 0; n--)
 				{
 					/* offsets and lengths are what matters: small and large numbers */
-					uint32_t	word = rnd_below(2) ? (uint32_t) rnd_below(len + 8) : (uint32_t) rnd();
+					uint32_t word = rnd_below(2) ? (uint32_t) rnd_below(len + 8) : (uint32_t) rnd();
 
 					memcpy(copy + rnd_below(len / 4) * 4, &word, 4);
 				}
@@ -712,10 +728,10 @@ test_truncated(void)
 	PROMISE("a batch that ends too early is refused at every length");
 	for (int i = 0; i < 20; i++)
 	{
-		Model	   *m = model_with_roles((uint32_t) rnd_below(12));
+		Model		   *m = model_with_roles((uint32_t) rnd_below(12));
 		EsBatchBuilder *b = es_batch_create(m->columns, m->ncols, m->wanted);
-		size_t		len;
-		void	   *buf = model_batch(m, b, &len);
+		size_t			len;
+		void		   *buf = model_batch(m, b, &len);
 
 		for (size_t n = 0; n < len; n++)
 		{
@@ -745,21 +761,23 @@ test_truncated(void)
 static void
 test_refused(void)
 {
-	EsColumnDesc text = {-1, 4, 0};
+	EsColumnDesc	text = {-1, 4, 0};
 	EsBatchBuilder *b = es_batch_create(&text, 1, NULL);
-	EsBatchMeta meta = {.roles = {.context = 1,.context_class = ES_CONTEXT_STRING}};
-	char		value4[256 + 4];
-	const void *value;
-	uint32_t	header = (256 + 4) << 2;
-	size_t		len;
-	void	   *good;
-	EsBatchView v;
+	EsBatchMeta		meta = {.roles = {.context = 1, .context_class = ES_CONTEXT_STRING}};
+	char			value4[256 + 4];
+	const void	   *value;
+	uint32_t		header = (256 + 4) << 2;
+	size_t			len;
+	void		   *good;
+	EsBatchView		v;
 
-	PROMISE("external, compressed, misaligned and overlong values, false roles, flags and ordinals are refused");
+	PROMISE(
+		"external, compressed, misaligned and overlong values, false roles, flags and ordinals are refused");
 	memset(value4, 'v', sizeof(value4));
 	memcpy(value4, &header, 4);
 	es_batch_reset(b, &meta);
-	value = "\x07" "ab";
+	value = "\x07"
+			"ab";
 	CHECK(es_batch_add(b, &value, 5, 0, 0, 0) == ES_OK);
 	value = value4;
 	CHECK(es_batch_add(b, &value, 9, 0, 0, 0) == ES_OK);
@@ -767,20 +785,20 @@ test_refused(void)
 	CHECK(es_batch_open(good, len, &v, NULL) == ES_OK);
 
 	/* Changes a copy by `change` and says what opening it gives. */
-#define DAMAGED(change) \
-	do \
-	{ \
-		char	   *buf = exact_copy(good, len); \
-		EsBatchHeader *h = (EsBatchHeader *) buf; \
-		EsBatchColumn *c = (EsBatchColumn *) (h + 1); \
-		uint32_t   *offsets = (uint32_t *) (buf + c->off_data); \
+#define DAMAGED(change)                                                          \
+	do                                                                           \
+	{                                                                            \
+		char		  *buf = exact_copy(good, len);                              \
+		EsBatchHeader *h = (EsBatchHeader *) buf;                                \
+		EsBatchColumn *c = (EsBatchColumn *) (h + 1);                            \
+		uint32_t	  *offsets = (uint32_t *) (buf + c->off_data);               \
 		unsigned char *first = (unsigned char *) buf + c->off_data + offsets[0]; \
-		uint32_t   *second = (uint32_t *) (buf + c->off_data + offsets[1]); \
-		uint32_t   *ordinals = (uint32_t *) (buf + h->off_ordinals); \
-		(void) h, (void) first, (void) second, (void) ordinals; \
-		change; \
-		CHECK(es_batch_open(buf, len, &v, NULL) == ES_ERR_CORRUPT); \
-		free(buf); \
+		uint32_t	  *second = (uint32_t *) (buf + c->off_data + offsets[1]);   \
+		uint32_t	  *ordinals = (uint32_t *) (buf + h->off_ordinals);          \
+		(void) h, (void) first, (void) second, (void) ordinals;                  \
+		change;                                                                  \
+		CHECK(es_batch_open(buf, len, &v, NULL) == ES_ERR_CORRUPT);              \
+		free(buf);                                                               \
 	} while (0)
 
 	DAMAGED(*first = 0x01);
@@ -788,8 +806,8 @@ test_refused(void)
 	DAMAGED(*second = 3 << 2);
 	DAMAGED(*second = *second + (1 << 2));
 	DAMAGED(*second = UINT32_C(0xfffffffc));
-	DAMAGED(offsets[0] = 7);	/* among the offsets */
-	DAMAGED((offsets[0] = 4, offsets[1] = 9));	/* among the offsets, where a short value seems to be */
+	DAMAGED(offsets[0] = 7);				   /* among the offsets */
+	DAMAGED((offsets[0] = 4, offsets[1] = 9)); /* among the offsets, where a short value seems to be */
 	DAMAGED(offsets[0] = c->data_len);
 	/* read, these would be behind the end of the batch */
 	DAMAGED((c->off_data = (uint32_t) len, c->data_len = 0));
@@ -812,7 +830,8 @@ test_refused(void)
 	DAMAGED(h->flags = 0x8000);
 	DAMAGED(h->flags = ES_BATCH_HAS_CONTENT_HASH);
 	DAMAGED(h->nrows = ES_BATCH_MAX_ROWS + 1);
-	DAMAGED((h->ncols = 0, h->off_ordinals = 0, memset(&h->roles, 0, sizeof(h->roles)), h->nrows = ES_BATCH_MAX_ROWS + 1));
+	DAMAGED((h->ncols = 0, h->off_ordinals = 0, memset(&h->roles, 0, sizeof(h->roles)),
+			 h->nrows = ES_BATCH_MAX_ROWS + 1));
 	DAMAGED(h->nrows++);
 	DAMAGED(h->ncols = UINT16_MAX);
 	DAMAGED(h->roles.context = 2);
@@ -839,23 +858,24 @@ test_refused(void)
 static void
 test_context(void)
 {
-	EsColumnDesc columns[2] = {{4, 4, ES_COLUMN_BYVAL}, {-1, 4, 0}};
+	EsColumnDesc	columns[2] = {{4, 4, ES_COLUMN_BYVAL}, {-1, 4, 0}};
 	EsBatchBuilder *b = es_batch_create(columns, 2, NULL);
-	EsBatchMeta meta = {0};
-	int32_t		number = 17;
-	int64_t		wide = 17;
-	const void *values[2] = {&number, "\x0b" "abcd"};
-	EsBatchView v;
-	size_t		len;
-	void	   *buf;
+	EsBatchMeta		meta = {0};
+	int32_t			number = 17;
+	int64_t			wide = 17;
+	const void	   *values[2] = {&number, "\x0b"
+											  "abcd"};
+	EsBatchView		v;
+	size_t			len;
+	void		   *buf;
 
 	PROMISE("a row's context hash is that of its context's canonical bytes");
 	for (int pass = 0; pass < 3; pass++)
 	{
 		if (pass == 1)
-			meta.roles = (EsRoles) {.context = 1,.context_class = ES_CONTEXT_INTEGER};
+			meta.roles = (EsRoles){.context = 1, .context_class = ES_CONTEXT_INTEGER};
 		if (pass == 2)
-			meta.roles = (EsRoles) {.context = 2,.context_class = ES_CONTEXT_STRING};
+			meta.roles = (EsRoles){.context = 2, .context_class = ES_CONTEXT_STRING};
 		es_batch_reset(b, &meta);
 		CHECK(es_batch_add(b, values, 0, 0, 0, 0) == ES_OK);
 		buf = finish(b, &len);
@@ -874,22 +894,21 @@ test_context(void)
 static void
 test_context_widths(void)
 {
-	static const int16_t widths[] = {-1, 1, 2, 4, 8, 16, 64};
-	static const char *const fits[] = {
-		/* -1, 1, 2, 4, 8, 16, 64 for each class from 1 */
-		"yyyyyyy", "ynnnnnn", "nnyyynn", "nnnnnyn", "nnnynnn", "nnnnynn", "nynnnnn", "nnnynnn"
-	};
+	static const int16_t	 widths[] = {-1, 1, 2, 4, 8, 16, 64};
+	static const char *const fits[] = {/* -1, 1, 2, 4, 8, 16, 64 for each class from 1 */
+									   "yyyyyyy", "ynnnnnn", "nnyyynn", "nnnnnyn",
+									   "nnnynnn", "nnnnynn", "nynnnnn", "nnnynnn"};
 
 	PROMISE("a batch whose context column has not the width of its class is refused");
 	for (int klass = ES_CONTEXT_STRING; klass <= ES_CONTEXT_ENUM; klass++)
 		for (int i = 0; i < 7; i++)
 		{
-			EsColumnDesc column = {widths[i], 1, 0};
+			EsColumnDesc	column = {widths[i], 1, 0};
 			EsBatchBuilder *b = es_batch_create(&column, 1, NULL);
-			EsBatchMeta meta = {.roles = {.context = 1,.context_class = (uint8_t) klass}};
-			EsBatchView v;
-			size_t		len;
-			void	   *buf;
+			EsBatchMeta		meta = {.roles = {.context = 1, .context_class = (uint8_t) klass}};
+			EsBatchView		v;
+			size_t			len;
+			void		   *buf;
 
 			es_batch_reset(b, &meta);
 			buf = finish(b, &len);
@@ -902,20 +921,24 @@ test_context_widths(void)
 static void
 test_frozen(void)
 {
-	EsColumnDesc columns[5] = {{-1, 4, 0}, {8, 8, ES_COLUMN_BYVAL}, {16, 1, 0}, {4, 4, ES_COLUMN_BYVAL}, {-1, 4, 0}};
+	EsColumnDesc columns[5] = {
+		{-1, 4, 0}, {8, 8, ES_COLUMN_BYVAL}, {16, 1, 0}, {4, 4, ES_COLUMN_BYVAL}, {-1, 4, 0}};
 	EsBatchBuilder *b = es_batch_create(columns, 5, NULL);
-	EsBatchMeta meta = {
-		.table = {.storage_id = 77,.database = 5},
-		.roles = {.context = 1,.position = 2,.event_id = 3,.context_class = ES_CONTEXT_STRING},
-		.relid = 16384,
-		.subid = 1,
-		.flags = ES_BATCH_HAS_EVENT_IDS
-	};
+	EsBatchMeta		meta = {
+			.table = {.storage_id = 77, .database = 5},
+			.roles = {.context = 1, .position = 2, .event_id = 3, .context_class = ES_CONTEXT_STRING},
+			.relid = 16384,
+			.subid = 1,
+			.flags = ES_BATCH_HAS_EVENT_IDS};
 	char		text[300];
 	uint32_t	header = sizeof(text) << 2;
 	int32_t		number = -2;
-	const void *row1[5] = {"\x13" "order-17", NULL, "0123456789abcdef", &number, NULL};
-	const void *row2[5] = {"\x13" "order-18", NULL, NULL, &number, text};
+	const void *row1[5] = {"\x13"
+						   "order-17",
+						   NULL, "0123456789abcdef", &number, NULL};
+	const void *row2[5] = {"\x13"
+						   "order-18",
+						   NULL, NULL, &number, text};
 	size_t		len;
 	void	   *buf;
 	EsBatchView v;

@@ -8,36 +8,36 @@
 
 /* ---- a model as simple as can be: what each id should be ---- */
 
-#define MAX_IDS		64
-#define MAX_ROWS	200
+#define MAX_IDS	 64
+#define MAX_ROWS 200
 
 typedef struct ModelEntry
 {
-	bool		live;
-	bool		pending;
-	bool		adopted;
+	bool			  live;
+	bool			  pending;
+	bool			  adopted;
 	EsManifestSegment segment;
-	uint64_t	base;
-	uint64_t	nlive;
-	bool		has_bitmap;
-	uint8_t		bitmap[(MAX_ROWS + 63) / 64 * 8];
-	uint32_t	nversions;
-	int64_t		versions[20];
-	uint32_t	nstarts;
-	uint64_t	starts[10];
+	uint64_t		  base;
+	uint64_t		  nlive;
+	bool			  has_bitmap;
+	uint8_t			  bitmap[(MAX_ROWS + 63) / 64 * 8];
+	uint32_t		  nversions;
+	int64_t			  versions[20];
+	uint32_t		  nstarts;
+	uint64_t		  starts[10];
 } ModelEntry;
 
 typedef struct Model
 {
-	ModelEntry	entries[MAX_IDS];	/* index = id; 0 is none */
-	uint64_t	next_id;
-	EsOwnLsn	flushed;
+	ModelEntry entries[MAX_IDS]; /* index = id; 0 is none */
+	uint64_t   next_id;
+	EsOwnLsn   flushed;
 } Model;
 
 static EsTableKey
 random_table(void)
 {
-	return (EsTableKey) {.storage_id = 1 + rnd_below(4),.database = (uint32_t) rnd_below(2)};
+	return (EsTableKey){.storage_id = 1 + rnd_below(4), .database = (uint32_t) rnd_below(2)};
 }
 
 static uint64_t
@@ -45,7 +45,7 @@ random_live(const Model *m, bool pending)
 {
 	for (int tries = 0; tries < 200; tries++)
 	{
-		uint64_t	id = 1 + rnd_below(MAX_IDS - 1);
+		uint64_t id = 1 + rnd_below(MAX_IDS - 1);
 
 		if (m->entries[id].live && m->entries[id].pending == pending)
 			return id;
@@ -56,13 +56,11 @@ random_live(const Model *m, bool pending)
 static EsManifestSegment
 random_segment(uint64_t id, bool pending)
 {
-	EsManifestSegment s = {
-		.id = id,
-		.table = random_table(),
-		.file_len = rnd(),
-		.nrows = 1 + rnd_below(MAX_ROWS),
-		.footer_crc = (uint32_t) rnd()
-	};
+	EsManifestSegment s = {.id = id,
+						   .table = random_table(),
+						   .file_len = rnd(),
+						   .nrows = 1 + rnd_below(MAX_ROWS),
+						   .footer_crc = (uint32_t) rnd()};
 
 	s.min_fxid = s.max_fxid = 3 + rnd_below(1000);
 	if (pending)
@@ -80,86 +78,86 @@ random_segment(uint64_t id, bool pending)
 static void
 random_part(Model *m, EsManifestEdit *e)
 {
-	uint64_t	id;
+	uint64_t id;
 
 	switch (rnd_below(7))
 	{
 		case 0:
 		case 1:
 		case 2:
+		{
+			ModelEntry entry = {.live = true};
+
+			/* mostly the next id; sometimes one that was given out before but comes late */
+			id = rnd_below(5) ? m->next_id : 1 + rnd_below(MAX_IDS - 1);
+			if (id >= MAX_IDS || m->entries[id].live)
+				return;
+			entry.pending = rnd_below(2);
+			entry.segment = random_segment(id, entry.pending);
+			if (entry.pending)
 			{
-				ModelEntry	entry = {.live = true};
+				EsManifestPending p;
 
-				/* mostly the next id; sometimes one that was given out before but comes late */
-				id = rnd_below(5) ? m->next_id : 1 + rnd_below(MAX_IDS - 1);
-				if (id >= MAX_IDS || m->entries[id].live)
-					return;
-				entry.pending = rnd_below(2);
-				entry.segment = random_segment(id, entry.pending);
-				if (entry.pending)
-				{
-					EsManifestPending p;
-
-					entry.nstarts = (uint32_t) rnd_below(11);
-					for (uint32_t i = 0; i < entry.nstarts; i++)
-						entry.starts[i] = rnd();
-					p = (EsManifestPending) {.segment = entry.segment,.nstarts = entry.nstarts};
-					CHECK(es_manifest_edit_pending(e, &p, entry.starts) == ES_OK);
-				}
-				else
-				{
-					entry.nlive = entry.segment.nrows;
-					CHECK(es_manifest_edit_segment(e, &entry.segment) == ES_OK);
-				}
-				m->entries[id] = entry;
-				if (id >= m->next_id)
-					m->next_id = id + 1;
-				break;
+				entry.nstarts = (uint32_t) rnd_below(11);
+				for (uint32_t i = 0; i < entry.nstarts; i++)
+					entry.starts[i] = rnd();
+				p = (EsManifestPending){.segment = entry.segment, .nstarts = entry.nstarts};
+				CHECK(es_manifest_edit_pending(e, &p, entry.starts) == ES_OK);
 			}
+			else
+			{
+				entry.nlive = entry.segment.nrows;
+				CHECK(es_manifest_edit_segment(e, &entry.segment) == ES_OK);
+			}
+			m->entries[id] = entry;
+			if (id >= m->next_id)
+				m->next_id = id + 1;
+			break;
+		}
 		case 3:
-			{
-				ModelEntry *entry;
-				EsManifestEntry packed;
-				EsManifestAdopt a;
+		{
+			ModelEntry	   *entry;
+			EsManifestEntry packed;
+			EsManifestAdopt a;
 
-				id = random_live(m, true);
-				if (id == 0)
-					return;
-				entry = &m->entries[id];
-				entry->pending = false;
-				entry->adopted = true;
-				entry->base = 1 + rnd_below(1000000);
-				entry->nlive = entry->segment.nrows;
-				entry->has_bitmap = rnd_below(2);
-				if (entry->has_bitmap)
-				{
-					rnd_bytes(entry->bitmap, sizeof(entry->bitmap));
-					for (uint64_t row = 0; row < entry->segment.nrows; row++)
-						entry->nlive -= (entry->bitmap[row / 8] >> (row % 8)) & 1;
-				}
-				entry->segment.min_position = entry->base;
-				entry->segment.max_position = entry->base + entry->segment.nrows;
-				entry->nversions = (uint32_t) rnd_below(entry->segment.nrows < 20 ? entry->segment.nrows + 1 : 21);
-				for (uint32_t i = 0; i < entry->nversions; i++)
-					entry->versions[i] = (int64_t) (rnd() >> (8 * rnd_below(8)));
-				memset(&packed, 0, sizeof(packed));
-				CHECK(es_manifest_pack_versions(&packed, entry->versions, entry->nversions) == ES_OK);
-				a = (EsManifestAdopt) {
-					.id = id,
-					.fxid = entry->segment.min_fxid,
-					.base = entry->base,
-					.min_position = entry->segment.min_position,
-					.max_position = entry->segment.max_position,
-					.nlive = entry->nlive,
-					.dead_bitmap_len = entry->has_bitmap ? (uint32_t) ((entry->segment.nrows + 63) / 64 * 8) : 0,
-					.nfirst_versions = entry->nversions,
-					.version_base = packed.version_base,
-					.version_width = packed.version_width
-				};
-				CHECK(es_manifest_edit_adopt(e, &a, entry->bitmap, packed.first_versions) == ES_OK);
-				free(packed.first_versions);
-				break;
+			id = random_live(m, true);
+			if (id == 0)
+				return;
+			entry = &m->entries[id];
+			entry->pending = false;
+			entry->adopted = true;
+			entry->base = 1 + rnd_below(1000000);
+			entry->nlive = entry->segment.nrows;
+			entry->has_bitmap = rnd_below(2);
+			if (entry->has_bitmap)
+			{
+				rnd_bytes(entry->bitmap, sizeof(entry->bitmap));
+				for (uint64_t row = 0; row < entry->segment.nrows; row++)
+					entry->nlive -= (entry->bitmap[row / 8] >> (row % 8)) & 1;
 			}
+			entry->segment.min_position = entry->base;
+			entry->segment.max_position = entry->base + entry->segment.nrows;
+			entry->nversions =
+				(uint32_t) rnd_below(entry->segment.nrows < 20 ? entry->segment.nrows + 1 : 21);
+			for (uint32_t i = 0; i < entry->nversions; i++)
+				entry->versions[i] = (int64_t) (rnd() >> (8 * rnd_below(8)));
+			memset(&packed, 0, sizeof(packed));
+			CHECK(es_manifest_pack_versions(&packed, entry->versions, entry->nversions) == ES_OK);
+			a = (EsManifestAdopt){
+				.id = id,
+				.fxid = entry->segment.min_fxid,
+				.base = entry->base,
+				.min_position = entry->segment.min_position,
+				.max_position = entry->segment.max_position,
+				.nlive = entry->nlive,
+				.dead_bitmap_len = entry->has_bitmap ? (uint32_t) ((entry->segment.nrows + 63) / 64 * 8) : 0,
+				.nfirst_versions = entry->nversions,
+				.version_base = packed.version_base,
+				.version_width = packed.version_width};
+			CHECK(es_manifest_edit_adopt(e, &a, entry->bitmap, packed.first_versions) == ES_OK);
+			free(packed.first_versions);
+			break;
+		}
 		case 4:
 			id = random_live(m, rnd_below(2));
 			if (id == 0)
@@ -174,7 +172,7 @@ random_part(Model *m, EsManifestEdit *e)
 		case 6:
 			if (rnd_below(4) == 0)
 			{
-				EsTableKey	table = random_table();
+				EsTableKey table = random_table();
 
 				for (id = 1; id < MAX_IDS; id++)
 					if (es_table_key_equal(&m->entries[id].segment.table, &table))
@@ -197,23 +195,22 @@ versions_equal(const EsManifestEntry *got, const int64_t *want)
 static bool
 state_is(EsManifestState *state, const Model *m)
 {
-	uint32_t	n = 0;
+	uint32_t n = 0;
 
 	for (uint64_t id = 1; id < MAX_IDS; id++)
 	{
-		const ModelEntry *want = &m->entries[id];
+		const ModelEntry	  *want = &m->entries[id];
 		const EsManifestEntry *got = es_manifest_find(state, id);
 
 		if ((got != NULL) != want->live)
 			return false;
 		if (got == NULL)
 			continue;
-		if (got != &state->entries[n++])	/* ascending ids */
+		if (got != &state->entries[n++]) /* ascending ids */
 			return false;
 		if (memcmp(&got->segment, &want->segment, sizeof(got->segment)) != 0 ||
 			got->pending != want->pending || got->adopted != want->adopted ||
-			(!got->pending && got->nlive != want->nlive) ||
-			(got->adopted && got->base != want->base) ||
+			(!got->pending && got->nlive != want->nlive) || (got->adopted && got->base != want->base) ||
 			got->nstarts != want->nstarts || got->nfirst_versions != want->nversions ||
 			(got->dead_bitmap != NULL) != want->has_bitmap)
 			return false;
@@ -223,7 +220,7 @@ state_is(EsManifestState *state, const Model *m)
 			return false;
 	}
 	return n == state->nentries && state->flushed_up_to == m->flushed &&
-		state->head.next_segment_id == m->next_id;
+		   state->head.next_segment_id == m->next_id;
 }
 
 /* ---- a manifest file with a history ---- */
@@ -232,23 +229,21 @@ state_is(EsManifestState *state, const Model *m)
 
 typedef struct History
 {
-	char	   *file;
-	size_t		len;
-	uint32_t	crc;
-	uint32_t	nrecords;		/* head included */
-	size_t		end[MAX_RECORDS];	/* of each record */
-	uint32_t	crcs[MAX_RECORDS];
-	Model		after[MAX_RECORDS];
+	char	*file;
+	size_t	 len;
+	uint32_t crc;
+	uint32_t nrecords;		   /* head included */
+	size_t	 end[MAX_RECORDS]; /* of each record */
+	uint32_t crcs[MAX_RECORDS];
+	Model	 after[MAX_RECORDS];
 } History;
 
 static EsManifestHead
 make_head(void)
 {
-	EsManifestHead head = {
-		.identity = {.system_identifier = 99,.timeline = 1,.shard = 2,.nshards = 4},
-		.generation = 6,
-		.next_segment_id = 1
-	};
+	EsManifestHead head = {.identity = {.system_identifier = 99, .timeline = 1, .shard = 2, .nshards = 4},
+						   .generation = 6,
+						   .next_segment_id = 1};
 
 	return head;
 }
@@ -269,12 +264,12 @@ history_append(History *h, const void *record, size_t len, uint32_t crc, const M
 static History *
 random_history(uint32_t nrecords)
 {
-	History    *h = calloc(1, sizeof(*h));
-	Model		m = {.next_id = 1};
+	History		   *h = calloc(1, sizeof(*h));
+	Model			m = {.next_id = 1};
 	EsManifestState state;
-	void	   *image;
-	size_t		len;
-	uint32_t	crc;
+	void		   *image;
+	size_t			len;
+	uint32_t		crc;
 
 	es_manifest_state_init(&state);
 	state.head = make_head();
@@ -284,8 +279,8 @@ random_history(uint32_t nrecords)
 	while (h->nrecords < nrecords)
 	{
 		EsManifestEdit *e = es_manifest_edit_create();
-		const void *record;
-		EsError		err;
+		const void	   *record;
+		EsError			err;
 
 		for (uint64_t parts = 1 + rnd_below(6); parts > 0; parts--)
 			random_part(&m, e);
@@ -310,11 +305,11 @@ history_free(History *h)
 }
 
 static EsStatus
-read_file(EsManifestState *state, const void *file, size_t len, uint64_t durable_len,
-		  uint64_t *valid_len, uint32_t *crc, EsError *err)
+read_file(EsManifestState *state, const void *file, size_t len, uint64_t durable_len, uint64_t *valid_len,
+		  uint32_t *crc, EsError *err)
 {
-	void	   *copy = exact_copy(file, len);
-	EsStatus	status;
+	void	*copy = exact_copy(file, len);
+	EsStatus status;
 
 	es_manifest_state_init(state);
 	status = es_manifest_read(state, copy, len, durable_len, valid_len, crc, err);
@@ -330,13 +325,13 @@ test_history(void)
 	PROMISE("a manifest read back says what its edits said, and so does the rewritten one");
 	for (int i = 0; i < 100; i++)
 	{
-		History    *h = random_history(2 + (uint32_t) rnd_below(MAX_RECORDS - 2));
+		History		   *h = random_history(2 + (uint32_t) rnd_below(MAX_RECORDS - 2));
 		EsManifestState state;
 		EsManifestState again;
-		uint64_t	valid_len;
-		uint32_t	crc;
-		void	   *image;
-		size_t		len;
+		uint64_t		valid_len;
+		uint32_t		crc;
+		void		   *image;
+		size_t			len;
 
 		CHECK(read_file(&state, h->file, h->len, h->len, &valid_len, &crc, NULL) == ES_OK);
 		CHECK(valid_len == h->len && crc == h->crc);
@@ -361,21 +356,21 @@ test_every_length(void)
 	PROMISE("a manifest that ends early is valid up to its last whole record, unless more was durable");
 	for (int i = 0; i < 4; i++)
 	{
-		History    *h = random_history(8);
-		uint32_t	whole = 0;
+		History *h = random_history(8);
+		uint32_t whole = 0;
 
 		for (size_t len = 0; len <= h->len; len++)
 		{
 			EsManifestState state;
-			uint64_t	valid_len;
-			uint32_t	crc;
-			EsStatus	status;
+			uint64_t		valid_len;
+			uint32_t		crc;
+			EsStatus		status;
 
 			while (whole < h->nrecords && h->end[whole] <= len)
 				whole++;
 			status = read_file(&state, h->file, len, 0, &valid_len, &crc, NULL);
 			if (whole == 0)
-				CHECK(status == ES_ERR_CORRUPT);	/* never empty because it could not be read */
+				CHECK(status == ES_ERR_CORRUPT); /* never empty because it could not be read */
 			else
 			{
 				CHECK(status == ES_OK && valid_len == h->end[whole - 1] && crc == h->crcs[whole - 1]);
@@ -387,7 +382,8 @@ test_every_length(void)
 			{
 				CHECK(read_file(&state, h->file, len, h->end[whole - 1], &valid_len, &crc, NULL) == ES_OK);
 				es_manifest_state_free(&state);
-				CHECK(read_file(&state, h->file, len, h->end[whole - 1] + 1, &valid_len, &crc, NULL) == ES_ERR_CORRUPT);
+				CHECK(read_file(&state, h->file, len, h->end[whole - 1] + 1, &valid_len, &crc, NULL) ==
+					  ES_ERR_CORRUPT);
 				es_manifest_state_free(&state);
 			}
 		}
@@ -401,17 +397,17 @@ test_every_byte(void)
 	PROMISE("with any byte changed the record, and all behind it, is damage if it was durable, else the end");
 	for (int i = 0; i < 4; i++)
 	{
-		History    *h = random_history(8);
-		uint32_t	before = 0;
+		History *h = random_history(8);
+		uint32_t before = 0;
 
 		for (size_t at = 0; at < h->len; at++)
 		{
 			EsManifestState state;
-			uint64_t	valid_len;
-			uint32_t	crc;
-			EsError		err;
-			char		bit = (char) (1 << rnd_below(8));
-			EsStatus	status;
+			uint64_t		valid_len;
+			uint32_t		crc;
+			EsError			err;
+			char			bit = (char) (1 << rnd_below(8));
+			EsStatus		status;
 
 			while (h->end[before] <= at)
 				before++;
@@ -439,15 +435,15 @@ test_append_after_torn(void)
 	PROMISE("a record written over a torn end is read, and what is left of the old end is not");
 	for (int i = 0; i < 50; i++)
 	{
-		History    *h = random_history(12);
-		uint32_t	torn = 1 + (uint32_t) rnd_below(8);	/* the record that is damaged */
+		History		   *h = random_history(12);
+		uint32_t		torn = 1 + (uint32_t) rnd_below(8); /* the record that is damaged */
 		EsManifestEdit *e = es_manifest_edit_create();
 		EsManifestState state;
-		uint64_t	valid_len;
-		uint32_t	crc;
-		const void *record;
-		size_t		len;
-		EsOwnLsn	flushed;
+		uint64_t		valid_len;
+		uint32_t		crc;
+		const void	   *record;
+		size_t			len;
+		EsOwnLsn		flushed;
 
 		h->file[h->end[torn] - 1] ^= 1;
 		CHECK(read_file(&state, h->file, h->len, 0, &valid_len, &crc, NULL) == ES_OK);
@@ -469,8 +465,8 @@ test_append_after_torn(void)
 static void *
 image_of(const EsManifestState *state, size_t *len)
 {
-	void	   *image = NULL;
-	uint32_t	crc;
+	void	*image = NULL;
+	uint32_t crc;
 
 	CHECK(es_manifest_rewrite(state, &image, len, &crc) == ES_OK);
 	return image;
@@ -482,18 +478,18 @@ test_atomic(void)
 	PROMISE("a record of which one part does not fit changes nothing");
 	for (int i = 0; i < 300; i++)
 	{
-		History    *h = random_history(6);
-		Model		m = h->after[h->nrecords - 1];
+		History		   *h = random_history(6);
+		Model			m = h->after[h->nrecords - 1];
 		EsManifestEdit *e = es_manifest_edit_create();
 		EsManifestState state;
-		uint64_t	valid_len;
-		uint32_t	crc;
-		const void *record;
-		size_t		len;
-		size_t		len1;
-		size_t		len2;
-		void	   *before;
-		void	   *after;
+		uint64_t		valid_len;
+		uint32_t		crc;
+		const void	   *record;
+		size_t			len;
+		size_t			len1;
+		size_t			len2;
+		void		   *before;
+		void		   *after;
 
 		CHECK(read_file(&state, h->file, h->len, 0, &valid_len, &crc, NULL) == ES_OK);
 		before = image_of(&state, &len1);
@@ -506,22 +502,22 @@ test_atomic(void)
 				CHECK(es_manifest_edit_drop(e, MAX_IDS) == ES_OK);
 				break;
 			case 1:
-				{
-					EsManifestSegment s = random_segment(MAX_IDS, false);
+			{
+				EsManifestSegment s = random_segment(MAX_IDS, false);
 
-					CHECK(es_manifest_edit_segment(e, &s) == ES_OK);
-					CHECK(es_manifest_edit_segment(e, &s) == ES_OK);
-					break;
-				}
+				CHECK(es_manifest_edit_segment(e, &s) == ES_OK);
+				CHECK(es_manifest_edit_segment(e, &s) == ES_OK);
+				break;
+			}
 			case 2:
-				{
-					EsManifestSegment s = random_segment(MAX_IDS, false);
-					EsManifestAdopt a = {.id = MAX_IDS,.fxid = s.min_fxid,.base = 1,.nlive = s.nrows};
+			{
+				EsManifestSegment s = random_segment(MAX_IDS, false);
+				EsManifestAdopt	  a = {.id = MAX_IDS, .fxid = s.min_fxid, .base = 1, .nlive = s.nrows};
 
-					CHECK(es_manifest_edit_segment(e, &s) == ES_OK);
-					CHECK(es_manifest_edit_adopt(e, &a, NULL, NULL) == ES_OK);
-					break;
-				}
+				CHECK(es_manifest_edit_segment(e, &s) == ES_OK);
+				CHECK(es_manifest_edit_adopt(e, &a, NULL, NULL) == ES_OK);
+				break;
+			}
 			case 3:
 				CHECK(es_manifest_edit_flushed(e, m.flushed + 1) == ES_OK);
 				CHECK(es_manifest_edit_flushed(e, m.flushed) == ES_OK);
@@ -544,30 +540,37 @@ test_atomic(void)
 static void
 test_adopt_refused(void)
 {
-	EsManifestSegment s = {.id = 1,.nrows = 70,.min_fxid = 9,.max_fxid = 9,.flags = ES_SEGMENT_PENDING};
+	EsManifestSegment s = {.id = 1, .nrows = 70, .min_fxid = 9, .max_fxid = 9, .flags = ES_SEGMENT_PENDING};
 	EsManifestPending p = {.segment = s};
-	EsManifestAdopt good = {.id = 1,.fxid = 9,.base = 100,.min_position = 100,.max_position = 169,.nlive = 67,.dead_bitmap_len = 16};
-	uint8_t		bitmap[24] = {0x07};
+	EsManifestAdopt	  good = {.id = 1,
+							  .fxid = 9,
+							  .base = 100,
+							  .min_position = 100,
+							  .max_position = 169,
+							  .nlive = 67,
+							  .dead_bitmap_len = 16};
+	uint8_t			  bitmap[24] = {0x07};
 
-	PROMISE("an adoption is refused that is of another transaction or does not count the segment's rows right");
-	bitmap[15] = 0xff;			/* behind row 69 nothing counts */
-#define TRY(expected, change) \
-	do \
-	{ \
-		EsManifestAdopt a = good; \
-		EsManifestEdit *e = es_manifest_edit_create(); \
-		EsManifestState state; \
-		const void *record; \
-		size_t		len; \
-		uint32_t	crc; \
-		change; \
-		es_manifest_state_init(&state); \
-		CHECK(es_manifest_edit_pending(e, &p, NULL) == ES_OK); \
-		CHECK(es_manifest_edit_adopt(e, &a, bitmap, NULL) == ES_OK); \
+	PROMISE(
+		"an adoption is refused that is of another transaction or does not count the segment's rows right");
+	bitmap[15] = 0xff; /* behind row 69 nothing counts */
+#define TRY(expected, change)                                               \
+	do                                                                      \
+	{                                                                       \
+		EsManifestAdopt a = good;                                           \
+		EsManifestEdit *e = es_manifest_edit_create();                      \
+		EsManifestState state;                                              \
+		const void	   *record;                                             \
+		size_t			len;                                                \
+		uint32_t		crc;                                                \
+		change;                                                             \
+		es_manifest_state_init(&state);                                     \
+		CHECK(es_manifest_edit_pending(e, &p, NULL) == ES_OK);              \
+		CHECK(es_manifest_edit_adopt(e, &a, bitmap, NULL) == ES_OK);        \
 		CHECK(es_manifest_edit_record(e, 0, &record, &len, &crc) == ES_OK); \
-		CHECK(es_manifest_apply(&state, record, len, NULL) == (expected)); \
-		es_manifest_state_free(&state); \
-		es_manifest_edit_free(e); \
+		CHECK(es_manifest_apply(&state, record, len, NULL) == (expected));  \
+		es_manifest_state_free(&state);                                     \
+		es_manifest_edit_free(e);                                           \
 	} while (0)
 
 	TRY(ES_OK, (void) 0);
@@ -585,13 +588,14 @@ test_adopt_refused(void)
 static void
 test_edit_refused(void)
 {
-	EsManifestEdit *e = es_manifest_edit_create();
-	EsManifestSegment good = {.id = 1,.nrows = 1,.min_position = 1,.max_position = 1,.min_fxid = 3,.max_fxid = 3};
+	EsManifestEdit	 *e = es_manifest_edit_create();
+	EsManifestSegment good = {
+		.id = 1, .nrows = 1, .min_position = 1, .max_position = 1, .min_fxid = 3, .max_fxid = 3};
 	EsManifestSegment s;
 	EsManifestPending p;
-	const void *record;
-	size_t		len;
-	uint32_t	crc;
+	const void		 *record;
+	size_t			  len;
+	uint32_t		  crc;
 
 	PROMISE("no record is built that a later start would refuse to read");
 #define SEGMENT(change) (s = good, change, es_manifest_edit_segment(e, &s))
@@ -602,18 +606,22 @@ test_edit_refused(void)
 	CHECK(SEGMENT(s.min_fxid = 4) == ES_ERR_ARGUMENT);
 	CHECK(SEGMENT(s.table.reserved = 1) == ES_ERR_ARGUMENT);
 #undef SEGMENT
-	good = (EsManifestSegment) {.id = 1,.nrows = 1,.min_fxid = 3,.max_fxid = 3,.flags = ES_SEGMENT_PENDING};
-#define PENDING(change) (s = good, change, p = (EsManifestPending) {.segment = s}, es_manifest_edit_pending(e, &p, NULL))
+	good =
+		(EsManifestSegment){.id = 1, .nrows = 1, .min_fxid = 3, .max_fxid = 3, .flags = ES_SEGMENT_PENDING};
+#define PENDING(change) \
+	(s = good, change, p = (EsManifestPending){.segment = s}, es_manifest_edit_pending(e, &p, NULL))
 	CHECK(PENDING(s.flags = 0) == ES_ERR_ARGUMENT);
 	CHECK(PENDING(s.max_position = 1) == ES_ERR_ARGUMENT);
 	CHECK(PENDING(s.max_fxid = 4) == ES_ERR_ARGUMENT);
 	CHECK(PENDING(s.min_fxid = s.max_fxid = 0) == ES_ERR_ARGUMENT);
 #undef PENDING
 	CHECK(es_manifest_edit_drop(e, 0) == ES_ERR_ARGUMENT);
-	CHECK(es_manifest_edit_adopt(e, &(EsManifestAdopt) {.id = 1,.dead_bitmap_len = 4}, NULL, NULL) == ES_ERR_ARGUMENT);
-	CHECK(es_manifest_edit_adopt(e, &(EsManifestAdopt) {.id = 1,.min_position = 1}, NULL, NULL) == ES_ERR_ARGUMENT);
-	CHECK(es_manifest_edit_drop_storage(e, &(EsTableKey) {.reserved = 1}) == ES_ERR_ARGUMENT);
-	CHECK(es_manifest_edit_record(e, 0, &record, &len, &crc) == ES_ERR_ARGUMENT);	/* nothing came in */
+	CHECK(es_manifest_edit_adopt(e, &(EsManifestAdopt){.id = 1, .dead_bitmap_len = 4}, NULL, NULL) ==
+		  ES_ERR_ARGUMENT);
+	CHECK(es_manifest_edit_adopt(e, &(EsManifestAdopt){.id = 1, .min_position = 1}, NULL, NULL) ==
+		  ES_ERR_ARGUMENT);
+	CHECK(es_manifest_edit_drop_storage(e, &(EsTableKey){.reserved = 1}) == ES_ERR_ARGUMENT);
+	CHECK(es_manifest_edit_record(e, 0, &record, &len, &crc) == ES_ERR_ARGUMENT); /* nothing came in */
 	for (int i = 0; i < UINT16_MAX; i++)
 		if (!CHECK(es_manifest_edit_flushed(e, 1) == ES_OK))
 			break;
@@ -625,7 +633,7 @@ test_edit_refused(void)
 static void
 reseal(char *file, size_t len)
 {
-	uint32_t	prev = 0;
+	uint32_t prev = 0;
 
 	for (size_t at = 0; len - at >= sizeof(EsManifestRecord);)
 	{
@@ -643,20 +651,20 @@ reseal(char *file, size_t len)
 static void
 test_resealed(void)
 {
-	unsigned	taken = 0;
-	unsigned	refused = 0;
+	unsigned taken = 0;
+	unsigned refused = 0;
 
 	PROMISE("a manifest whose checksums are right but whose bytes are not is refused or makes sense");
 	for (int i = 0; i < 6; i++)
 	{
-		History    *h = random_history(8);
+		History *h = random_history(8);
 
 		for (size_t at = 0; at < h->len; at++)
 		{
-			char	   *file = exact_copy(h->file, h->len);
+			char		   *file = exact_copy(h->file, h->len);
 			EsManifestState state;
-			uint64_t	valid_len;
-			uint32_t	crc;
+			uint64_t		valid_len;
+			uint32_t		crc;
 
 			file[at] ^= (char) (1 << rnd_below(8));
 			reseal(file, h->len);
@@ -664,10 +672,10 @@ test_resealed(void)
 			{
 				/* whatever it says can be said again */
 				EsManifestState again;
-				size_t		len1;
-				size_t		len2;
-				void	   *image1 = image_of(&state, &len1);
-				void	   *image2;
+				size_t			len1;
+				size_t			len2;
+				void		   *image1 = image_of(&state, &len1);
+				void		   *image2;
 
 				CHECK(read_file(&again, image1, len1, len1, &valid_len, &crc, NULL) == ES_OK);
 				image2 = image_of(&again, &len2);
@@ -690,34 +698,33 @@ test_resealed(void)
 static void
 test_lengths(void)
 {
-	uint64_t	starts[2] = {1, 2};
+	uint64_t		  starts[2] = {1, 2};
 	EsManifestPending p = {
-		.segment = {.id = 1,.nrows = 1,.min_fxid = 3,.max_fxid = 3,.flags = ES_SEGMENT_PENDING},
-		.nstarts = 2
-	};
+		.segment = {.id = 1, .nrows = 1, .min_fxid = 3, .max_fxid = 3, .flags = ES_SEGMENT_PENDING},
+		.nstarts = 2};
 	EsManifestEdit *e = es_manifest_edit_create();
-	const void *good;
-	size_t		len;
-	uint32_t	crc;
+	const void	   *good;
+	size_t			len;
+	uint32_t		crc;
 
 	PROMISE("parts fill their record exactly: none reaches behind its end, nothing is left over");
 	CHECK(es_manifest_edit_flushed(e, 1) == ES_OK);
 	CHECK(es_manifest_edit_pending(e, &p, starts) == ES_OK);
 	CHECK(es_manifest_edit_record(e, 0, &good, &len, &crc) == ES_OK);
-#define TRY(expected, change) \
-	do \
-	{ \
-		EsManifestRecord *r = exact_copy(good, len); \
-		EsManifestPart *first = (EsManifestPart *) (r + 1); \
-		EsManifestPart *second = (EsManifestPart *) ((char *) first + first->len); \
-		EsManifestPending *pending = (EsManifestPending *) (second + 1); \
-		EsManifestState state; \
-		(void) second, (void) pending; \
-		change; \
-		es_manifest_state_init(&state); \
-		CHECK(es_manifest_apply(&state, r, len, NULL) == (expected)); \
-		es_manifest_state_free(&state); \
-		free(r); \
+#define TRY(expected, change)                                                         \
+	do                                                                                \
+	{                                                                                 \
+		EsManifestRecord  *r = exact_copy(good, len);                                 \
+		EsManifestPart	  *first = (EsManifestPart *) (r + 1);                        \
+		EsManifestPart	  *second = (EsManifestPart *) ((char *) first + first->len); \
+		EsManifestPending *pending = (EsManifestPending *) (second + 1);              \
+		EsManifestState	   state;                                                     \
+		(void) second, (void) pending;                                                \
+		change;                                                                       \
+		es_manifest_state_init(&state);                                               \
+		CHECK(es_manifest_apply(&state, r, len, NULL) == (expected));                 \
+		es_manifest_state_free(&state);                                               \
+		free(r);                                                                      \
 	} while (0)
 
 	TRY(ES_OK, (void) 0);
@@ -737,10 +744,10 @@ test_lengths(void)
 static void
 test_version(void)
 {
-	History    *h = random_history(3);
-	EsManifestState state;
-	uint64_t	valid_len;
-	uint32_t	crc;
+	History			 *h = random_history(3);
+	EsManifestState	  state;
+	uint64_t		  valid_len;
+	uint32_t		  crc;
 	EsManifestRecord *r = (EsManifestRecord *) (h->file + h->end[1]);
 
 	PROMISE("a record of a newer format is named as such, durable or not");
@@ -756,12 +763,12 @@ test_version(void)
 static void
 test_head(void)
 {
-	History    *h = random_history(3);
+	History		   *h = random_history(3);
 	EsManifestState state;
-	uint64_t	valid_len;
-	uint32_t	crc;
-	size_t		len;
-	char	   *file;
+	uint64_t		valid_len;
+	uint32_t		crc;
+	size_t			len;
+	char		   *file;
 
 	PROMISE("a manifest has one head, in front");
 	/* without it */
@@ -786,31 +793,38 @@ test_head(void)
 static void
 test_frozen(void)
 {
-	EsManifestState state;
-	EsManifestEdit *e = es_manifest_edit_create();
-	EsManifestSegment s = {
-		.id = 1,
-		.table = {.storage_id = 7,.database = 5},
-		.file_len = 100,
-		.nrows = 3,
-		.min_position = 10,
-		.max_position = 12,
-		.min_fxid = 3,
-		.max_fxid = 4,
-		.footer_crc = 5
-	};
-	EsManifestPending p = {.segment = s,.nstarts = 2};
-	uint64_t	starts[2] = {1, 2};
-	EsManifestAdopt a = {.id = 2,.fxid = 3,.base = 20,.min_position = 20,.max_position = 22,.nlive = 2,.dead_bitmap_len = 8,.nfirst_versions = 1,.version_base = 5,.version_width = 2};
-	uint8_t		bitmap[8] = {2};
-	uint8_t		versions[8] = {9, 1};
-	EsTableKey	table = {.storage_id = 1};
-	const void *record;
-	void	   *image;
-	size_t		len;
-	size_t		image_len;
-	uint32_t	crc;
-	uint32_t	image_crc;
+	EsManifestState	  state;
+	EsManifestEdit	 *e = es_manifest_edit_create();
+	EsManifestSegment s = {.id = 1,
+						   .table = {.storage_id = 7, .database = 5},
+						   .file_len = 100,
+						   .nrows = 3,
+						   .min_position = 10,
+						   .max_position = 12,
+						   .min_fxid = 3,
+						   .max_fxid = 4,
+						   .footer_crc = 5};
+	EsManifestPending p = {.segment = s, .nstarts = 2};
+	uint64_t		  starts[2] = {1, 2};
+	EsManifestAdopt	  a = {.id = 2,
+						   .fxid = 3,
+						   .base = 20,
+						   .min_position = 20,
+						   .max_position = 22,
+						   .nlive = 2,
+						   .dead_bitmap_len = 8,
+						   .nfirst_versions = 1,
+						   .version_base = 5,
+						   .version_width = 2};
+	uint8_t			  bitmap[8] = {2};
+	uint8_t			  versions[8] = {9, 1};
+	EsTableKey		  table = {.storage_id = 1};
+	const void		 *record;
+	void			 *image;
+	size_t			  len;
+	size_t			  image_len;
+	uint32_t		  crc;
+	uint32_t		  image_crc;
 
 	PROMISE("the bytes of a manifest are frozen with the format, and the frozen ones can be read");
 	p.segment.id = 2;
@@ -830,8 +844,9 @@ test_frozen(void)
 	CHECK(es_manifest_rewrite(&state, &image, &image_len, &image_crc) == ES_OK);
 	if (!CHECK(len == 368 && crc == UINT32_C(0x2036ea01) && image_len == 312 &&
 			   image_crc == UINT32_C(0xdba82e91)))
-		printf("# len == %zu && crc == UINT32_C(0x%08x) && image_len == %zu && image_crc == UINT32_C(0x%08x)\n",
-			   len, crc, image_len, image_crc);
+		printf(
+			"# len == %zu && crc == UINT32_C(0x%08x) && image_len == %zu && image_crc == UINT32_C(0x%08x)\n",
+			len, crc, image_len, image_crc);
 	free(image);
 	es_manifest_state_free(&state);
 	es_manifest_edit_free(e);

@@ -21,17 +21,17 @@ static const uint8_t uuid[ES_UUID_LEN] = "store uuid 16 by";
 
 typedef struct Records
 {
-	uint32_t	n;
-	void	  **record;			/* each in memory of exactly its length */
-	size_t	   *len;
+	uint32_t n;
+	void   **record; /* each in memory of exactly its length */
+	size_t	*len;
 } Records;
 
 static Records
 write_message(EsMessageKind kind, const EsPart *parts, int nparts, EsLsn first_start)
 {
-	Records		r;
+	Records			 r;
 	EsMessageWriter *w = NULL;
-	char	   *buf = malloc(ES_MESSAGE_MAX_RECORD);
+	char			*buf = malloc(ES_MESSAGE_MAX_RECORD);
 
 	CHECK(es_message_begin(&w, kind, uuid, 1234, 3, parts, nparts) == ES_OK);
 	r.n = es_message_npieces(w);
@@ -44,7 +44,7 @@ write_message(EsMessageKind kind, const EsPart *parts, int nparts, EsLsn first_s
 	}
 	if (r.n > 1)
 	{
-		size_t		len;
+		size_t len;
 
 		CHECK(es_message_piece(w, 0, first_start, buf, &len) == ES_ERR_ARGUMENT);
 		CHECK(es_message_piece(w, 1, 0, buf, &len) == ES_ERR_ARGUMENT);
@@ -69,8 +69,8 @@ static EsStatus
 feed(EsMessageAssembler *a, const void *record, size_t len, void **payload, size_t *payload_len)
 {
 	const EsMessageHeader *h;
-	const void *piece;
-	EsStatus	status = es_message_check(record, len, &h, &piece, NULL);
+	const void			  *piece;
+	EsStatus			   status = es_message_check(record, len, &h, &piece, NULL);
 
 	*payload = NULL;
 	if (status != ES_OK)
@@ -83,7 +83,7 @@ static void *
 read_message(const Records *r, size_t *len)
 {
 	EsMessageAssembler *a = es_assembler_create();
-	void	   *payload = NULL;
+	void			   *payload = NULL;
 
 	for (uint32_t i = 0; i < r->n; i++)
 	{
@@ -130,38 +130,47 @@ test_prefix(void)
 static void
 test_round_trip(void)
 {
-	static const size_t lengths[] = {
-		0, 1, 7, 8, 511, 512, 513, 4096,
-		ES_MESSAGE_MAX_RECORD - sizeof(EsMessageHeader) - 1, ES_MESSAGE_MAX_RECORD - sizeof(EsMessageHeader),
-		ES_MESSAGE_MAX_RECORD - sizeof(EsMessageHeader) + 1, ES_MESSAGE_MAX_RECORD,
-		2 * (ES_MESSAGE_MAX_RECORD - sizeof(EsMessageHeader)), 1000000, 5000000
-	};
+	static const size_t lengths[] = {0,
+									 1,
+									 7,
+									 8,
+									 511,
+									 512,
+									 513,
+									 4096,
+									 ES_MESSAGE_MAX_RECORD - sizeof(EsMessageHeader) - 1,
+									 ES_MESSAGE_MAX_RECORD - sizeof(EsMessageHeader),
+									 ES_MESSAGE_MAX_RECORD - sizeof(EsMessageHeader) + 1,
+									 ES_MESSAGE_MAX_RECORD,
+									 2 * (ES_MESSAGE_MAX_RECORD - sizeof(EsMessageHeader)),
+									 1000000,
+									 5000000};
 
 	PROMISE("a payload of any length comes back from its records, whatever its parts are");
 	for (size_t i = 0; i < 4 * sizeof(lengths) / sizeof(lengths[0]); i++)
 	{
-		size_t		len = lengths[i / 4];
-		bool		compressible = i & 1;
+		size_t		   len = lengths[i / 4];
+		bool		   compressible = i & 1;
 		unsigned char *payload = random_payload(len, compressible);
-		EsPart		parts[20];
-		int			nparts = 0;
-		size_t		at = 0;
-		Records		r;
-		size_t		got_len = 1;
-		void	   *got;
+		EsPart		   parts[20];
+		int			   nparts = 0;
+		size_t		   at = 0;
+		Records		   r;
+		size_t		   got_len = 1;
+		void		  *got;
 
 		if (i & 2)
 		{
 			/* cut into parts, empty ones among them */
 			while (nparts < 19)
 			{
-				size_t		n = rnd_below(4) ? rnd_below(len - at + 1) : 0;
+				size_t n = rnd_below(4) ? rnd_below(len - at + 1) : 0;
 
-				parts[nparts++] = (EsPart) {n ? payload + at : NULL, n};
+				parts[nparts++] = (EsPart){n ? payload + at : NULL, n};
 				at += n;
 			}
 		}
-		parts[nparts++] = (EsPart) {payload + at, len - at};
+		parts[nparts++] = (EsPart){payload + at, len - at};
 		r = write_message(ES_MESSAGE_BATCH, parts, nparts, 99);
 		got = read_message(&r, &got_len);
 		CHECK(got != NULL && got_len == len && memcmp(got, payload, len) == 0);
@@ -184,7 +193,7 @@ test_round_trip(void)
 static void
 test_too_large(void)
 {
-	EsPart		parts[2] = {{NULL, 0x40000000}, {NULL, 0x40000000}};
+	EsPart			 parts[2] = {{NULL, 0x40000000}, {NULL, 0x40000000}};
 	EsMessageWriter *w;
 
 	PROMISE("a payload of 2 GB is refused before anything is read of it");
@@ -198,9 +207,9 @@ test_every_byte(void)
 	PROMISE("a record with any byte changed is refused");
 	for (int i = 0; i < 4; i++)
 	{
-		size_t		len = i * 400;
-		void	   *payload = random_payload(len, i & 1);
-		Records		r = write_message(ES_MESSAGE_FINISH, &(EsPart) {payload, len}, 1, 0);
+		size_t		   len = i * 400;
+		void		  *payload = random_payload(len, i & 1);
+		Records		   r = write_message(ES_MESSAGE_FINISH, &(EsPart){payload, len}, 1, 0);
 		unsigned char *record = r.record[0];
 
 		CHECK(r.n == 1);
@@ -208,8 +217,8 @@ test_every_byte(void)
 			for (int bit = 0; bit < 8; bit++)
 			{
 				const EsMessageHeader *h;
-				const void *piece;
-				EsStatus	status;
+				const void			  *piece;
+				EsStatus			   status;
 
 				record[at] ^= (unsigned char) (1 << bit);
 				status = es_message_check(record, r.len[0], &h, &piece, NULL);
@@ -225,15 +234,15 @@ test_every_byte(void)
 static void
 test_every_length(void)
 {
-	void	   *payload = random_payload(700, true);
-	Records		r = write_message(ES_MESSAGE_BATCH, &(EsPart) {payload, 700}, 1, 0);
+	void   *payload = random_payload(700, true);
+	Records r = write_message(ES_MESSAGE_BATCH, &(EsPart){payload, 700}, 1, 0);
 
 	PROMISE("a record that is cut off anywhere, or has a byte too many, is refused");
 	for (size_t len = 0; len <= r.len[0] + 1; len++)
 	{
 		const EsMessageHeader *h;
-		const void *piece;
-		char	   *record = malloc(len + 1);
+		const void			  *piece;
+		char				  *record = malloc(len + 1);
 
 		if (len == r.len[0])
 		{
@@ -254,42 +263,42 @@ test_every_length(void)
 static void
 test_lying_header(void)
 {
-	void	   *payload = random_payload(700, true);
-	Records		good = write_message(ES_MESSAGE_BATCH, &(EsPart) {payload, 700}, 1, 0);
-	void	   *record;
-	EsMessageHeader *h;
+	void				  *payload = random_payload(700, true);
+	Records				   good = write_message(ES_MESSAGE_BATCH, &(EsPart){payload, 700}, 1, 0);
+	void				  *record;
+	EsMessageHeader		  *h;
 	const EsMessageHeader *checked;
-	const void *piece;
+	const void			  *piece;
 
 	PROMISE("lengths, pieces, kinds and flags that cannot be are refused although the checksum is right");
-#define LIES(change) \
-	do \
-	{ \
-		record = exact_copy(good.record[0], good.len[0]); \
-		h = record; \
-		change; \
-		reseal(record); \
+#define LIES(change)                                                                            \
+	do                                                                                          \
+	{                                                                                           \
+		record = exact_copy(good.record[0], good.len[0]);                                       \
+		h = record;                                                                             \
+		change;                                                                                 \
+		reseal(record);                                                                         \
 		CHECK(es_message_check(record, good.len[0], &checked, &piece, NULL) == ES_ERR_CORRUPT); \
-		free(record); \
+		free(record);                                                                           \
 	} while (0)
 
 	LIES(h->kind = 0);
 	LIES(h->kind = 5);
 	LIES(h->flags |= 2);
-	LIES(h->flags = 0);			/* then stored and raw length differ */
+	LIES(h->flags = 0); /* then stored and raw length differ */
 	LIES(h->stored_len = 0);
 	LIES(h->stored_len = h->raw_len);
-	LIES(h->raw_len = h->stored_len);	/* compressed, but not smaller */
-	LIES(h->stored_len++);		/* the only piece is not all */
+	LIES(h->raw_len = h->stored_len); /* compressed, but not smaller */
+	LIES(h->stored_len++);			  /* the only piece is not all */
 	LIES(h->stored_len--);
 	LIES(h->raw_len = UINT32_C(0x80000000));
 	LIES((h->raw_len = UINT32_C(0x80000000), h->stored_len = UINT32_C(0x7fffffff), h->npieces = 0));
-	LIES(h->raw_len = h->stored_len * 256);	/* more than LZ4 can */
+	LIES(h->raw_len = h->stored_len * 256); /* more than LZ4 can */
 	LIES(h->npieces = 0);
 	LIES(h->npieces = 2);
 	LIES(h->piece = 1);
 	LIES(h->first_start = 1);
-	LIES((h->piece = 1, h->npieces = 2));	/* a later piece without the first's start */
+	LIES((h->piece = 1, h->npieces = 2)); /* a later piece without the first's start */
 	LIES((h->piece = UINT32_MAX, h->npieces = 0, h->first_start = 1));
 #undef LIES
 
@@ -335,21 +344,20 @@ test_lengths_of_pieces(void)
 {
 	static const struct
 	{
-		uint32_t	len;		/* of the second piece; the first has 200 */
-		uint32_t	npieces;
-		EsStatus	status;
-	}			second[] = {
-		{100, 2, ES_OK}, {99, 0, ES_OK}, {100, 0, ES_ERR_CORRUPT}, {99, 2, ES_ERR_CORRUPT},
-		{101, 2, ES_ERR_CORRUPT}, {101, 0, ES_ERR_CORRUPT}, {299, 0, ES_ERR_CORRUPT}
-	};
+		uint32_t len; /* of the second piece; the first has 200 */
+		uint32_t npieces;
+		EsStatus status;
+	} second[] = {{100, 2, ES_OK},		   {99, 0, ES_OK},			 {100, 0, ES_ERR_CORRUPT},
+				  {99, 2, ES_ERR_CORRUPT}, {101, 2, ES_ERR_CORRUPT}, {101, 0, ES_ERR_CORRUPT},
+				  {299, 0, ES_ERR_CORRUPT}};
 
 	PROMISE("pieces end where the payload does, and with the last one");
 	for (size_t i = 0; i < sizeof(second) / sizeof(second[0]); i++)
 	{
 		EsMessageAssembler *a = es_assembler_create();
-		EsMessageHeader *record = malloc(sizeof(*record) + 300);
-		void	   *got;
-		size_t		len;
+		EsMessageHeader	   *record = malloc(sizeof(*record) + 300);
+		void			   *got;
+		size_t				len;
 
 		cut_by_hand(record, 0, 200, 0);
 		CHECK(feed(a, record, sizeof(*record) + 200, &got, &len) == ES_OK && got == NULL);
@@ -365,16 +373,16 @@ test_lengths_of_pieces(void)
 static void
 test_pieces_of_one(void)
 {
-	void	   *payload = random_payload(3000000, true);
+	void *payload = random_payload(3000000, true);
 
 	PROMISE("a piece that differs from the first in anything but its place is not taken");
 	for (int field = 0; field < 8; field++)
 	{
-		Records		r = write_message(ES_MESSAGE_BATCH, &(EsPart) {payload, 3000000}, 1, 77);
+		Records				r = write_message(ES_MESSAGE_BATCH, &(EsPart){payload, 3000000}, 1, 77);
 		EsMessageAssembler *a = es_assembler_create();
-		EsMessageHeader *h;
-		void	   *got;
-		size_t		len;
+		EsMessageHeader	   *h;
+		void			   *got;
+		size_t				len;
 
 		if (!CHECK(r.n > 2))
 			return;
@@ -416,16 +424,16 @@ test_pieces_of_one(void)
 static void
 test_false_raw_length(void)
 {
-	void	   *payload = random_payload(5000, true);
+	void *payload = random_payload(5000, true);
 
 	PROMISE("a compressed message gives as many bytes as it says, or is refused");
 	for (int i = -1; i <= 1; i++)
 	{
-		Records		r = write_message(ES_MESSAGE_BATCH, &(EsPart) {payload, 5000}, 1, 0);
+		Records				r = write_message(ES_MESSAGE_BATCH, &(EsPart){payload, 5000}, 1, 0);
 		EsMessageAssembler *a = es_assembler_create();
-		EsMessageHeader *h = r.record[0];
-		void	   *got;
-		size_t		len;
+		EsMessageHeader	   *h = r.record[0];
+		void			   *got;
+		size_t				len;
 
 		h->raw_len = (uint32_t) (5000 + i);
 		reseal(h);
@@ -440,12 +448,12 @@ test_false_raw_length(void)
 static void
 test_order(void)
 {
-	size_t		len = 5 * ES_MESSAGE_MAX_RECORD;
-	void	   *payload = random_payload(len, false);
-	void	   *other_payload = random_payload(len, false);
-	Records		r = write_message(ES_MESSAGE_BATCH, &(EsPart) {payload, len}, 1, 77);
-	Records		other = write_message(ES_MESSAGE_FINISH, &(EsPart) {other_payload, len - 1}, 1, 78);
-	Records		elsewhere = write_message(ES_MESSAGE_BATCH, &(EsPart) {payload, len}, 1, 79);
+	size_t	len = 5 * ES_MESSAGE_MAX_RECORD;
+	void   *payload = random_payload(len, false);
+	void   *other_payload = random_payload(len, false);
+	Records r = write_message(ES_MESSAGE_BATCH, &(EsPart){payload, len}, 1, 77);
+	Records other = write_message(ES_MESSAGE_FINISH, &(EsPart){other_payload, len - 1}, 1, 78);
+	Records elsewhere = write_message(ES_MESSAGE_BATCH, &(EsPart){payload, len}, 1, 79);
 
 	PROMISE("pieces are taken only in order, complete, and of one message");
 	CHECK(r.n == 6);
@@ -453,11 +461,11 @@ test_order(void)
 		for (uint32_t next = 0; next < r.n + 2; next++)
 		{
 			EsMessageAssembler *a = es_assembler_create();
-			void	   *got;
-			size_t		got_len;
-			const Records *from = next < r.n ? &r : next == r.n ? &other : &elsewhere;
-			uint32_t	i = next < r.n ? next : good;
-			EsStatus	expected = ES_ERR_CORRUPT;
+			void			   *got;
+			size_t				got_len;
+			const Records	   *from = next < r.n ? &r : next == r.n ? &other : &elsewhere;
+			uint32_t			i = next < r.n ? next : good;
+			EsStatus			expected = ES_ERR_CORRUPT;
 
 			for (uint32_t k = 0; k < good; k++)
 				CHECK(feed(a, r.record[k], r.len[k], &got, &got_len) == ES_OK && got == NULL);
@@ -485,13 +493,13 @@ static void
 test_bounded_memory(void)
 {
 	/* malloc gives 256 MB at most here */
-	size_t		len = 1000;
-	void	   *payload = random_payload(len, false);
+	size_t				len = 1000;
+	void			   *payload = random_payload(len, false);
 	EsMessageAssembler *a = es_assembler_create();
-	Records		r = write_message(ES_MESSAGE_BATCH, &(EsPart) {payload, len}, 1, 0);
-	EsMessageHeader *h = r.record[0];
-	void	   *got;
-	size_t		got_len;
+	Records				r = write_message(ES_MESSAGE_BATCH, &(EsPart){payload, len}, 1, 0);
+	EsMessageHeader	   *h = r.record[0];
+	void			   *got;
+	size_t				got_len;
 
 	PROMISE("a header that claims 2 GB costs no more memory than what came");
 	h->raw_len = h->stored_len = UINT32_C(0x7fffffff);
@@ -512,14 +520,14 @@ test_bounded_memory(void)
 	payload = random_payload(2000000, false);
 	for (int i = 0; i < 2; i++)
 	{
-		uint32_t	npieces;
+		uint32_t npieces;
 
-		r = write_message(ES_MESSAGE_BATCH, &(EsPart) {payload, 2000000}, 1, 5);
+		r = write_message(ES_MESSAGE_BATCH, &(EsPart){payload, 2000000}, 1, 5);
 		npieces = r.n;
 		a = es_assembler_create();
 		for (uint32_t k = 0; k < npieces; k++)
 		{
-			EsStatus	expected = k < npieces - 1 ? ES_OK : i == 0 ? ES_ERR_NOMEM : ES_ERR_CORRUPT;
+			EsStatus expected = k < npieces - 1 ? ES_OK : i == 0 ? ES_ERR_NOMEM : ES_ERR_CORRUPT;
 
 			h = r.record[k];
 			h->flags = ES_MESSAGE_LZ4;
@@ -536,12 +544,12 @@ test_bounded_memory(void)
 static void
 test_writers_side_by_side(void)
 {
-	char		text[3000];
+	char			 text[3000];
 	EsMessageWriter *w[3];
-	char	   *buf = malloc(ES_MESSAGE_MAX_RECORD);
-	size_t		len;
-	void	   *got;
-	size_t		got_len;
+	char			*buf = malloc(ES_MESSAGE_MAX_RECORD);
+	size_t			 len;
+	void			*got;
+	size_t			 got_len;
 
 	PROMISE("a writer is reused after its end and never before");
 	for (int round = 0; round < 3; round++)
@@ -551,7 +559,7 @@ test_writers_side_by_side(void)
 			memset(text, 'a' + i, sizeof(text));
 			/* two parts, so that the writer keeps nothing but its own copy, compressed */
 			CHECK(es_message_begin(&w[i], ES_MESSAGE_BATCH, uuid, 1, 0,
-								   (EsPart[]) {{text, 1000}, {text, 2000}}, 2) == ES_OK);
+								   (EsPart[]){{text, 1000}, {text, 2000}}, 2) == ES_OK);
 		}
 		for (int i = 0; i < 3; i++)
 		{
@@ -573,9 +581,9 @@ test_writers_side_by_side(void)
 static void
 test_frozen_message(void)
 {
-	EsReserve	reserve = {.below = 1 << 20};
-	Records		r = write_message(ES_MESSAGE_RESERVE, &(EsPart) {&reserve, sizeof(reserve)}, 1, 0);
-	uint32_t	crc = es_crc32c(0, r.record[0], r.len[0]);
+	EsReserve reserve = {.below = 1 << 20};
+	Records	  r = write_message(ES_MESSAGE_RESERVE, &(EsPart){&reserve, sizeof(reserve)}, 1, 0);
+	uint32_t  crc = es_crc32c(0, r.record[0], r.len[0]);
 
 	PROMISE("the bytes of a message are frozen with the format");
 	if (!CHECK(r.len[0] == 80 && crc == UINT32_C(0x69ceeaf3)))
@@ -589,11 +597,12 @@ test_frozen_message(void)
 static EsPart
 make_batch(uint64_t storage, uint64_t ordinal, uint32_t nrows)
 {
-	EsColumnDesc column = {8, 8, ES_COLUMN_BYVAL};
+	EsColumnDesc	column = {8, 8, ES_COLUMN_BYVAL};
 	EsBatchBuilder *b = es_batch_create(&column, 1, NULL);
-	EsBatchMeta meta = {.table.storage_id = storage,.roles = {.context = 1,.context_class = ES_CONTEXT_INTEGER}};
-	EsPart		part;
-	void	   *buf;
+	EsBatchMeta		meta = {.table.storage_id = storage,
+							.roles = {.context = 1, .context_class = ES_CONTEXT_INTEGER}};
+	EsPart			part;
+	void		   *buf;
 
 	es_batch_reset(b, &meta);
 	for (uint32_t i = 0; i < nrows; i++)
@@ -613,16 +622,16 @@ make_batch(uint64_t storage, uint64_t ordinal, uint32_t nrows)
 
 typedef struct ModelTable
 {
-	EsTableKey	key;
-	uint32_t	flags;
-	uint64_t	nrows;
-	uint32_t	nlogged;
-	uint32_t	ninline;
-	uint32_t	nversions;
-	bool		bitmap;
-	uint64_t	starts[5];
-	EsPart		batches[4];
-	uint8_t		not_taken[32];
+	EsTableKey	   key;
+	uint32_t	   flags;
+	uint64_t	   nrows;
+	uint32_t	   nlogged;
+	uint32_t	   ninline;
+	uint32_t	   nversions;
+	bool		   bitmap;
+	uint64_t	   starts[5];
+	EsPart		   batches[4];
+	uint8_t		   not_taken[32];
 	EsFirstVersion versions[10];
 } ModelTable;
 
@@ -631,8 +640,8 @@ typedef struct ModelTable
 static ModelTable
 random_table(uint64_t storage)
 {
-	ModelTable	t = {.key = {.storage_id = storage,.database = 5}};
-	uint64_t	ordinal = rnd_below(100);
+	ModelTable t = {.key = {.storage_id = storage, .database = 5}};
+	uint64_t   ordinal = rnd_below(100);
 
 	t.flags = rnd_below(2) ? ES_FINISH_GIVEN_VERSIONS : 0;
 	t.nlogged = (uint32_t) rnd_below(6);
@@ -645,7 +654,7 @@ random_table(uint64_t storage)
 		t.nrows = rnd_below(100);
 	for (uint32_t i = 0; i < t.ninline; i++)
 	{
-		uint32_t	n = (uint32_t) rnd_below(5);
+		uint32_t n = (uint32_t) rnd_below(5);
 
 		t.batches[i] = make_batch(storage, ordinal, n);
 		((EsBatchHeader *) t.batches[i].data)->table.database = 5;
@@ -654,23 +663,22 @@ random_table(uint64_t storage)
 	}
 	rnd_bytes(t.not_taken, sizeof(t.not_taken));
 	for (uint32_t i = 0; i < t.nversions; i++)
-		t.versions[i] = (EsFirstVersion) {rnd(), 1 + (int64_t) rnd_below(1000)};
+		t.versions[i] = (EsFirstVersion){rnd(), 1 + (int64_t) rnd_below(1000)};
 	return t;
 }
 
 static EsStatus
 add_model_table(EsFinishBuilder *f, const ModelTable *t)
 {
-	return es_finish_add_table(f, &t->key, 4711, t->flags, t->nrows, t->starts, t->nlogged,
-							   t->batches, t->ninline, t->bitmap ? t->not_taken : NULL,
-							   t->versions, t->nversions);
+	return es_finish_add_table(f, &t->key, 4711, t->flags, t->nrows, t->starts, t->nlogged, t->batches,
+							   t->ninline, t->bitmap ? t->not_taken : NULL, t->versions, t->nversions);
 }
 
 static void
 check_table(const ModelTable *t, const EsFinishTable *got)
 {
 	EsFinishTableView v;
-	const char *at;
+	const char		 *at;
 
 	es_finish_table_view(got, &v);
 	CHECK(es_table_key_equal(&got->table, &t->key) && got->relid == 4711 && got->nrows == t->nrows);
@@ -728,11 +736,11 @@ test_finish_round_trip(void)
 	PROMISE("a FINISH gives back its sections, tables, batches, bitmaps and versions");
 	for (int i = 0; i < 200; i++)
 	{
-		ModelTable	tables[3][3];
-		int			ntables[3];
-		size_t		len;
-		void	   *finish = random_finish(f, &len, tables, ntables);
-		EsError		err;
+		ModelTable tables[3][3];
+		int		   ntables[3];
+		size_t	   len;
+		void	  *finish = random_finish(f, &len, tables, ntables);
+		EsError	   err;
 
 		if (!CHECK(es_finish_check(finish, len, &err) == ES_OK))
 			printf("# %s\n", err.what);
@@ -740,9 +748,9 @@ test_finish_round_trip(void)
 		for (uint16_t shard = 0; shard < 3; shard++)
 		{
 			const EsSectionHeader *s = es_finish_section(finish, shard);
-			const EsFinishTable *t;
-			int			n = 0;
-			void	   *alone;
+			const EsFinishTable	  *t;
+			int					   n = 0;
+			void				  *alone;
 
 			if (!CHECK(s != NULL && s->shard == shard && s->base == 5000 && s->npositions == MODEL_POSITIONS))
 				break;
@@ -766,7 +774,7 @@ test_finish_round_trip(void)
 static uint64_t
 walk_finish(const void *finish)
 {
-	uint64_t	sum = 0;
+	uint64_t sum = 0;
 
 	for (uint16_t shard = 0; shard < ES_MAX_SHARDS; shard++)
 	{
@@ -777,7 +785,7 @@ walk_finish(const void *finish)
 		for (const EsFinishTable *t = es_section_first(s); t != NULL; t = es_section_next(s, t))
 		{
 			EsFinishTableView v;
-			const char *at;
+			const char		 *at;
 
 			es_finish_table_view(t, &v);
 			for (uint32_t i = 0; i < t->nlogged; i++)
@@ -805,24 +813,24 @@ static void
 test_finish_malformed(void)
 {
 	EsFinishBuilder *f = es_finish_create();
-	uint64_t	sum = 0;
-	unsigned	taken = 0;
-	unsigned	refused = 0;
+	uint64_t		 sum = 0;
+	unsigned		 taken = 0;
+	unsigned		 refused = 0;
 
 	PROMISE("a FINISH with changed bytes, or cut off, is refused or can be read without leaving it");
 	for (int i = 0; i < 30; i++)
 	{
-		ModelTable	tables[3][3];
-		int			ntables[3];
-		size_t		len;
-		void	   *finish = random_finish(f, &len, tables, ntables);
+		ModelTable tables[3][3];
+		int		   ntables[3];
+		size_t	   len;
+		void	  *finish = random_finish(f, &len, tables, ntables);
 
 		for (size_t at = 0; at < len; at++)
 		{
 			unsigned char *copy = exact_copy(finish, len);
-			void	   *cut = exact_copy(finish, at);
-			EsError		err;
-			EsStatus	status;
+			void		  *cut = exact_copy(finish, at);
+			EsError		   err;
+			EsStatus	   status;
 
 			CHECK(es_finish_check(cut, at, NULL) != ES_OK);
 			free(cut);
@@ -851,14 +859,14 @@ static void
 test_finish_refused(void)
 {
 	EsFinishBuilder *f = es_finish_create();
-	EsPart		batches[2] = {make_batch(7, 10, 3), make_batch(7, 13, 2)};
-	EsTableKey	key = {.storage_id = 7};
-	uint64_t	start = 1000;
-	uint8_t		not_taken = 1;
-	EsFirstVersion version = {1, 1};
-	const void *payload;
-	void	   *good;
-	size_t		len;
+	EsPart			 batches[2] = {make_batch(7, 10, 3), make_batch(7, 13, 2)};
+	EsTableKey		 key = {.storage_id = 7};
+	uint64_t		 start = 1000;
+	uint8_t			 not_taken = 1;
+	EsFirstVersion	 version = {1, 1};
+	const void		*payload;
+	void			*good;
+	size_t			 len;
 
 	PROMISE("a FINISH is refused whose positions, order, row counts, tables or shards do not agree");
 	es_finish_reset(f, 100, 15);
@@ -870,33 +878,33 @@ test_finish_refused(void)
 	good = exact_copy(payload, len);
 	CHECK(es_finish_check(good, len, NULL) == ES_OK);
 
-#define DAMAGED(change) \
-	do \
-	{ \
-		char	   *buf = exact_copy(good, len); \
-		EsFinishHeader *h = (EsFinishHeader *) buf; \
-		EsSectionHeader *s = (EsSectionHeader *) (h + 1); \
-		EsFinishTable *t = (EsFinishTable *) (s + 1); \
-		EsBatchHeader *b1 = (EsBatchHeader *) (t + 1); \
-		EsBatchHeader *b2 = (EsBatchHeader *) ((char *) b1 + b1->total_len); \
-		EsSectionHeader *s2 = (EsSectionHeader *) ((char *) s + s->len); \
-		EsFinishTable *t2 = (EsFinishTable *) (s2 + 1); \
-		EsFirstVersion *v = (EsFirstVersion *) s2 - 1; \
-		(void) h, (void) t, (void) b2, (void) t2, (void) v; \
-		change; \
-		CHECK(es_finish_check(buf, len, NULL) == ES_ERR_CORRUPT); \
-		free(buf); \
+#define DAMAGED(change)                                                        \
+	do                                                                         \
+	{                                                                          \
+		char			*buf = exact_copy(good, len);                          \
+		EsFinishHeader	*h = (EsFinishHeader *) buf;                           \
+		EsSectionHeader *s = (EsSectionHeader *) (h + 1);                      \
+		EsFinishTable	*t = (EsFinishTable *) (s + 1);                        \
+		EsBatchHeader	*b1 = (EsBatchHeader *) (t + 1);                       \
+		EsBatchHeader	*b2 = (EsBatchHeader *) ((char *) b1 + b1->total_len); \
+		EsSectionHeader *s2 = (EsSectionHeader *) ((char *) s + s->len);       \
+		EsFinishTable	*t2 = (EsFinishTable *) (s2 + 1);                      \
+		EsFirstVersion	*v = (EsFirstVersion *) s2 - 1;                        \
+		(void) h, (void) t, (void) b2, (void) t2, (void) v;                    \
+		change;                                                                \
+		CHECK(es_finish_check(buf, len, NULL) == ES_ERR_CORRUPT);              \
+		free(buf);                                                             \
 	} while (0)
 
 	DAMAGED(h->base = ES_MAX_POSITION + 1);
 	DAMAGED(h->npositions = UINT64_MAX);
-	DAMAGED(h->npositions++);	/* the sections say otherwise */
-	DAMAGED(h->nsections = 1);	/* bytes are left */
+	DAMAGED(h->npositions++);  /* the sections say otherwise */
+	DAMAGED(h->nsections = 1); /* bytes are left */
 	DAMAGED(h->reserved = 1);
 	DAMAGED(s->base = ES_MAX_POSITION + 1);
 	DAMAGED(s->npositions = ES_MAX_POSITION);
-	DAMAGED((h->npositions = s->npositions = s2->npositions = 14));	/* fewer than ordinals */
-	DAMAGED(s->shard = 1);		/* twice */
+	DAMAGED((h->npositions = s->npositions = s2->npositions = 14)); /* fewer than ordinals */
+	DAMAGED(s->shard = 1);											/* twice */
 	DAMAGED(s->shard = ES_MAX_SHARDS);
 	DAMAGED(s->ntables = 0);
 	DAMAGED(s->ntables = 2);
@@ -928,8 +936,8 @@ test_finish_refused(void)
 	DAMAGED(b1->magic = 0);
 	DAMAGED(b1->total_len = 8);
 	DAMAGED(b2->total_len = (uint32_t) len);
-	DAMAGED(b2->first_ordinal = 12);	/* not behind the first batch */
-	DAMAGED(*(uint64_t *) (t2 + 1) = 0);	/* a logged batch without a start */
+	DAMAGED(b2->first_ordinal = 12);	 /* not behind the first batch */
+	DAMAGED(*(uint64_t *) (t2 + 1) = 0); /* a logged batch without a start */
 	DAMAGED(t2->nrows = 5 + ES_BATCH_MAX_ROWS + 1);
 	DAMAGED(t2->nrows = 4);
 #undef DAMAGED
@@ -950,7 +958,8 @@ test_finish_refused(void)
 	/* with given positions ordinals say nothing about positions */
 	es_finish_reset(f, 0, 0);
 	CHECK(es_finish_begin_section(f, 2) == ES_OK);
-	CHECK(es_finish_add_table(f, &key, 1, ES_FINISH_GIVEN_POSITIONS, 5, NULL, 0, batches, 2, NULL, NULL, 0) == ES_OK);
+	CHECK(es_finish_add_table(f, &key, 1, ES_FINISH_GIVEN_POSITIONS, 5, NULL, 0, batches, 2, NULL, NULL, 0) ==
+		  ES_OK);
 	CHECK(es_finish_end(f, &payload, &len) == ES_OK);
 	good = exact_copy(payload, len);
 	CHECK(es_finish_check(good, len, NULL) == ES_OK);
@@ -964,13 +973,13 @@ static void
 test_finish_builder(void)
 {
 	EsFinishBuilder *f = es_finish_create();
-	EsPart		batch = make_batch(1, 0, 2);
-	EsPart		huge = {batch.data, UINT32_C(0x7ffffff8)};
-	EsPart		odd = {batch.data, batch.len - 4};
-	EsTableKey	key = {.storage_id = 1};
-	const void *payload;
-	size_t		before;
-	size_t		len;
+	EsPart			 batch = make_batch(1, 0, 2);
+	EsPart			 huge = {batch.data, UINT32_C(0x7ffffff8)};
+	EsPart			 odd = {batch.data, batch.len - 4};
+	EsTableKey		 key = {.storage_id = 1};
+	const void		*payload;
+	size_t			 before;
+	size_t			 len;
 
 	PROMISE("what the builder of a FINISH refuses leaves no trace in it");
 	es_finish_reset(f, 1, 2);
@@ -980,21 +989,24 @@ test_finish_builder(void)
 	CHECK(es_finish_begin_section(f, 0) == ES_ERR_ARGUMENT);
 	CHECK(es_finish_end(f, &payload, &before) == ES_OK);
 	CHECK(es_finish_add_table(f, &key, 1, 0, 2, NULL, 0, &huge, 1, NULL, NULL, 0) == ES_ERR_TOO_LARGE);
-	CHECK(es_finish_add_table(f, &key, 1, 0, 2, NULL, 0, (EsPart[]) {huge, huge, huge}, 3, NULL, NULL, 0) == ES_ERR_TOO_LARGE);
+	CHECK(es_finish_add_table(f, &key, 1, 0, 2, NULL, 0, (EsPart[]){huge, huge, huge}, 3, NULL, NULL, 0) ==
+		  ES_ERR_TOO_LARGE);
 	CHECK(es_finish_add_table(f, &key, 1, 0, 2, NULL, 0, &odd, 1, NULL, NULL, 0) == ES_ERR_ARGUMENT);
-	CHECK(es_finish_add_table(f, &key, 1, 0, 2, NULL, 0, &batch, 1, NULL, NULL, ES_FINISH_MAX_VERSIONS + 1) == ES_ERR_ARGUMENT);
+	CHECK(es_finish_add_table(f, &key, 1, 0, 2, NULL, 0, &batch, 1, NULL, NULL, ES_FINISH_MAX_VERSIONS + 1) ==
+		  ES_ERR_ARGUMENT);
 	CHECK(es_finish_end(f, &payload, &len) == ES_OK && len == before);
 	CHECK(es_finish_check(payload, len, NULL) == ES_OK);
 	{
 		/* the most versions there may be, and one more put there by hand */
-		EsFirstVersion *versions = calloc(ES_FINISH_MAX_VERSIONS, sizeof(*versions));
-		EsFinishHeader *copy;
+		EsFirstVersion	*versions = calloc(ES_FINISH_MAX_VERSIONS, sizeof(*versions));
+		EsFinishHeader	*copy;
 		EsSectionHeader *s;
-		EsFinishTable *t;
+		EsFinishTable	*t;
 
 		for (int i = 0; i < ES_FINISH_MAX_VERSIONS; i++)
 			versions[i].first_version = 1;
-		CHECK(es_finish_add_table(f, &key, 1, 0, 2, NULL, 0, &batch, 1, NULL, versions, ES_FINISH_MAX_VERSIONS) == ES_OK);
+		CHECK(es_finish_add_table(f, &key, 1, 0, 2, NULL, 0, &batch, 1, NULL, versions,
+								  ES_FINISH_MAX_VERSIONS) == ES_OK);
 		CHECK(es_finish_end(f, &payload, &len) == ES_OK && es_finish_check(payload, len, NULL) == ES_OK);
 		copy = realloc(exact_copy(payload, len), len + sizeof(*versions));
 		memcpy((char *) copy + len, versions, sizeof(*versions));
@@ -1007,7 +1019,8 @@ test_finish_builder(void)
 		free(copy);
 		free(versions);
 	}
-	CHECK(es_finish_add_table(f, &key, 1, ES_FINISH_NOT_TAKEN, 2, NULL, 0, &batch, 1, NULL, NULL, 0) == ES_OK);
+	CHECK(es_finish_add_table(f, &key, 1, ES_FINISH_NOT_TAKEN, 2, NULL, 0, &batch, 1, NULL, NULL, 0) ==
+		  ES_OK);
 	CHECK(es_finish_end(f, &payload, &len) == ES_OK && es_finish_check(payload, len, NULL) == ES_OK);
 	free((void *) batch.data);
 	es_finish_free(f);
@@ -1017,18 +1030,19 @@ static void
 test_frozen_finish(void)
 {
 	EsFinishBuilder *f = es_finish_create();
-	EsTableKey	key = {.storage_id = 7,.database = 5};
-	uint64_t	starts[2] = {1000, 2000};
-	uint8_t		not_taken[2] = {0x80, 0x01};
-	EsFirstVersion version = {UINT64_C(0x0123456789abcdef), 3};
-	const void *payload;
-	size_t		len;
-	uint32_t	crc;
+	EsTableKey		 key = {.storage_id = 7, .database = 5};
+	uint64_t		 starts[2] = {1000, 2000};
+	uint8_t			 not_taken[2] = {0x80, 0x01};
+	EsFirstVersion	 version = {UINT64_C(0x0123456789abcdef), 3};
+	const void		*payload;
+	size_t			 len;
+	uint32_t		 crc;
 
 	PROMISE("the bytes of a FINISH are frozen with the format");
 	es_finish_reset(f, 100, 20);
 	CHECK(es_finish_begin_section(f, 2) == ES_OK);
-	CHECK(es_finish_add_table(f, &key, 16384, ES_FINISH_GIVEN_VERSIONS, 9, starts, 2, NULL, 0, not_taken, &version, 1) == ES_OK);
+	CHECK(es_finish_add_table(f, &key, 16384, ES_FINISH_GIVEN_VERSIONS, 9, starts, 2, NULL, 0, not_taken,
+							  &version, 1) == ES_OK);
 	CHECK(es_finish_end(f, &payload, &len) == ES_OK && es_finish_check(payload, len, NULL) == ES_OK);
 	crc = es_crc32c(0, payload, len);
 	if (!CHECK(len == 136 && crc == UINT32_C(0x5b8625eb)))

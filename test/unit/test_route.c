@@ -21,7 +21,7 @@ hash_of(EsContextClass klass, int16_t attlen, const void *value)
 static const void *
 varlena(char *buf, const char *data, size_t len, bool short_header)
 {
-	uint32_t	header = (uint32_t) (len + 4) << 2;
+	uint32_t header = (uint32_t) (len + 4) << 2;
 
 	if (short_header)
 	{
@@ -42,11 +42,11 @@ test_frozen_hashes(void)
 	static const struct
 	{
 		EsContextClass klass;
-		const char *bytes;
-		size_t		len;
-		uint64_t	hash;
-		uint32_t	slot;
-	}			vectors[] = {
+		const char	  *bytes;
+		size_t		   len;
+		uint64_t	   hash;
+		uint32_t	   slot;
+	} vectors[] = {
 		{ES_CONTEXT_STRING, "", 0, UINT64_C(0xfdead6847e4d66dd), 1015},
 		{ES_CONTEXT_STRING, "a", 1, UINT64_C(0x2e25a4e2b5083c43), 184},
 		{ES_CONTEXT_STRING, "order-17", 8, UINT64_C(0xc77aefc039105820), 797},
@@ -64,11 +64,12 @@ test_frozen_hashes(void)
 	PROMISE("the hash of a context is frozen with the format");
 	for (size_t i = 0; i < sizeof(vectors) / sizeof(vectors[0]); i++)
 	{
-		char	   *odd = malloc(vectors[i].len + 1);
-		uint64_t	hash = es_context_hash(vectors[i].klass, vectors[i].bytes, vectors[i].len);
+		char	*odd = malloc(vectors[i].len + 1);
+		uint64_t hash = es_context_hash(vectors[i].klass, vectors[i].bytes, vectors[i].len);
 
 		if (!CHECK(hash == vectors[i].hash) || !CHECK(es_hash_slot(hash) == vectors[i].slot))
-			printf("# vector %zu: UINT64_C(0x%016llx), %u\n", i, (unsigned long long) hash, es_hash_slot(hash));
+			printf("# vector %zu: UINT64_C(0x%016llx), %u\n", i, (unsigned long long) hash,
+				   es_hash_slot(hash));
 
 		/* and does not depend on where the bytes lie */
 		memcpy(odd + 1, vectors[i].bytes, vectors[i].len);
@@ -80,13 +81,13 @@ test_frozen_hashes(void)
 static void
 test_same_class(void)
 {
-	char		buf[256];
-	char		name[64] = "order-17";
-	char		full_name[64];
-	int16_t		i2 = -17;
-	int32_t		i4 = -17;
-	int64_t		i8 = -17;
-	uint64_t	expected = es_context_hash(ES_CONTEXT_STRING, "order-17", 8);
+	char	 buf[256];
+	char	 name[64] = "order-17";
+	char	 full_name[64];
+	int16_t	 i2 = -17;
+	int32_t	 i4 = -17;
+	int64_t	 i8 = -17;
+	uint64_t expected = es_context_hash(ES_CONTEXT_STRING, "order-17", 8);
 
 	PROMISE("a context keeps its hash when its column changes to another type of the same class");
 	CHECK(hash_of(ES_CONTEXT_STRING, -1, varlena(buf, "order-17", 8, true)) == expected);
@@ -152,12 +153,12 @@ test_varlena(void)
 static void
 test_slot_map(void)
 {
-	uint8_t		map[ES_ROUTING_SLOTS];
+	uint8_t map[ES_ROUTING_SLOTS];
 
 	PROMISE("the first slot map gives each shard one run of slots, all of the same length within one");
 	for (int nshards = 1; nshards <= ES_MAX_SHARDS; nshards++)
 	{
-		int			count[ES_MAX_SHARDS] = {0};
+		int count[ES_MAX_SHARDS] = {0};
 
 		es_slot_map_init(map, nshards);
 		for (int slot = 0; slot < ES_ROUTING_SLOTS; slot++)
@@ -168,20 +169,21 @@ test_slot_map(void)
 			count[map[slot]]++;
 		}
 		for (int shard = 0; shard < nshards; shard++)
-			CHECK(count[shard] == ES_ROUTING_SLOTS / nshards || count[shard] == ES_ROUTING_SLOTS / nshards + 1);
+			CHECK(count[shard] == ES_ROUTING_SLOTS / nshards ||
+				  count[shard] == ES_ROUTING_SLOTS / nshards + 1);
 	}
 }
 
 static void
 test_spread(void)
 {
-	static int	count[ES_ROUTING_SLOTS];
-	char		context[32];
+	static int count[ES_ROUTING_SLOTS];
+	char	   context[32];
 
 	PROMISE("contexts that count up spread over all slots");
 	for (int i = 0; i < 100 * ES_ROUTING_SLOTS; i++)
 	{
-		int			n = snprintf(context, sizeof(context), "order-%d", i);
+		int n = snprintf(context, sizeof(context), "order-%d", i);
 
 		count[es_hash_slot(es_context_hash(ES_CONTEXT_STRING, context, (size_t) n))]++;
 	}

@@ -17,35 +17,33 @@ __asan_default_options(void)
 	return "allocator_may_return_null=1:max_allocation_size_mb=8";
 }
 
-#define SHARD	5
-#define FILE_NUMBER UINT64_C(7)
+#define SHARD			5
+#define FILE_NUMBER		UINT64_C(7)
 #define OWN_LSN(offset) (FILE_NUMBER << 32 | (offset))
-#define ROOM	(64 * ES_WAL_BLOCK)
+#define ROOM			(64 * ES_WAL_BLOCK)
 
 /* A log being written, as a shard does: frames behind each other, groups on block borders. */
 typedef struct Log
 {
-	char	   *data;
-	size_t		len;
-	uint32_t	crc;			/* of the last frame */
-	uint32_t	nframes;
-	size_t		offset[200];
-	uint32_t	crcs[200];
+	char		 *data;
+	size_t		  len;
+	uint32_t	  crc; /* of the last frame */
+	uint32_t	  nframes;
+	size_t		  offset[200];
+	uint32_t	  crcs[200];
 	EsFrameHeader headers[200];
 } Log;
 
 static void
 log_frame(Log *log, EsFrameType type, const void *payload, uint32_t len)
 {
-	EsFrameHeader h = {
-		.type = (uint8_t) type,
-		.payload_len = len,
-		.shard = SHARD,
-		.own_lsn = OWN_LSN(log->len),
-		.pg_start = 1000 + log->nframes,
-		.pg_end = 2000 + log->nframes,
-		.fxid = 3000 + log->nframes
-	};
+	EsFrameHeader h = {.type = (uint8_t) type,
+					   .payload_len = len,
+					   .shard = SHARD,
+					   .own_lsn = OWN_LSN(log->len),
+					   .pg_start = 1000 + log->nframes,
+					   .pg_end = 2000 + log->nframes,
+					   .fxid = 3000 + log->nframes};
 
 	log->crc = es_frame_encode(&h, payload, log->crc, log->data + log->len);
 	CHECK(h.crc == log->crc);
@@ -64,14 +62,14 @@ end_group(Log *log)
 static Log
 random_log(uint32_t nframes)
 {
-	Log			log = {.data = calloc(1, ROOM)};
-	EsWalFileHeader file = {.identity = {.shard = SHARD,.nshards = 8},.file_number = FILE_NUMBER};
-	char		payload[3000];
+	Log				log = {.data = calloc(1, ROOM)};
+	EsWalFileHeader file = {.identity = {.shard = SHARD, .nshards = 8}, .file_number = FILE_NUMBER};
+	char			payload[3000];
 
 	log_frame(&log, ES_FRAME_FILE, &file, sizeof(file));
 	for (uint32_t i = 1; i < nframes; i++)
 	{
-		uint32_t	len = (uint32_t) (rnd_below(5) ? rnd_below(200) : rnd_below(sizeof(payload)));
+		uint32_t len = (uint32_t) (rnd_below(5) ? rnd_below(200) : rnd_below(sizeof(payload)));
 
 		rnd_bytes(payload, len);
 		log_frame(&log, (EsFrameType) (ES_FRAME_BATCH + rnd_below(5)), payload, len);
@@ -86,18 +84,19 @@ random_log(uint32_t nframes)
 static uint32_t
 read_log(const Log *log, EsStatus *stopped, uint32_t *last_crc)
 {
-	size_t		at = 0;
-	uint32_t	n = 0;
-	uint32_t	crc = 0;
+	size_t	 at = 0;
+	uint32_t n = 0;
+	uint32_t crc = 0;
 
 	for (;;)
 	{
 		const EsFrameHeader *h;
-		const void *payload;
-		EsError		err;
-		EsStatus	status;
+		const void			*payload;
+		EsError				 err;
+		EsStatus			 status;
 
-		status = es_frame_decode(log->data + at, ROOM - at, OWN_LSN(at), SHARD, crc, &h, &payload, &crc, &err);
+		status =
+			es_frame_decode(log->data + at, ROOM - at, OWN_LSN(at), SHARD, crc, &h, &payload, &crc, &err);
 		if (status == ES_OK)
 		{
 			CHECK(at == log->offset[n] && memcmp(h, &log->headers[n], sizeof(*h)) == 0);
@@ -125,9 +124,9 @@ test_log(void)
 	PROMISE("frames are read back in order, over the padding of their groups, and their CRCs chain");
 	for (int i = 0; i < 100; i++)
 	{
-		Log			log = random_log(1 + (uint32_t) rnd_below(60));
-		EsStatus	stopped;
-		uint32_t	crc;
+		Log		 log = random_log(1 + (uint32_t) rnd_below(60));
+		EsStatus stopped;
+		uint32_t crc;
 
 		CHECK(read_log(&log, &stopped, &crc) == log.nframes);
 		CHECK(stopped == ES_ERR_TRUNCATED && crc == log.crc);
@@ -141,17 +140,18 @@ test_every_byte(void)
 	PROMISE("with any byte of the log changed no frame at or behind it is read");
 	for (int i = 0; i < 4; i++)
 	{
-		Log			log = random_log(12);
+		Log log = random_log(12);
 
 		for (size_t at = 0; at < log.len; at++)
 		{
-			uint32_t	before = 0;
-			uint32_t	last_crc;
-			EsStatus	stopped;
-			char		saved;
+			uint32_t before = 0;
+			uint32_t last_crc;
+			EsStatus stopped;
+			char	 saved;
 
 			/* frames that are whole in front of the byte */
-			while (before < log.nframes && log.offset[before] + es_frame_size(log.headers[before].payload_len) <= at)
+			while (before < log.nframes &&
+				   log.offset[before] + es_frame_size(log.headers[before].payload_len) <= at)
 				before++;
 			saved = log.data[at];
 			log.data[at] ^= (char) (1 << rnd_below(8));
@@ -169,16 +169,17 @@ test_hole(void)
 	PROMISE("a block that reads as zeros, or as what another place held, ends the log there");
 	for (int i = 0; i < 50; i++)
 	{
-		Log			log = random_log(40);
-		Log			other = random_log(40);
-		EsStatus	stopped;
-		uint32_t	crc;
-		uint32_t	n;
-		size_t		block = rnd_below(log.len / ES_WAL_BLOCK) * ES_WAL_BLOCK;
-		uint32_t	before = 0;
+		Log		 log = random_log(40);
+		Log		 other = random_log(40);
+		EsStatus stopped;
+		uint32_t crc;
+		uint32_t n;
+		size_t	 block = rnd_below(log.len / ES_WAL_BLOCK) * ES_WAL_BLOCK;
+		uint32_t before = 0;
 
 		CHECK(log.len > 2 * ES_WAL_BLOCK && other.len > 2 * ES_WAL_BLOCK);
-		while (before < log.nframes && log.offset[before] + es_frame_size(log.headers[before].payload_len) <= block)
+		while (before < log.nframes &&
+			   log.offset[before] + es_frame_size(log.headers[before].payload_len) <= block)
 			before++;
 		if (i % 2)
 		{
@@ -209,13 +210,14 @@ test_hole(void)
 static void
 test_every_length(void)
 {
-	char		payload[100];
-	EsFrameHeader h = {.type = ES_FRAME_BATCH,.payload_len = sizeof(payload),.shard = SHARD,.own_lsn = OWN_LSN(64)};
-	size_t		size = es_frame_size(sizeof(payload));
-	char	   *frame = malloc(size);
+	char		  payload[100];
+	EsFrameHeader h = {
+		.type = ES_FRAME_BATCH, .payload_len = sizeof(payload), .shard = SHARD, .own_lsn = OWN_LSN(64)};
+	size_t				 size = es_frame_size(sizeof(payload));
+	char				*frame = malloc(size);
 	const EsFrameHeader *found;
-	const void *found_payload;
-	uint32_t	crc;
+	const void			*found_payload;
+	uint32_t			 crc;
 
 	PROMISE("a frame that is cut off anywhere is refused, and no length makes the reader leave its buffer");
 	rnd_bytes(payload, sizeof(payload));
@@ -223,25 +225,27 @@ test_every_length(void)
 	CHECK(size % 8 == 0 && size >= sizeof(h) + sizeof(payload));
 	for (size_t len = 0; len <= size; len++)
 	{
-		char	   *cut = exact_copy(frame, len);
-		EsStatus	expected = len == size ? ES_OK : len < 4 ? ES_ERR_TRUNCATED : ES_ERR_CORRUPT;
+		char	*cut = exact_copy(frame, len);
+		EsStatus expected = len == size ? ES_OK : len < 4 ? ES_ERR_TRUNCATED : ES_ERR_CORRUPT;
 
 		/* the first bytes of a magic are no padding */
 		if (len > 0 && len < 4)
 			expected = ES_ERR_CORRUPT;
-		CHECK(es_frame_decode(cut, len, OWN_LSN(64), SHARD, 17, &found, &found_payload, &crc, NULL) == expected);
+		CHECK(es_frame_decode(cut, len, OWN_LSN(64), SHARD, 17, &found, &found_payload, &crc, NULL) ==
+			  expected);
 		free(cut);
 	}
 	for (uint32_t len = 0; len < 200; len++)
 	{
-		char	   *copy = exact_copy(frame, size);
-		uint32_t	claim = len < 150 ? len : UINT32_MAX - (len - 150);
+		char	*copy = exact_copy(frame, size);
+		uint32_t claim = len < 150 ? len : UINT32_MAX - (len - 150);
 
 		if (len >= 180)
 			claim = ES_FRAME_MAX_PAYLOAD + 190 - len;
 		((EsFrameHeader *) copy)->payload_len = claim;
 		if (claim != sizeof(payload))
-			CHECK(es_frame_decode(copy, size, OWN_LSN(64), SHARD, 17, &found, &found_payload, &crc, NULL) == ES_ERR_CORRUPT);
+			CHECK(es_frame_decode(copy, size, OWN_LSN(64), SHARD, 17, &found, &found_payload, &crc, NULL) ==
+				  ES_ERR_CORRUPT);
 		free(copy);
 	}
 	free(frame);
@@ -250,14 +254,16 @@ test_every_length(void)
 static void
 test_place(void)
 {
-	char		payload[8] = "payload";
-	EsFrameHeader h = {.type = ES_FRAME_FINISH,.payload_len = sizeof(payload),.shard = SHARD,.own_lsn = OWN_LSN(64)};
-	char	   *frame = malloc(es_frame_size(sizeof(payload)));
+	char		  payload[8] = "payload";
+	EsFrameHeader h = {
+		.type = ES_FRAME_FINISH, .payload_len = sizeof(payload), .shard = SHARD, .own_lsn = OWN_LSN(64)};
+	char				*frame = malloc(es_frame_size(sizeof(payload)));
 	const EsFrameHeader *found;
-	const void *found_payload;
-	uint32_t	crc;
-#define DECODE(lsn, shard, prev) \
-	es_frame_decode(frame, es_frame_size(sizeof(payload)), lsn, shard, prev, &found, &found_payload, &crc, NULL)
+	const void			*found_payload;
+	uint32_t			 crc;
+#define DECODE(lsn, shard, prev)                                                                           \
+	es_frame_decode(frame, es_frame_size(sizeof(payload)), lsn, shard, prev, &found, &found_payload, &crc, \
+					NULL)
 
 	PROMISE("a frame counts only at its own LSN, behind the frame it continues, and in its shard");
 	es_frame_encode(&h, payload, 17, frame);
@@ -285,14 +291,15 @@ test_place(void)
 static void
 test_unpack(void)
 {
-	char		raw[5000];
-	char		payload[8 + LZ4_COMPRESSBOUND(sizeof(raw))];
-	uint64_t	raw_len = sizeof(raw);
-	EsFrameHeader h = {.type = ES_FRAME_BATCH,.flags = ES_FRAME_LZ4};
-	void	   *out;
-	size_t		out_len;
+	char		  raw[5000];
+	char		  payload[8 + LZ4_COMPRESSBOUND(sizeof(raw))];
+	uint64_t	  raw_len = sizeof(raw);
+	EsFrameHeader h = {.type = ES_FRAME_BATCH, .flags = ES_FRAME_LZ4};
+	void		 *out;
+	size_t		  out_len;
 
-	PROMISE("a compressed frame gives its payload, and a false length of it is refused before memory is asked for");
+	PROMISE(
+		"a compressed frame gives its payload, and a false length of it is refused before memory is asked for");
 	for (size_t i = 0; i < sizeof(raw); i++)
 		raw[i] = (char) (i / 100);
 	memcpy(payload, &raw_len, 8);
@@ -309,7 +316,7 @@ test_unpack(void)
 	}
 	h.payload_len = 7;
 	{
-		void	   *cut = exact_copy(payload, 7);
+		void *cut = exact_copy(payload, 7);
 
 		CHECK(es_frame_unpack(&h, cut, &out, &out_len, NULL) == ES_ERR_CORRUPT);
 		free(cut);
@@ -323,21 +330,19 @@ test_unpack(void)
 static EsControl
 make_control(uint64_t sequence)
 {
-	EsControl	c = {
-		.flags = ES_CONTROL_CLEAN,
-		.sequence = sequence,
-		.identity = {.system_identifier = 99,.timeline = 1,.shard = SHARD,.nshards = 8},
-		.incarnation = 4,
-		.durable_end = OWN_LSN(8192),
-		.durable_crc = 0xabcdef01,
-		.first_file = OWN_LSN(0),
-		.restart_lsn = 123456,
-		.reserved_below = 1 << 20,
-		.next_position = 77,
-		.manifest_generation = 3,
-		.manifest_len = 4096,
-		.written_at = 1700000000000000
-	};
+	EsControl c = {.flags = ES_CONTROL_CLEAN,
+				   .sequence = sequence,
+				   .identity = {.system_identifier = 99, .timeline = 1, .shard = SHARD, .nshards = 8},
+				   .incarnation = 4,
+				   .durable_end = OWN_LSN(8192),
+				   .durable_crc = 0xabcdef01,
+				   .first_file = OWN_LSN(0),
+				   .restart_lsn = 123456,
+				   .reserved_below = 1 << 20,
+				   .next_position = 77,
+				   .manifest_generation = 3,
+				   .manifest_len = 4096,
+				   .written_at = 1700000000000000};
 
 	memcpy(c.identity.store_uuid, "store uuid 16 by", ES_UUID_LEN);
 	return c;
@@ -346,7 +351,7 @@ make_control(uint64_t sequence)
 static EsStoreFile
 make_store(void)
 {
-	EsStoreFile s = {.system_identifier = 99,.nshards = 8,.created_at = 1700000000000000};
+	EsStoreFile s = {.system_identifier = 99, .nshards = 8, .created_at = 1700000000000000};
 
 	memcpy(s.store_uuid, "store uuid 16 by", ES_UUID_LEN);
 	es_slot_map_init(s.slot_map, 8);
@@ -356,8 +361,8 @@ make_store(void)
 static void
 test_control(void)
 {
-	EsControl	control = make_control(9);
-	EsControl	found;
+	EsControl	   control = make_control(9);
+	EsControl	   found;
 	unsigned char *block = malloc(ES_WAL_BLOCK);
 
 	PROMISE("a control block is read back, and refused with any of its 4096 bytes changed");
@@ -367,7 +372,7 @@ test_control(void)
 	for (size_t at = 0; at < ES_WAL_BLOCK; at++)
 		for (int bit = 0; bit < 8; bit++)
 		{
-			EsError		err;
+			EsError err;
 
 			block[at] ^= (unsigned char) (1 << bit);
 			/* there is no version 0 */
@@ -397,8 +402,8 @@ test_control(void)
 static void
 test_control_torn(void)
 {
-	EsControl	older = make_control(8);
-	EsControl	newer = make_control(9);
+	EsControl	   older = make_control(8);
+	EsControl	   newer = make_control(9);
 	unsigned char *old_block = malloc(ES_WAL_BLOCK);
 	unsigned char *new_block = malloc(ES_WAL_BLOCK);
 	unsigned char *torn = malloc(ES_WAL_BLOCK);
@@ -409,11 +414,11 @@ test_control_torn(void)
 	es_control_encode(&newer, new_block);
 	for (size_t at = 0; at <= ES_WAL_BLOCK; at++)
 	{
-		EsControl	c0;
-		EsControl	c1;
-		EsStatus	s0;
-		EsStatus	s1;
-		int			current;
+		EsControl c0;
+		EsControl c1;
+		EsStatus  s0;
+		EsStatus  s1;
+		int		  current;
 
 		/* control.1 holds the block of sequence 8; control.0 is being overwritten with 9 */
 		memset(torn, 0, ES_WAL_BLOCK);
@@ -434,10 +439,11 @@ test_control_torn(void)
 static void
 test_control_current(void)
 {
-	EsControl	c8 = make_control(8);
-	EsControl	c9 = make_control(9);
+	EsControl c8 = make_control(8);
+	EsControl c9 = make_control(9);
 
-	PROMISE("the valid control block with the higher sequence is current; one of another version stops the shard");
+	PROMISE(
+		"the valid control block with the higher sequence is current; one of another version stops the shard");
 	CHECK(es_control_current(ES_OK, &c8, ES_OK, &c9) == 1);
 	CHECK(es_control_current(ES_OK, &c9, ES_OK, &c8) == 0);
 	CHECK(es_control_current(ES_ERR_CORRUPT, &c9, ES_OK, &c8) == 1);
@@ -450,11 +456,12 @@ test_control_current(void)
 static void
 test_store(void)
 {
-	EsStoreFile store = make_store();
-	EsStoreFile found;
+	EsStoreFile	   store = make_store();
+	EsStoreFile	   found;
 	unsigned char *block = malloc(ES_WAL_BLOCK);
 
-	PROMISE("the store file is read back, and refused with any of its 4096 bytes changed or a slot of no shard");
+	PROMISE(
+		"the store file is read back, and refused with any of its 4096 bytes changed or a slot of no shard");
 	es_store_encode(&store, block);
 	CHECK(es_store_decode(block, &found, NULL) == ES_OK && memcmp(&found, &store, sizeof(found)) == 0);
 	for (size_t at = 0; at < ES_WAL_BLOCK; at++)
@@ -486,20 +493,18 @@ test_store(void)
 static void
 test_frozen(void)
 {
-	EsControl	control = make_control(9);
-	EsStoreFile store = make_store();
-	EsFrameHeader h = {
-		.type = ES_FRAME_RESOLVED,
-		.payload_len = sizeof(EsResolved),
-		.shard = SHARD,
-		.own_lsn = OWN_LSN(64),
-		.pg_start = 1,
-		.pg_end = 2,
-		.fxid = 3
-	};
-	EsResolved	resolved = {.commit_lsn = 4,.committed = 1};
-	char		frame[128];
-	char		block[ES_WAL_BLOCK];
+	EsControl	  control = make_control(9);
+	EsStoreFile	  store = make_store();
+	EsFrameHeader h = {.type = ES_FRAME_RESOLVED,
+					   .payload_len = sizeof(EsResolved),
+					   .shard = SHARD,
+					   .own_lsn = OWN_LSN(64),
+					   .pg_start = 1,
+					   .pg_end = 2,
+					   .fxid = 3};
+	EsResolved	  resolved = {.commit_lsn = 4, .committed = 1};
+	char		  frame[128];
+	char		  block[ES_WAL_BLOCK];
 
 	PROMISE("the bytes of frames, control blocks and the store file are frozen with the format");
 	es_frame_encode(&h, &resolved, 17, frame);
@@ -507,14 +512,15 @@ test_frozen(void)
 	es_store_encode(&store, block);
 	if (!CHECK(h.crc == UINT32_C(0x390fa37c) && control.crc == UINT32_C(0xbdc1632e) &&
 			   store.crc == UINT32_C(0x500d2bbf)))
-		printf("# h.crc == UINT32_C(0x%08x) && control.crc == UINT32_C(0x%08x) && store.crc == UINT32_C(0x%08x)\n",
-			   h.crc, control.crc, store.crc);
+		printf(
+			"# h.crc == UINT32_C(0x%08x) && control.crc == UINT32_C(0x%08x) && store.crc == UINT32_C(0x%08x)\n",
+			h.crc, control.crc, store.crc);
 }
 
 static void
 test_crc(void)
 {
-	char		text[] = "123456789";
+	char text[] = "123456789";
 
 	PROMISE("the checksum is CRC-32C, and chains");
 	CHECK(es_crc32c(0, text, 9) == UINT32_C(0xe3069283));

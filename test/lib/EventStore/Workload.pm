@@ -38,7 +38,7 @@ SQL
 sub new
 {
 	my ($class, %self) = @_;
-	# contexts: of each table; large: most rows of a bulk statement
+	# contexts: of each table; large: most rows of a bulk statement; no_append: nobody holds locks before COMMIT
 	return bless { tid => 0, contexts => 200, large => 1500, weights => undef, %self }, $class;
 }
 
@@ -145,7 +145,7 @@ sub some_statements
 			$r < 0.25 ? $self->insert_ev($unit, 1 + int(rand(4)))
 		  : $r < 0.50 ? $self->insert_pl($unit, 1 + int(rand(4)))
 		  : $r < 0.65 ? $self->insert_hp($unit)
-		  : $r < 0.80 ? $self->copy($unit, rand() < 0.5 ? 'ev' : 'pl', 1 + int(rand(8)))
+		  : $r < 0.80 || $self->{no_append} ? $self->copy($unit, rand() < 0.5 ? 'ev' : 'pl', 1 + int(rand(8)))
 		  :             $self->append($unit);
 	}
 	return $sql;
