@@ -150,7 +150,11 @@ own_frame(const EsFrameHeader *h, const void *payload, EsOwnLsn end)
 	EsTxn			 *txn;
 	const EsResolved *resolved;
 
-	if (h->type != ES_FRAME_FILE)
+	/*
+	 * A verdict may stand in a file that is kept while the FINISH was let go of with an older one: then the
+	 * transaction's segments are history, and count for all FINISHes that are replayed.
+	 */
+	if (h->type != ES_FRAME_FILE && h->type != ES_FRAME_RESOLVED)
 		es_adopt_recall(es_txn_get(h->fxid));
 	switch ((EsFrameType) h->type)
 	{
