@@ -37,12 +37,12 @@
 /* Names that changed in 16. */
 #if PG_VERSION_NUM < 160000
 typedef RelFileNode RelFileLocator;
-#define rd_locator rd_node
-#define relation_set_new_filelocator relation_set_new_filenode
+#define rd_locator									  rd_node
+#define relation_set_new_filelocator				  relation_set_new_filenode
 #define RelationSetNewRelfilenumber(rel, persistence) RelationSetNewRelfilenode(rel, persistence)
 typedef bool EsUpdateIndexes;
 #else
-typedef TU_UpdateIndexes EsUpdateIndexes;
+typedef TU_UpdateIndexes	 EsUpdateIndexes;
 #endif
 
 /* VacuumParams became const in 18; vac_update_relstats and pgstat_report_vacuum changed in 15 … 18. */
@@ -53,8 +53,8 @@ typedef struct VacuumParams *EsVacuumParams;
 #endif
 
 static inline void
-es_vac_update_relstats(Relation rel, BlockNumber pages, double tuples,
-					   TransactionId frozenxid, MultiXactId minmulti)
+es_vac_update_relstats(Relation rel, BlockNumber pages, double tuples, TransactionId frozenxid,
+					   MultiXactId minmulti)
 {
 #if PG_VERSION_NUM >= 180000
 	vac_update_relstats(rel, pages, tuples, pages, pages, false, frozenxid, minmulti, NULL, NULL, false);
@@ -67,7 +67,8 @@ static inline void
 es_pgstat_report_vacuum(Relation rel, PgStat_Counter livetuples)
 {
 #if PG_VERSION_NUM >= 180000
-	pgstat_report_vacuum(RelationGetRelid(rel), rel->rd_rel->relisshared, livetuples, 0, GetCurrentTimestamp());
+	pgstat_report_vacuum(RelationGetRelid(rel), rel->rd_rel->relisshared, livetuples, 0,
+						 GetCurrentTimestamp());
 #else
 	pgstat_report_vacuum(RelationGetRelid(rel), rel->rd_rel->relisshared, livetuples, 0);
 #endif
@@ -189,4 +190,4 @@ es_slot_is_lost(const ReplicationSlot *slot)
 	return XLogRecPtrIsInvalid(slot->data.restart_lsn);
 }
 
-#endif							/* ES_COMPAT_H */
+#endif /* ES_COMPAT_H */

@@ -36,8 +36,8 @@ PG_MODULE_MAGIC;
 
 extern PGDLLEXPORT void _PG_init(void);
 
-int			es_configured_shards = 0;
-bool		es_has_workers = false;
+int	 es_configured_shards = 0;
+bool es_has_workers = false;
 
 static shmem_request_hook_type prev_shmem_request_hook = NULL;
 static shmem_startup_hook_type prev_shmem_startup_hook = NULL;
@@ -61,8 +61,8 @@ shmem_startup(void)
 static int
 count_shards(void)
 {
-	long		cores;
-	int			made_with;
+	long cores;
+	int	 made_with;
 
 	if (es_guc_shards > 0)
 		return es_guc_shards;
@@ -78,40 +78,43 @@ count_shards(void)
 static void
 check_configuration(void)
 {
-	int			needed = es_configured_shards + es_guc_maintenance_workers + 1;
+	int needed = es_configured_shards + es_guc_maintenance_workers + 1;
 
 	if (wal_level < WAL_LEVEL_REPLICA)
-		ereport(FATAL,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("event_store needs wal_level to be \"replica\" or \"logical\""),
-				 errdetail("Its shards recover from PostgreSQL's write-ahead log, which a replication slot keeps for them."),
-				 errhint("Set \"wal_level = replica\" in postgresql.conf.")));
+		ereport(
+			FATAL,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("event_store needs wal_level to be \"replica\" or \"logical\""),
+			 errdetail(
+				 "Its shards recover from PostgreSQL's write-ahead log, which a replication slot keeps for them."),
+			 errhint("Set \"wal_level = replica\" in postgresql.conf.")));
 	if (max_replication_slots == 0)
-		ereport(FATAL,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("event_store needs a replication slot, but max_replication_slots is 0"),
-				 errhint("Set \"max_replication_slots = 10\" in postgresql.conf.")));
+		ereport(FATAL, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+						errmsg("event_store needs a replication slot, but max_replication_slots is 0"),
+						errhint("Set \"max_replication_slots = 10\" in postgresql.conf.")));
 	if (needed > max_worker_processes)
-		ereport(FATAL,
-				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
-				 errmsg("event_store needs %d background workers, but max_worker_processes is %d",
-						needed, max_worker_processes),
-				 errdetail("It runs %d shards, %d maintenance workers and 1 keeper.",
-						   es_configured_shards, es_guc_maintenance_workers),
-				 errhint("Set \"max_worker_processes = %d\" in postgresql.conf, or more if other extensions and parallel queries need workers as well.",
-						 needed + 8)));
+		ereport(
+			FATAL,
+			(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
+			 errmsg("event_store needs %d background workers, but max_worker_processes is %d", needed,
+					max_worker_processes),
+			 errdetail("It runs %d shards, %d maintenance workers and 1 keeper.", es_configured_shards,
+					   es_guc_maintenance_workers),
+			 errhint(
+				 "Set \"max_worker_processes = %d\" in postgresql.conf, or more if other extensions and parallel queries need workers as well.",
+				 needed + 8)));
 
 	if (SyncRepStandbyNames != NULL && SyncRepStandbyNames[0] != '\0')
-		ereport(WARNING,
-				(errcode(ERRCODE_WARNING),
-				 errmsg("event_store does not run on standbys"),
-				 errdetail("synchronous_standby_names is set, but a promoted standby refuses to open the store unless it was stopped cleanly before.")));
+		ereport(
+			WARNING,
+			(errcode(ERRCODE_WARNING), errmsg("event_store does not run on standbys"),
+			 errdetail(
+				 "synchronous_standby_names is set, but a promoted standby refuses to open the store unless it was stopped cleanly before.")));
 	if (max_slot_wal_keep_size_mb >= 0 && max_slot_wal_keep_size_mb < 1024)
-		ereport(WARNING,
-				(errcode(ERRCODE_WARNING),
-				 errmsg("max_slot_wal_keep_size is %d MB", max_slot_wal_keep_size_mb),
-				 errdetail("Writers of events wait when a shard falls half of that behind."),
-				 errhint("Set \"max_slot_wal_keep_size = 1GB\" or more in postgresql.conf.")));
+		ereport(WARNING, (errcode(ERRCODE_WARNING),
+						  errmsg("max_slot_wal_keep_size is %d MB", max_slot_wal_keep_size_mb),
+						  errdetail("Writers of events wait when a shard falls half of that behind."),
+						  errhint("Set \"max_slot_wal_keep_size = 1GB\" or more in postgresql.conf.")));
 }
 
 static void

@@ -14,9 +14,9 @@
 extern void es_tam_init(void);
 
 /* Number of shards that this server runs; set by _PG_init, 0 without preload. */
-extern int	es_configured_shards;
+extern int es_configured_shards;
 
 /* False in binary upgrade and single-user mode: no shard will ever come. */
 extern bool es_has_workers;
 
-#endif							/* ES_EVENT_STORE_H */
+#endif /* ES_EVENT_STORE_H */

@@ -42,11 +42,11 @@
 #include "core/format.h"
 #include "core/wal.h"
 
-#define ES_SEGMENT_MAGIC	UINT64_C(0x3130474553545345)	/* "ESTSEG01" */
-#define ES_PAGE_RAW			(16 * 1024)
+#define ES_SEGMENT_MAGIC UINT64_C(0x3130474553545345) /* "ESTSEG01" */
+#define ES_PAGE_RAW		 (16 * 1024)
 
 /* EsManifestSegment.flags and header */
-#define ES_SEGMENT_PENDING	0x01	/* ordinals instead of positions */
+#define ES_SEGMENT_PENDING 0x01 /* ordinals instead of positions */
 
 typedef enum EsCodec
 {
@@ -58,82 +58,81 @@ typedef enum EsCodec
 /* ---- writing ---- */
 
 /* Appends len bytes to the file; the writer calls it in order, from offset 0. */
-typedef EsStatus (*EsAppendFn) (void *arg, const void *buf, size_t len, EsError *err);
+typedef EsStatus (*EsAppendFn)(void *arg, const void *buf, size_t len, EsError *err);
 
 typedef struct EsSegmentSpec
 {
-	EsFileIdentity identity;
-	uint64_t	id;
-	EsTableKey	table;
-	EsRoles		roles;
-	uint32_t	relid;
-	uint32_t	flags;			/* ES_SEGMENT_PENDING */
-	const EsColumnDesc *columns;	/* the table's attributes */
-	int			ncols;
-	bool		has_content_hash;
-	EsCodec		codec;			/* of each page that it makes smaller */
-	int			zstd_level;		/* with LZ4: 0 = LZ4 only, else a page is Zstandard's of this
+	EsFileIdentity		identity;
+	uint64_t			id;
+	EsTableKey			table;
+	EsRoles				roles;
+	uint32_t			relid;
+	uint32_t			flags;	 /* ES_SEGMENT_PENDING */
+	const EsColumnDesc *columns; /* the table's attributes */
+	int					ncols;
+	bool				has_content_hash;
+	EsCodec				codec;		/* of each page that it makes smaller */
+	int					zstd_level; /* with LZ4: 0 = LZ4 only, else a page is Zstandard's of this
 								 * level where that saves a quarter over LZ4 */
 } EsSegmentSpec;
 
 typedef struct EsSegmentRow
 {
-	const void *const *values;	/* ncols pointers as for es_batch_add; those of
+	const void *const *values;		 /* ncols pointers as for es_batch_add; those of
 								 * position and version are ignored */
-	const void *content_hash;	/* 16 bytes or NULL */
-	uint64_t	context_hash;
-	uint64_t	position;		/* or ordinal */
-	uint64_t	version;		/* 0 = none */
-	EsFxid		fxid;
+	const void		  *content_hash; /* 16 bytes or NULL */
+	uint64_t		   context_hash;
+	uint64_t		   position; /* or ordinal */
+	uint64_t		   version;	 /* 0 = none */
+	EsFxid			   fxid;
 } EsSegmentRow;
 
 typedef struct EsSegmentSummary
 {
-	uint64_t	file_len;
-	uint64_t	nrows;
-	uint64_t	ncontexts;
-	uint64_t	raw_bytes;
-	EsPosition	min_position;
-	EsPosition	max_position;
-	EsFxid		min_fxid;
-	EsFxid		max_fxid;
-	uint32_t	footer_crc;
+	uint64_t   file_len;
+	uint64_t   nrows;
+	uint64_t   ncontexts;
+	uint64_t   raw_bytes;
+	EsPosition min_position;
+	EsPosition max_position;
+	EsFxid	   min_fxid;
+	EsFxid	   max_fxid;
+	uint32_t   footer_crc;
 } EsSegmentSummary;
 
 typedef struct EsSegmentWriter EsSegmentWriter;
 
-extern EsStatus es_segment_writer_create(EsSegmentWriter **w, const EsSegmentSpec *spec,
-										 EsAppendFn append, void *arg);
+extern EsStatus
+es_segment_writer_create(EsSegmentWriter **w, const EsSegmentSpec *spec, EsAppendFn append, void *arg);
 /* Rows must come in sort order; ES_ERR_ARGUMENT otherwise. */
 extern EsStatus es_segment_writer_add(EsSegmentWriter *w, const EsSegmentRow *row, EsError *err);
 extern EsStatus es_segment_writer_finish(EsSegmentWriter *w, EsSegmentSummary *summary, EsError *err);
-extern void es_segment_writer_free(EsSegmentWriter *w);
+extern void		es_segment_writer_free(EsSegmentWriter *w);
 
 /* ---- reading ---- */
 
 /* Reads exactly len bytes at offset; fewer is ES_ERR_TRUNCATED. */
-typedef EsStatus (*EsReadFn) (void *arg, void *buf, size_t len, uint64_t offset, EsError *err);
+typedef EsStatus (*EsReadFn)(void *arg, void *buf, size_t len, uint64_t offset, EsError *err);
 
 typedef struct EsSegment EsSegment;
 
 /* Reads header, trailer and footer and checks them; pages are read when needed. */
-extern EsStatus es_segment_open(EsSegment **seg, EsReadFn read, void *arg,
-								uint64_t file_len, EsError *err);
-extern void es_segment_close(EsSegment *seg);
+extern EsStatus es_segment_open(EsSegment **seg, EsReadFn read, void *arg, uint64_t file_len, EsError *err);
+extern void		es_segment_close(EsSegment *seg);
 
 typedef struct EsSegmentInfo
 {
-	EsFileIdentity identity;
-	uint64_t	id;
-	EsTableKey	table;
-	EsRoles		roles;
-	uint32_t	relid;
-	uint32_t	flags;
+	EsFileIdentity		identity;
+	uint64_t			id;
+	EsTableKey			table;
+	EsRoles				roles;
+	uint32_t			relid;
+	uint32_t			flags;
 	const EsColumnDesc *columns;
-	int			ncols;			/* the table's attributes */
-	bool		has_content_hash;
-	uint32_t	nzones;
-	EsSegmentSummary summary;
+	int					ncols; /* the table's attributes */
+	bool				has_content_hash;
+	uint32_t			nzones;
+	EsSegmentSummary	summary;
 } EsSegmentInfo;
 
 extern const EsSegmentInfo *es_segment_info(const EsSegment *seg);
@@ -147,14 +146,14 @@ extern void es_segment_set_cache(EsSegment *seg, size_t bytes);
 
 typedef struct EsZoneInfo
 {
-	uint64_t	first_row;
-	uint32_t	nrows;
-	EsPosition	min_position;
-	EsPosition	max_position;
-	EsFxid		min_fxid;
-	EsFxid		max_fxid;
-	uint64_t	first_hash;		/* of its first and last row */
-	uint64_t	last_hash;
+	uint64_t   first_row;
+	uint32_t   nrows;
+	EsPosition min_position;
+	EsPosition max_position;
+	EsFxid	   min_fxid;
+	EsFxid	   max_fxid;
+	uint64_t   first_hash; /* of its first and last row */
+	uint64_t   last_hash;
 } EsZoneInfo;
 
 extern EsZoneInfo es_segment_zone(const EsSegment *seg, uint32_t zone);
@@ -166,25 +165,24 @@ extern EsZoneInfo es_segment_zone(const EsSegment *seg, uint32_t zone);
  */
 typedef struct EsZoneColumnStats
 {
-	uint32_t	nnulls;
-	bool		has_minmax;		/* integers of 1, 2, 4, 8 bytes that are by value */
-	int64_t		min;
-	int64_t		max;
+	uint32_t nnulls;
+	bool	 has_minmax; /* integers of 1, 2, 4, 8 bytes that are by value */
+	int64_t	 min;
+	int64_t	 max;
 } EsZoneColumnStats;
 
 extern EsZoneColumnStats es_segment_column_stats(const EsSegment *seg, uint32_t zone, int column);
 
 /* Rows of a context; *nrows = 0 if there are none.  index_entry: its number in
  * the context index (for EsManifestAdopt.first_versions). */
-extern EsStatus es_segment_find_context(EsSegment *seg, uint64_t hash,
-										const void *bytes, size_t len,
-										uint64_t *first_row, uint64_t *nrows,
-										uint32_t *index_entry, EsError *err);
+extern EsStatus
+es_segment_find_context(EsSegment *seg, uint64_t hash, const void *bytes, size_t len, uint64_t *first_row,
+						uint64_t *nrows, uint32_t *index_entry, EsError *err);
 
 /* All entries of the context index in order: callback(arg, entry, hash, first_row, nrows). */
 extern EsStatus es_segment_walk_contexts(EsSegment *seg,
-										 EsStatus (*callback) (void *arg, uint32_t entry, uint64_t hash,
-															   uint64_t first_row, uint64_t nrows),
+										 EsStatus (*callback)(void *arg, uint32_t entry, uint64_t hash,
+															  uint64_t first_row, uint64_t nrows),
 										 void *arg, EsError *err);
 
 /*
@@ -214,32 +212,29 @@ extern EsStatus es_segment_context(EsSegment *seg, uint64_t row, int64_t *scratc
  */
 typedef struct EsRowBlock EsRowBlock;
 
-#define ES_WANT_POSITION	0x01	/* es_block_position */
-#define ES_WANT_VERSION		0x02
-#define ES_WANT_FXID		0x04
+#define ES_WANT_POSITION	 0x01 /* es_block_position */
+#define ES_WANT_VERSION		 0x02
+#define ES_WANT_FXID		 0x04
 #define ES_WANT_CONTENT_HASH 0x08
 
 extern EsRowBlock *es_block_create(void);
-extern void es_block_free(EsRowBlock *b);
-extern size_t es_block_memory(const EsRowBlock *b);
+extern void		   es_block_free(EsRowBlock *b);
+extern size_t	   es_block_memory(const EsRowBlock *b);
 
 /* wanted: ncols booleans (NULL = all columns); hidden: ES_WANT_*. */
-extern EsStatus es_segment_read(EsSegment *seg, uint64_t first_row, uint32_t nrows,
-								const bool *wanted, uint32_t hidden,
-								EsRowBlock *block, EsError *err);
+extern EsStatus es_segment_read(EsSegment *seg, uint64_t first_row, uint32_t nrows, const bool *wanted,
+								uint32_t hidden, EsRowBlock *block, EsError *err);
 
 /* Row r counts from the block's first row.  NULL = SQL NULL or not wanted. Values
  * are aligned as es_batch_value's are.  Role columns position and version
  * give NULL here. */
 extern const void *es_block_value(const EsRowBlock *b, int column, uint32_t r);
-extern uint64_t es_block_position(const EsRowBlock *b, uint32_t r);
-extern uint64_t es_block_version(const EsRowBlock *b, uint32_t r);	/* 0 = none */
-extern EsFxid es_block_fxid(const EsRowBlock *b, uint32_t r);
+extern uint64_t	   es_block_position(const EsRowBlock *b, uint32_t r);
+extern uint64_t	   es_block_version(const EsRowBlock *b, uint32_t r); /* 0 = none */
+extern EsFxid	   es_block_fxid(const EsRowBlock *b, uint32_t r);
 extern const void *es_block_content_hash(const EsRowBlock *b, uint32_t r);
 
 /* Reads and checks every page; calls report for each damage found and goes on. */
-extern EsStatus es_segment_verify(EsSegment *seg,
-								  void (*report) (void *arg, const EsError *err),
-								  void *arg);
+extern EsStatus es_segment_verify(EsSegment *seg, void (*report)(void *arg, const EsError *err), void *arg);
 
-#endif							/* ES_CORE_SEGMENT_H */
+#endif /* ES_CORE_SEGMENT_H */

@@ -32,51 +32,51 @@
 #include "compat.h"
 #include "ipc/channel_internal.h"
 
-#define SPIN_ROUNDS		1000	/* some 50 µs */
+#define SPIN_ROUNDS 1000 /* some 50 µs */
 
 /* An answer that came while another one was waited for. */
 typedef struct Kept
 {
-	dlist_node	node;
-	EsAnswer   *answer;
+	dlist_node node;
+	EsAnswer  *answer;
 } Kept;
 
 typedef struct Expected
 {
-	uint64		id;
-	int			shard;
-	uint32		generation;		/* of the channel its request went over; 0 = not sent yet */
-	bool		open;			/* the shard has a scan or wait of this id */
-	dlist_node	node;			/* in expected, or in closing */
-	dlist_head	kept;
-	EsAnswer   *current;		/* the last one given out */
-	Size		current_size;	/* bytes allocated */
+	uint64	   id;
+	int		   shard;
+	uint32	   generation; /* of the channel its request went over; 0 = not sent yet */
+	bool	   open;	   /* the shard has a scan or wait of this id */
+	dlist_node node;	   /* in expected, or in closing */
+	dlist_head kept;
+	EsAnswer  *current;		 /* the last one given out */
+	Size	   current_size; /* bytes allocated */
 } Expected;
 
 typedef struct IdEntry
 {
-	uint64		id;
-	char		status;
-	Expected   *e;
+	uint64	  id;
+	char	  status;
+	Expected *e;
 } IdEntry;
 
-#define SH_PREFIX		ids
-#define SH_ELEMENT_TYPE IdEntry
-#define SH_KEY_TYPE		uint64
-#define SH_KEY			id
-#define SH_HASH_KEY(tb, key) ((uint32) ((key) * UINT64CONST(0x9E3779B97F4A7C15) >> 32))
-#define SH_EQUAL(tb, a, b) ((a) == (b))
-#define SH_SCOPE		static inline
+#define SH_PREFIX			 ids
+#define SH_ELEMENT_TYPE		 IdEntry
+#define SH_KEY_TYPE			 uint64
+#define SH_KEY				 id
+#define SH_HASH_KEY(tb, key) ((uint32) ((key) *UINT64CONST(0x9E3779B97F4A7C15) >> 32))
+#define SH_EQUAL(tb, a, b)	 ((a) == (b))
+#define SH_SCOPE			 static inline
 #define SH_DECLARE
 #define SH_DEFINE
 #include "lib/simplehash.h"
 
-static ids_hash *by_id = NULL;
+static ids_hash	 *by_id = NULL;
 static dlist_head expected = DLIST_STATIC_INIT(expected);
 static dlist_head closing = DLIST_STATIC_INIT(closing); /* forgotten, but CLOSE found no room */
 
 static uint64 last_id = 0;
-static bool sending_close = false;	/* CLOSE is ours */
+static bool	  sending_close = false; /* CLOSE is ours */
 static uint32 wait_answer = 0;
 
 uint64
@@ -88,7 +88,7 @@ es_request_id(void)
 static Expected *
 find_expected(uint64 id)
 {
-	IdEntry    *entry = by_id == NULL ? NULL : ids_lookup(by_id, id);
+	IdEntry *entry = by_id == NULL ? NULL : ids_lookup(by_id, id);
 
 	return entry == NULL ? NULL : entry->e;
 }
@@ -100,7 +100,7 @@ free_expected(Expected *e)
 
 	dlist_foreach_modify(iter, &e->kept)
 	{
-		Kept	   *k = dlist_container(Kept, node, iter.cur);
+		Kept *k = dlist_container(Kept, node, iter.cur);
 
 		pfree(k->answer);
 		pfree(k);
@@ -124,8 +124,8 @@ is_open(const Expected *e)
 static bool
 send_close(Expected *e)
 {
-	EsRequest	req = {.type = ES_REQ_CLOSE,.id = e->id};
-	bool		sent;
+	EsRequest req = {.type = ES_REQ_CLOSE, .id = e->id};
+	bool	  sent;
 
 	sending_close = true;
 	sent = es_channel_hint(e->shard, &req, NULL, 0, true);
@@ -140,7 +140,7 @@ retry_closing(void)
 
 	dlist_foreach_modify(iter, &closing)
 	{
-		Expected   *e = dlist_container(Expected, node, iter.cur);
+		Expected *e = dlist_container(Expected, node, iter.cur);
 
 		if (is_open(e) && !send_close(e))
 			continue;
@@ -166,7 +166,7 @@ forget(Expected *e)
 bool
 es_answer_may_send(const EsChannel *ch, const EsRequest *req)
 {
-	Expected   *e;
+	Expected *e;
 
 	if ((req->type != ES_REQ_FETCH && req->type != ES_REQ_CLOSE) || sending_close)
 		return true;
@@ -181,7 +181,7 @@ es_answer_may_send(const EsChannel *ch, const EsRequest *req)
 void
 es_answer_sent(const EsChannel *ch, const EsRequest *req)
 {
-	Expected   *e;
+	Expected *e;
 
 	if (dlist_is_empty(&expected) || (e = find_expected(req->id)) == NULL)
 		return;
@@ -197,9 +197,9 @@ es_answer_sent(const EsChannel *ch, const EsRequest *req)
 void
 es_channel_expect(int shard, uint64 id)
 {
-	EsChannel  *ch = es_channel_get(shard);
-	Expected   *e;
-	bool		found;
+	EsChannel *ch = es_channel_get(shard);
+	Expected  *e;
+	bool	   found;
 
 	if (by_id == NULL)
 		by_id = ids_create(es_channel_context, 16, NULL);
@@ -218,7 +218,7 @@ es_channel_expect(int shard, uint64 id)
 void
 es_channel_forget(int shard, uint64 id)
 {
-	Expected   *e = find_expected(id);
+	Expected *e = find_expected(id);
 
 	if (e != NULL)
 		forget(e);
@@ -269,7 +269,7 @@ give_over(Expected *e, EsAnswer *answer)
 static void
 keep(Expected *e, EsAnswer *answer)
 {
-	Kept	   *k = MemoryContextAlloc(es_channel_context, sizeof(Kept));
+	Kept *k = MemoryContextAlloc(es_channel_context, sizeof(Kept));
 
 	k->answer = answer;
 	dlist_push_tail(&e->kept, &k->node);
@@ -279,8 +279,8 @@ keep(Expected *e, EsAnswer *answer)
 static bool
 receive_piece(EsChannel *ch, void **data, Size *len)
 {
-	bool		parked;
-	bool		received;
+	bool parked;
+	bool received;
 
 	if (ch->answers == NULL)
 		return false;
@@ -292,7 +292,7 @@ receive_piece(EsChannel *ch, void **data, Size *len)
 		ch->answers_taken++;
 	if (parked)
 	{
-		uint32		expected_value = 1;
+		uint32 expected_value = 1;
 
 		/* there may be room now */
 		if (pg_atomic_compare_exchange_u32(&ch->shared->answers_parked, &expected_value, 2))
@@ -308,14 +308,14 @@ receive_piece(EsChannel *ch, void **data, Size *len)
 static const EsAnswer *
 receive(EsChannel *ch, Expected *wanted)
 {
-	void	   *data;
-	Size		len;
+	void *data;
+	Size  len;
 
 	while (receive_piece(ch, &data, &len))
 	{
-		EsAnswer   *answer = data;
-		EsAnswer   *own = NULL; /* if it is in memory of its own */
-		Expected   *e;
+		EsAnswer *answer = data;
+		EsAnswer *own = NULL; /* if it is in memory of its own */
+		Expected *e;
 
 		if (answer->type == ES_PIECE_TYPE)
 		{
@@ -325,17 +325,15 @@ receive(EsChannel *ch, Expected *wanted)
 				continue;
 			if (result != ES_JOIN_WHOLE)
 			{
-				Size		total = ((const EsPiece *) data)->total;
+				Size total = ((const EsPiece *) data)->total;
 
 				/* the rest of it would be taken for garbage: this channel is done */
 				ch->broken = true;
 				es_join_reset(&ch->join);
 				if (result == ES_JOIN_NO_MEMORY)
-					ereport(ERROR,
-							(errcode(ERRCODE_OUT_OF_MEMORY),
-							 errmsg("out of memory"),
-							 errdetail("An answer of shard %d could not be taken (%zu bytes).",
-									   ch->shard, total)));
+					ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory"),
+									errdetail("An answer of shard %d could not be taken (%zu bytes).",
+											  ch->shard, total)));
 				elog(ERROR, "event_store: broken answer of shard %d", ch->shard);
 			}
 			own = answer = (EsAnswer *) ch->join.data;
@@ -379,16 +377,14 @@ check_answer(const EsAnswer *answer)
 		return answer;
 	for (int i = 0; i < 3; i++)
 	{
-		Size		len = strnlen(p, end - p);
+		Size len = strnlen(p, end - p);
 
 		strings[i] = pnstrdup(p, len);
 		p += Min(len + 1, end - p);
 	}
-	ereport(ERROR,
-			(errcode(answer->sqlerrcode),
-			 errmsg_internal("%s", strings[0]),
-			 strings[1][0] != '\0' ? errdetail_internal("%s", strings[1]) : 0,
-			 strings[2][0] != '\0' ? errhint("%s", strings[2]) : 0));
+	ereport(ERROR, (errcode(answer->sqlerrcode), errmsg_internal("%s", strings[0]),
+					strings[1][0] != '\0' ? errdetail_internal("%s", strings[1]) : 0,
+					strings[2][0] != '\0' ? errhint("%s", strings[2]) : 0));
 }
 
 /*
@@ -398,8 +394,8 @@ check_answer(const EsAnswer *answer)
 static bool
 spin_for_answer(const EsChannel *ch)
 {
-	static int	cores = 0;
-	bool		found = false;
+	static int cores = 0;
+	bool	   found = false;
 
 	if (cores == 0)
 		cores = (int) sysconf(_SC_NPROCESSORS_ONLN);
@@ -437,7 +433,7 @@ es_channel_answer_timeout(int shard, uint64 id, long timeout_ms)
 
 		if (!dlist_is_empty(&e->kept))
 		{
-			Kept	   *k = dlist_head_element(Kept, node, &e->kept);
+			Kept *k = dlist_head_element(Kept, node, &e->kept);
 
 			dlist_delete(&k->node);
 			answer = k->answer;
@@ -453,11 +449,9 @@ es_channel_answer_timeout(int shard, uint64 id, long timeout_ms)
 			es_shared->shards[shard].proc == NULL)
 		{
 			e->open = false;
-			ereport(ERROR,
-					(errcode(ERRCODE_CANNOT_CONNECT_NOW),
-					 errmsg("shard %d was restarted", shard),
-					 errdetail("The answer to a request of this statement is lost."),
-					 errhint("Run the transaction again.")));
+			ereport(ERROR, (errcode(ERRCODE_CANNOT_CONNECT_NOW), errmsg("shard %d was restarted", shard),
+							errdetail("The answer to a request of this statement is lost."),
+							errhint("Run the transaction again.")));
 		}
 		if (deadline != 0 && GetCurrentTimestamp() >= deadline)
 			return NULL;
@@ -481,7 +475,7 @@ EsAnswer *
 es_channel_call(int shard, EsRequest *req, const EsPart *parts, int nparts)
 {
 	const EsAnswer *answer;
-	EsAnswer   *copy;
+	EsAnswer	   *copy;
 
 	if (req->id == 0)
 		req->id = es_request_id();

@@ -44,10 +44,10 @@ MemoryContext es_channel_context = NULL;
 
 static EsChannel channels[ES_MAX_SHARDS];
 
-static int	ngroups = 0;
-static int	npairs_made = 0;
-static dsm_segment *group_segment = NULL;	/* the last one */
-static int	group_left = 0;		/* pairs in it that have no channel yet */
+static int			ngroups = 0;
+static int			npairs_made = 0;
+static dsm_segment *group_segment = NULL; /* the last one */
+static int			group_left = 0;		  /* pairs in it that have no channel yet */
 
 static uint32 wait_connect = 0;
 static uint32 wait_room = 0;
@@ -68,21 +68,20 @@ answer_ring(void)
 static Size
 pair_memory(void)
 {
-	return CACHELINEALIGN(es_queue_memory(request_ring())) +
-		CACHELINEALIGN(es_queue_memory(answer_ring()));
+	return CACHELINEALIGN(es_queue_memory(request_ring())) + CACHELINEALIGN(es_queue_memory(answer_ring()));
 }
 
 EsChannel *
 es_channel_get(int shard)
 {
-	EsChannel  *ch = &channels[shard];
+	EsChannel *ch = &channels[shard];
 
 	Assert(shard >= 0 && shard < es_shared->nshards);
 	if (ch->shared == NULL)
 	{
 		if (es_channel_context == NULL)
-			es_channel_context = AllocSetContextCreate(TopMemoryContext, "event_store channels",
-													   ALLOCSET_SMALL_SIZES);
+			es_channel_context =
+				AllocSetContextCreate(TopMemoryContext, "event_store channels", ALLOCSET_SMALL_SIZES);
 		ch->shared = &es_my_slot()->channels[shard];
 		ch->shard = shard;
 	}
@@ -98,15 +97,14 @@ current_generation(int shard)
 bool
 es_channel_usable(const EsChannel *ch)
 {
-	return ch->attached && !ch->broken &&
-		ch->shard_generation == current_generation(ch->shard) &&
-		pg_atomic_read_u32(&ch->shared->closed) != ch->generation;
+	return ch->attached && !ch->broken && ch->shard_generation == current_generation(ch->shard) &&
+		   pg_atomic_read_u32(&ch->shared->closed) != ch->generation;
 }
 
 void
 es_channel_sleep(TimestampTz deadline, uint32 wait_event)
 {
-	long		timeout = 1000;
+	long timeout = 1000;
 
 	if (deadline != 0)
 		timeout = Min(timeout, TimestampDifferenceMilliseconds(GetCurrentTimestamp(), deadline));
@@ -132,12 +130,12 @@ check_deadline(const EsChannel *ch, TimestampTz deadline, const char *what)
 	if (deadline == 0 || GetCurrentTimestamp() < deadline)
 		return;
 	pg_atomic_fetch_add_u64(&es_shared->shards[ch->shard].counters.queue_timeouts, 1);
-	ereport(ERROR,
-			(errcode(ERRCODE_INSUFFICIENT_RESOURCES),
-			 errmsg("shard %d is busy", ch->shard),
-			 errdetail("It did not %s within event_store.enqueue_timeout (%d ms).",
-					   what, es_guc_enqueue_timeout),
-			 errhint("Try again, or raise event_store.enqueue_timeout.  The view event_store.stat_shards shows what shards do.")));
+	ereport(
+		ERROR,
+		(errcode(ERRCODE_INSUFFICIENT_RESOURCES), errmsg("shard %d is busy", ch->shard),
+		 errdetail("It did not %s within event_store.enqueue_timeout (%d ms).", what, es_guc_enqueue_timeout),
+		 errhint(
+			 "Try again, or raise event_store.enqueue_timeout.  The view event_store.stat_shards shows what shards do.")));
 }
 
 static void
@@ -151,11 +149,11 @@ poke(const EsChannel *ch)
 static void
 make_group(void)
 {
-	int			npairs = Min(group_sizes[ngroups], es_shared->nshards - npairs_made);
-	Size		size = mul_size(npairs, pair_memory());
+	int			  npairs = Min(group_sizes[ngroups], es_shared->nshards - npairs_made);
+	Size		  size = mul_size(npairs, pair_memory());
 	MemoryContext context = CurrentMemoryContext;
 	dsm_segment *volatile segment = NULL;
-	char	   *volatile why = "There are too many dynamic shared memory segments.";
+	char *volatile why = "There are too many dynamic shared memory segments.";
 
 	PG_TRY();
 	{
@@ -163,7 +161,7 @@ make_group(void)
 	}
 	PG_CATCH();
 	{
-		ErrorData  *error;
+		ErrorData *error;
 
 		MemoryContextSwitchTo(context);
 		error = CopyErrorData();
@@ -175,13 +173,16 @@ make_group(void)
 	PG_END_TRY();
 
 	if (segment == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("no shared memory for the queues between this session and the shards: %zu bytes are needed",
-						size),
-				 errdetail("%s", why),
-				 errhint("Give the server more shared memory (a container's /dev/shm), or reduce event_store.queue_size (%d kB), event_store.result_queue_size (%d kB) or the number of sessions.",
-						 es_guc_queue_size, es_guc_result_queue_size)));
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_OUT_OF_MEMORY),
+			 errmsg(
+				 "no shared memory for the queues between this session and the shards: %zu bytes are needed",
+				 size),
+			 errdetail("%s", why),
+			 errhint(
+				 "Give the server more shared memory (a container's /dev/shm), or reduce event_store.queue_size (%d kB), event_store.result_queue_size (%d kB) or the number of sessions.",
+				 es_guc_queue_size, es_guc_result_queue_size)));
 	dsm_pin_mapping(segment);
 	group_segment = segment;
 	group_left = npairs;
@@ -210,21 +211,20 @@ disconnect(EsChannel *ch)
 static bool
 is_free(const EsChannel *ch)
 {
-	uint32		generation = pg_atomic_read_u32(&ch->shared->generation);
+	uint32 generation = pg_atomic_read_u32(&ch->shared->generation);
 
-	return generation == 0 ||
-		pg_atomic_read_u32(&ch->shared->closed) == generation ||
-		ch->shared->shard_generation != current_generation(ch->shard);
+	return generation == 0 || pg_atomic_read_u32(&ch->shared->closed) == generation ||
+		   ch->shared->shard_generation != current_generation(ch->shard);
 }
 
 static void
 make_queues(EsChannel *ch)
 {
 	EsChannelShared *s = ch->shared;
-	char	   *memory;
-	shm_mq	   *requests;
-	shm_mq	   *answers;
-	MemoryContext old;
+	char			*memory;
+	shm_mq			*requests;
+	shm_mq			*answers;
+	MemoryContext	 old;
 
 	if (ch->segment == NULL)
 	{
@@ -250,7 +250,7 @@ make_queues(EsChannel *ch)
 	ch->shard_generation = current_generation(ch->shard);
 	ch->generation = pg_atomic_read_u32(&s->generation) + 1;
 	if (ch->generation == 0)
-		ch->generation = 1;		/* 0 means never */
+		ch->generation = 1; /* 0 means never */
 	ch->attached = false;
 	ch->broken = false;
 	ch->half_sent = false;
@@ -273,14 +273,12 @@ make_queues(EsChannel *ch)
 	pg_atomic_write_u32(&s->generation, ch->generation);
 }
 
-pg_attribute_noreturn() static void
-raise_dropped(const EsChannel *ch)
+pg_attribute_noreturn() static void raise_dropped(const EsChannel *ch)
 {
-	ereport(ERROR,
-			(errcode(ERRCODE_OUT_OF_MEMORY),
-			 errmsg("shard %d has dropped the connection of this session", ch->shard),
-			 errdetail("It had no memory for its queues or for a message."),
-			 errhint("See the server's log.  The session can go on.")));
+	ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY),
+					errmsg("shard %d has dropped the connection of this session", ch->shard),
+					errdetail("It had no memory for its queues or for a message."),
+					errhint("See the server's log.  The session can go on.")));
 }
 
 static void
@@ -320,8 +318,7 @@ connect_channel(EsChannel *ch)
 			}
 			if (pg_atomic_read_u32(&ch->shared->closed) == ch->generation)
 				raise_dropped(ch);
-			if (ch->shard_generation != current_generation(ch->shard) ||
-				!es_shard_is_open(ch->shard))
+			if (ch->shard_generation != current_generation(ch->shard) || !es_shard_is_open(ch->shard))
 				break;
 			check_deadline(ch, deadline, "attach to this session's queues");
 			es_channel_sleep(deadline, wait_event);
@@ -334,7 +331,7 @@ connect_channel(EsChannel *ch)
 uint32
 es_channel_connect(int shard)
 {
-	EsChannel  *ch;
+	EsChannel *ch;
 
 	es_require_preload();
 	es_wait_store_ready();
@@ -360,8 +357,8 @@ static bool
 wait_for_room(EsChannel *ch, Size need)
 {
 	EsShardCounters *counters = &es_shared->shards[ch->shard].counters;
-	TimestampTz start;
-	uint32		wait_event;
+	TimestampTz		 start;
+	uint32			 wait_event;
 
 	if (room_left(ch) >= need)
 		return true;
@@ -376,7 +373,7 @@ wait_for_room(EsChannel *ch, Size need)
 
 		while (es_channel_usable(ch))
 		{
-			Size		room;
+			Size room;
 
 			pg_atomic_write_u32(&ch->shared->room_wanted, 1);
 			pg_memory_barrier();
@@ -394,8 +391,7 @@ wait_for_room(EsChannel *ch, Size need)
 	PG_FINALLY();
 	{
 		pg_atomic_write_u32(&ch->shared->room_wanted, 0);
-		pg_atomic_fetch_add_u64(&counters->queue_full_wait_us,
-								Max(GetCurrentTimestamp() - start, 0));
+		pg_atomic_fetch_add_u64(&counters->queue_full_wait_us, Max(GetCurrentTimestamp() - start, 0));
 	}
 	PG_END_TRY();
 	return room_left(ch) >= need && es_channel_usable(ch);
@@ -425,8 +421,7 @@ send_piece(EsChannel *ch, shm_mq_iovec *iov, int niov, Size len)
 		ch->broken = true;
 		return false;
 	}
-	es_counter_max(&es_shared->shards[ch->shard].counters.queue_high_water,
-				   request_ring() - room_left(ch));
+	es_counter_max(&es_shared->shards[ch->shard].counters.queue_high_water, request_ring() - room_left(ch));
 	return true;
 }
 
@@ -434,7 +429,7 @@ send_piece(EsChannel *ch, shm_mq_iovec *iov, int niov, Size len)
 static bool
 abandon(EsChannel *ch)
 {
-	EsPiece		piece = {.type = ES_PIECE_TYPE,.flags = ES_PIECE_ABANDONED};
+	EsPiece		 piece = {.type = ES_PIECE_TYPE, .flags = ES_PIECE_ABANDONED};
 	shm_mq_iovec iov = {(const char *) &piece, sizeof(piece)};
 
 	if (!ch->half_sent)
@@ -449,13 +444,13 @@ abandon(EsChannel *ch)
 static bool
 send_pieces(EsChannel *ch, const EsPart *parts, int nparts, Size len, shm_mq_iovec *iov)
 {
-	Size		most = es_piece_room(request_ring());
+	Size most = es_piece_room(request_ring());
 
 	for (Size offset = 0; offset < len;)
 	{
-		Size		bytes = Min(most, len - offset);
-		EsPiece		piece = {.type = ES_PIECE_TYPE,.offset = offset,.total = len};
-		int			niov;
+		Size	bytes = Min(most, len - offset);
+		EsPiece piece = {.type = ES_PIECE_TYPE, .offset = offset, .total = len};
+		int		niov;
 
 		if (offset == 0)
 			piece.flags |= ES_PIECE_FIRST;
@@ -487,7 +482,7 @@ send_pieces(EsChannel *ch, const EsPart *parts, int nparts, Size len, shm_mq_iov
 static int
 message_parts(EsRequest *req, const EsPart *parts, int nparts, EsPart *message, Size *len)
 {
-	int			n = 0;
+	int n = 0;
 
 	if (nparts == 0 || parts[0].data != req)
 	{
@@ -504,8 +499,8 @@ message_parts(EsRequest *req, const EsPart *parts, int nparts, EsPart *message, 
 void
 es_channel_wait_room(int shard, Size len)
 {
-	EsChannel  *ch = es_channel_get(shard);
-	Size		need = Min(es_ring_bytes(MAXALIGN(len)), request_ring());
+	EsChannel *ch = es_channel_get(shard);
+	Size	   need = Min(es_ring_bytes(MAXALIGN(len)), request_ring());
 
 	for (;;)
 	{
@@ -521,30 +516,29 @@ es_channel_wait_room(int shard, Size len)
 bool
 es_channel_has_room(int shard, Size len)
 {
-	EsChannel  *ch = es_channel_get(shard);
+	EsChannel *ch = es_channel_get(shard);
 
 	return es_channel_usable(ch) && !ch->half_sent &&
-		room_left(ch) >= Min(es_ring_bytes(MAXALIGN(len)), request_ring());
+		   room_left(ch) >= Min(es_ring_bytes(MAXALIGN(len)), request_ring());
 }
 
 void
 es_channel_send(int shard, EsRequest *req, const EsPart *parts, int nparts, bool wake)
 {
-	EsChannel  *ch = es_channel_get(shard);
-	EsPart	   *message = palloc(sizeof(EsPart) * (nparts + 1));
+	EsChannel	 *ch = es_channel_get(shard);
+	EsPart		 *message = palloc(sizeof(EsPart) * (nparts + 1));
 	shm_mq_iovec *iov = palloc(sizeof(shm_mq_iovec) * (nparts + 3));
-	Size		len;
+	Size		  len;
 
 	nparts = message_parts(req, parts, nparts, message, &len);
 	if (len > ES_MESSAGE_MAX_LEN)
-		ereport(ERROR,
-				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
-				 errmsg("a message to shard %d would have %zu bytes, more than %zu",
-						shard, len, ES_MESSAGE_MAX_LEN)));
+		ereport(ERROR, (errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+						errmsg("a message to shard %d would have %zu bytes, more than %zu", shard, len,
+							   ES_MESSAGE_MAX_LEN)));
 
 	for (;;)
 	{
-		bool		sent;
+		bool sent;
 
 		(void) es_channel_connect(shard);
 		if (!es_answer_may_send(ch, req))
@@ -555,7 +549,7 @@ es_channel_send(int shard, EsRequest *req, const EsPart *parts, int nparts, bool
 			sent = send_pieces(ch, message, nparts, len, iov);
 		else
 			sent = wait_for_room(ch, es_ring_bytes(len)) &&
-				send_piece(ch, iov, es_parts_slice(message, nparts, 0, len, iov), len);
+				   send_piece(ch, iov, es_parts_slice(message, nparts, 0, len, iov), len);
 		if (sent)
 		{
 			es_answer_sent(ch, req);
@@ -577,10 +571,10 @@ es_channel_send(int shard, EsRequest *req, const EsPart *parts, int nparts, bool
 bool
 es_channel_hint(int shard, EsRequest *req, const EsPart *parts, int nparts, bool wake)
 {
-	EsPart		message[ES_HINT_PARTS + 1];
+	EsPart		 message[ES_HINT_PARTS + 1];
 	shm_mq_iovec iov[ES_HINT_PARTS + 2];
-	EsChannel  *ch;
-	Size		len;
+	EsChannel	*ch;
+	Size		 len;
 
 	/* nobody hints to a shard that he has not spoken to */
 	if (es_shared == NULL || es_channel_context == NULL)
@@ -588,8 +582,8 @@ es_channel_hint(int shard, EsRequest *req, const EsPart *parts, int nparts, bool
 	ch = &channels[shard];
 	Assert(nparts <= ES_HINT_PARTS);
 	nparts = message_parts(req, parts, nparts, message, &len);
-	if (!es_channel_usable(ch) || es_ring_bytes(len) > request_ring() ||
-		!es_answer_may_send(ch, req) || !abandon(ch) || room_left(ch) < es_ring_bytes(len))
+	if (!es_channel_usable(ch) || es_ring_bytes(len) > request_ring() || !es_answer_may_send(ch, req) ||
+		!abandon(ch) || room_left(ch) < es_ring_bytes(len))
 		return false;
 	if (!send_piece(ch, iov, es_parts_slice(message, nparts, 0, len, iov), len))
 		return false;

@@ -57,15 +57,13 @@ extern bool es_channel_has_room(int shard, Size len);
  * generation's MARK comes twice, which the shard drops).  Messages that fit never block
  * after wait_room; larger ones stream, taking interrupts.
  */
-extern void es_channel_send(int shard, EsRequest *req, const EsPart *parts, int nparts,
-							bool wake);
+extern void es_channel_send(int shard, EsRequest *req, const EsPart *parts, int nparts, bool wake);
 
 /*
  * For hints: sends only if there is a live channel and room; never throws, never
  * waits.  Returns whether it was sent.
  */
-extern bool es_channel_hint(int shard, EsRequest *req, const EsPart *parts, int nparts,
-							bool wake);
+extern bool es_channel_hint(int shard, EsRequest *req, const EsPart *parts, int nparts, bool wake);
 
 /* A fresh request id (never 0, unique in this backend). */
 extern uint64 es_request_id(void);
@@ -79,7 +77,7 @@ extern uint64 es_request_id(void);
  * Throws the shard's error if the answer is one; 57P03 "shard 3 was restarted" if the
  * generation changed while waiting; takes cancel.
  */
-extern void es_channel_expect(int shard, uint64 id);
+extern void			   es_channel_expect(int shard, uint64 id);
 extern const EsAnswer *es_channel_answer(int shard, uint64 id);
 /* The same with a time limit in ms (-1 = none); NULL on time-out. */
 extern const EsAnswer *es_channel_answer_timeout(int shard, uint64 id, long timeout_ms);
@@ -97,4 +95,4 @@ extern EsAnswer *es_channel_call(int shard, EsRequest *req, const EsPart *parts,
 /* At the end of a transaction: forgets all ids that are still expected.  Never throws. */
 extern void es_channel_end_transaction(void);
 
-#endif							/* ES_IPC_CHANNEL_H */
+#endif /* ES_IPC_CHANNEL_H */

@@ -20,23 +20,23 @@
 /* This process's end of its channel to one shard. */
 typedef struct EsChannel
 {
-	int			shard;
-	dsm_segment *segment;		/* where the pair lies; NULL = it has no memory yet */
-	Size		offset;
+	int				 shard;
+	dsm_segment		*segment; /* where the pair lies; NULL = it has no memory yet */
+	Size			 offset;
 	EsChannelShared *shared;
 
 	/* the current generation */
-	shm_mq_handle *requests;	/* NULL = no queues */
+	shm_mq_handle *requests; /* NULL = no queues */
 	shm_mq_handle *answers;
-	uint32		generation;
-	uint32		shard_generation;
-	bool		attached;		/* the shard has its end */
-	bool		broken;			/* shm_mq said no in the middle: not to be used any more */
-	bool		half_sent;		/* pieces of a message are out, its last one is not */
-	uint64		sent_messages;
-	uint64		sent_bytes;
-	uint64		answers_taken;
-	EsJoin		join;			/* an answer that came in pieces */
+	uint32		   generation;
+	uint32		   shard_generation;
+	bool		   attached;  /* the shard has its end */
+	bool		   broken;	  /* shm_mq said no in the middle: not to be used any more */
+	bool		   half_sent; /* pieces of a message are out, its last one is not */
+	uint64		   sent_messages;
+	uint64		   sent_bytes;
+	uint64		   answers_taken;
+	EsJoin		   join; /* an answer that came in pieces */
 } EsChannel;
 
 /* Lives as long as the process. */
@@ -55,7 +55,7 @@ extern void es_channel_sleep(TimestampTz deadline, uint32 wait_event);
 extern void es_channel_abandon_all(void);
 
 /* Parts that a hint may have. */
-#define ES_HINT_PARTS	4
+#define ES_HINT_PARTS 4
 
 /* ---- answer.c, for channel.c ---- */
 
@@ -65,4 +65,4 @@ extern bool es_answer_may_send(const EsChannel *ch, const EsRequest *req);
 /* It was sent. */
 extern void es_answer_sent(const EsChannel *ch, const EsRequest *req);
 
-#endif							/* ES_IPC_CHANNEL_INTERNAL_H */
+#endif /* ES_IPC_CHANNEL_INTERNAL_H */

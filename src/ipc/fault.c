@@ -26,9 +26,9 @@
 #include "storage/shmem.h"
 #include "storage/spin.h"
 
-#define MAX_ARMED		32
-#define NAME_LEN		64
-#define MAX_SLEEP_MS	60000
+#define MAX_ARMED	 32
+#define NAME_LEN	 64
+#define MAX_SLEEP_MS 60000
 
 typedef enum FaultAction
 {
@@ -45,27 +45,24 @@ static const struct
 {
 	const char *name;
 	FaultAction action;
-	int			needs;			/* flag that the point must have */
-} actions[] = {
-	{"kill", FAULT_KILL, 0},
-	{"sleep", FAULT_SLEEP, 0},
-	{"error", FAULT_ERROR, ES_FAULT_MAY_THROW},
-	{"fatal", FAULT_FATAL, ES_FAULT_MAY_THROW},
-	{"enospc", FAULT_ENOSPC, ES_FAULT_MAY_FAIL},
-	{"eio", FAULT_EIO, ES_FAULT_MAY_FAIL}
-};
+	int			needs; /* flag that the point must have */
+} actions[] = {{"kill", FAULT_KILL, 0},
+			   {"sleep", FAULT_SLEEP, 0},
+			   {"error", FAULT_ERROR, ES_FAULT_MAY_THROW},
+			   {"fatal", FAULT_FATAL, ES_FAULT_MAY_THROW},
+			   {"enospc", FAULT_ENOSPC, ES_FAULT_MAY_FAIL},
+			   {"eio", FAULT_EIO, ES_FAULT_MAY_FAIL}};
 
 #define ES_FAULT_POINT(name, flags, process) {name, flags, process},
 const EsFaultPoint es_fault_points[] = {
 #include "ipc/fault_points.h"
-	{NULL, 0, NULL}
-};
+	{NULL, 0, NULL}};
 #undef ES_FAULT_POINT
 
 typedef struct Armed
 {
-	char		point[NAME_LEN];	/* "" = free entry */
-	FaultAction action;			/* FAULT_NONE = it has fired; hits still count */
+	char		point[NAME_LEN]; /* "" = free entry */
+	FaultAction action;			 /* FAULT_NONE = it has fired; hits still count */
 	bool		always;
 	uint64		nth;
 	uint64		hits;
@@ -73,9 +70,9 @@ typedef struct Armed
 
 typedef struct FaultTable
 {
-	pg_atomic_uint32 narmed;	/* 0 = nothing to look for */
-	slock_t		mutex;			/* guards the entries */
-	Armed		armed[MAX_ARMED];
+	pg_atomic_uint32 narmed; /* 0 = nothing to look for */
+	slock_t			 mutex;	 /* guards the entries */
+	Armed			 armed[MAX_ARMED];
 } FaultTable;
 
 static FaultTable *faults = NULL;
@@ -98,13 +95,12 @@ arm_from_environment(void)
 	copy = pstrdup(setting);
 	for (char *item = strtok_r(copy, ",", &rest); item != NULL; item = strtok_r(NULL, ",", &rest))
 	{
-		char	   *action = strchr(item, ':');
-		char	   *nth = action ? strchr(action + 1, ':') : NULL;
+		char *action = strchr(item, ':');
+		char *nth = action ? strchr(action + 1, ':') : NULL;
 
 		if (nth == NULL)
-			ereport(ERROR,
-					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-					 errmsg("ES_FAULTS has \"%s\" where point:action:nth should be", item)));
+			ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+							errmsg("ES_FAULTS has \"%s\" where point:action:nth should be", item)));
 		*action++ = '\0';
 		*nth++ = '\0';
 		es_fault_arm(item, action, atoi(nth));
@@ -115,7 +111,7 @@ arm_from_environment(void)
 void
 es_fault_shmem_startup(void)
 {
-	bool		found;
+	bool found;
 
 	faults = ShmemInitStruct("event_store faults", sizeof(FaultTable), &found);
 	if (!found)
@@ -143,7 +139,7 @@ parse_action(const char *text, bool *always, int *needs)
 {
 	for (int i = 0; i < (int) lengthof(actions); i++)
 	{
-		size_t		len = strlen(actions[i].name);
+		size_t len = strlen(actions[i].name);
 
 		if (strncmp(text, actions[i].name, len) != 0)
 			continue;
@@ -152,10 +148,11 @@ parse_action(const char *text, bool *always, int *needs)
 		if (*always || text[len] == '\0')
 			return actions[i].action;
 	}
-	ereport(ERROR,
-			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-			 errmsg("there is no action \"%s\"", text),
-			 errhint("Actions are kill, sleep, error, fatal, enospc and eio, each also with \" always\" behind it.")));
+	ereport(
+		ERROR,
+		(errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("there is no action \"%s\"", text),
+		 errhint(
+			 "Actions are kill, sleep, error, fatal, enospc and eio, each also with \" always\" behind it.")));
 }
 
 static const EsFaultPoint *
@@ -166,29 +163,24 @@ known_point(const char *point)
 		if (strcmp(p->name, point) == 0)
 			return p;
 	}
-	ereport(ERROR,
-			(errcode(ERRCODE_UNDEFINED_OBJECT),
-			 errmsg("there is no fault point \"%s\"", point),
-			 errhint("They are listed in src/ipc/fault_points.h.")));
+	ereport(ERROR, (errcode(ERRCODE_UNDEFINED_OBJECT), errmsg("there is no fault point \"%s\"", point),
+					errhint("They are listed in src/ipc/fault_points.h.")));
 }
 
 void
 es_fault_arm(const char *point, const char *action_text, int nth)
 {
 	const EsFaultPoint *known = known_point(point);
-	bool		always;
-	int			needs;
-	FaultAction action = parse_action(action_text, &always, &needs);
-	Armed	   *a;
+	bool				always;
+	int					needs;
+	FaultAction			action = parse_action(action_text, &always, &needs);
+	Armed			   *a;
 
 	if (needs != (needs & known->flags))
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("fault point \"%s\" cannot do \"%s\"", point, action_text)));
+		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+						errmsg("fault point \"%s\" cannot do \"%s\"", point, action_text)));
 	if (nth < 1 || strlen(point) >= NAME_LEN)
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("nth must be positive")));
+		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("nth must be positive")));
 
 	SpinLockAcquire(&faults->mutex);
 	a = find(point);
@@ -206,9 +198,8 @@ es_fault_arm(const char *point, const char *action_text, int nth)
 	}
 	SpinLockRelease(&faults->mutex);
 	if (a == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_RESOURCES),
-				 errmsg("%d fault points are armed already", MAX_ARMED)));
+		ereport(ERROR, (errcode(ERRCODE_INSUFFICIENT_RESOURCES),
+						errmsg("%d fault points are armed already", MAX_ARMED)));
 }
 
 void
@@ -223,8 +214,8 @@ es_fault_disarm_all(void)
 uint64
 es_fault_hits(const char *point)
 {
-	uint64		hits;
-	Armed	   *a;
+	uint64 hits;
+	Armed *a;
 
 	(void) known_point(point);
 	SpinLockAcquire(&faults->mutex);
@@ -266,8 +257,8 @@ pass(const char *point)
 static bool
 still_sleeping(const char *point)
 {
-	Armed	   *a;
-	bool		sleeping;
+	Armed *a;
+	bool   sleeping;
 
 	SpinLockAcquire(&faults->mutex);
 	a = find(point);
@@ -291,15 +282,11 @@ es_fault_hit(const char *point, bool may_throw)
 			break;
 		case FAULT_ERROR:
 			if (may_throw)
-				ereport(ERROR,
-						(errcode(ERRCODE_INTERNAL_ERROR),
-						 errmsg("fault injected at \"%s\"", point)));
+				ereport(ERROR, (errcode(ERRCODE_INTERNAL_ERROR), errmsg("fault injected at \"%s\"", point)));
 			break;
 		case FAULT_FATAL:
 			if (may_throw)
-				ereport(FATAL,
-						(errcode(ERRCODE_INTERNAL_ERROR),
-						 errmsg("fault injected at \"%s\"", point)));
+				ereport(FATAL, (errcode(ERRCODE_INTERNAL_ERROR), errmsg("fault injected at \"%s\"", point)));
 			break;
 		default:
 			break;
@@ -328,4 +315,4 @@ es_fault_io(const char *point)
 	}
 }
 
-#endif							/* ES_FAULT_POINTS */
+#endif /* ES_FAULT_POINTS */

@@ -20,25 +20,25 @@
 #define ES_IPC_FAULT_H
 
 /* What may happen at a point. */
-#define ES_FAULT_MAY_THROW	0x01	/* ES_FAULT_ERROR */
-#define ES_FAULT_MAY_FAIL	0x02	/* ES_FAULT_IO */
+#define ES_FAULT_MAY_THROW 0x01 /* ES_FAULT_ERROR */
+#define ES_FAULT_MAY_FAIL  0x02 /* ES_FAULT_IO */
 
 #ifdef ES_FAULT_POINTS
 
 extern void es_fault_hit(const char *point, bool may_throw);
 extern int	es_fault_io(const char *point);
 
-#define ES_FAULT(point)			es_fault_hit(point, false)
-#define ES_FAULT_ERROR(point)	es_fault_hit(point, true)
-#define ES_FAULT_IO(point)		es_fault_io(point)
+#define ES_FAULT(point)		  es_fault_hit(point, false)
+#define ES_FAULT_ERROR(point) es_fault_hit(point, true)
+#define ES_FAULT_IO(point)	  es_fault_io(point)
 
 /* ---- for event_store_test ---- */
 
 typedef struct EsFaultPoint
 {
 	const char *name;
-	int			flags;			/* ES_FAULT_MAY_* */
-	const char *process;		/* which one hits it: "backend", "shard", "maintenance", "keeper" */
+	int			flags;	 /* ES_FAULT_MAY_* */
+	const char *process; /* which one hits it: "backend", "shard", "maintenance", "keeper" */
 } EsFaultPoint;
 
 /* All points, ended by a NULL name. */
@@ -56,10 +56,10 @@ extern uint64 es_fault_hits(const char *point);
 
 #else
 
-#define ES_FAULT(point)			((void) 0)
-#define ES_FAULT_ERROR(point)	((void) 0)
-#define ES_FAULT_IO(point)		0
+#define ES_FAULT(point)		  ((void) 0)
+#define ES_FAULT_ERROR(point) ((void) 0)
+#define ES_FAULT_IO(point)	  0
 
 #endif
 
-#endif							/* ES_IPC_FAULT_H */
+#endif /* ES_IPC_FAULT_H */

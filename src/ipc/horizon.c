@@ -33,11 +33,11 @@
 #include "ipc/position.h"
 
 /* Xids between two consecutive ones: those below 3 of an epoch are never handed out. */
-#define XID_GAP		4
+#define XID_GAP 4
 
 /* This process's slot is published; its lowest position, as the ring gets it. */
-static bool published = false;
-static bool base_known = false; /* else my_base is but the slot's bound */
+static bool		  published = false;
+static bool		  base_known = false; /* else my_base is but the slot's bound */
 static EsPosition my_base = 0;
 
 /* ---- writers ---- */
@@ -48,7 +48,7 @@ add_tables(EsBackendSlot *slot, const uint64 *tables, uint32 ntables, uint32 hav
 {
 	for (uint32 i = 0; i < ntables && have <= ES_SLOT_TABLES; i++)
 	{
-		uint32		k = 0;
+		uint32 k = 0;
 
 		while (k < have && pg_atomic_read_u64(&slot->tables[k]) != tables[i])
 			k++;
@@ -56,7 +56,7 @@ add_tables(EsBackendSlot *slot, const uint64 *tables, uint32 ntables, uint32 hav
 			continue;
 		if (have < ES_SLOT_TABLES)
 			pg_atomic_write_u64(&slot->tables[have], tables[i]);
-		have++;					/* one too many: all tables */
+		have++; /* one too many: all tables */
 	}
 	pg_write_barrier();
 	pg_atomic_write_u32(&slot->ntables, have);
@@ -124,8 +124,7 @@ retire_oldest(void)
 	EsHorizonEntry *oldest;
 
 	/* all snapshots have an xmax above ring_oldest_running: the pair counts for none of them */
-	if (overflow->base != 0 &&
-		overflow->latest_completed + XID_GAP < es_shared->ring_oldest_running)
+	if (overflow->base != 0 && overflow->latest_completed + XID_GAP < es_shared->ring_oldest_running)
 		memset(overflow, 0, sizeof(*overflow));
 
 	if (es_shared->ring_next < ES_RING_ENTRIES)
@@ -140,8 +139,8 @@ void
 es_horizon_committed(void)
 {
 	EsBackendSlot *slot;
-	EsRingEntry *e;
-	uint64		oldest = 0;
+	EsRingEntry	  *e;
+	uint64		   oldest = 0;
 
 	if (!published)
 		return;
@@ -149,8 +148,7 @@ es_horizon_committed(void)
 
 	/* read without the lock: if it is missed, or done twice, nothing is wrong */
 	if (es_shared->ring_next % (ES_RING_ENTRIES / 4) == 0)
-		oldest = es_widen_xid(es_latest_completed_fxid(),
-							  GetOldestTransactionIdConsideredRunning());
+		oldest = es_widen_xid(es_latest_completed_fxid(), GetOldestTransactionIdConsideredRunning());
 
 	ES_FAULT("horizon-before-push");
 	LWLockAcquire(es_shared->ring_lock, LW_EXCLUSIVE);
@@ -190,8 +188,8 @@ static EsPosition
 slot_bound(int i, uint64 storage_id, EsFxid *fxid)
 {
 	EsBackendSlot *slot = &es_shared->slots[i];
-	EsPosition	bound = pg_atomic_read_u64(&slot->lower_bound);
-	uint32		ntables;
+	EsPosition	   bound = pg_atomic_read_u64(&slot->lower_bound);
+	uint32		   ntables;
 
 	if (bound == 0)
 		return 0;
@@ -213,12 +211,12 @@ slot_bound(int i, uint64 storage_id, EsFxid *fxid)
 EsPosition
 es_horizon_newest(uint64 storage_id)
 {
-	EsPosition	horizon = pg_atomic_read_u64(&es_shared->position_counter);
+	EsPosition horizon = pg_atomic_read_u64(&es_shared->position_counter);
 
 	pg_memory_barrier();
 	for (int i = 0; i < es_shared->nslots; i++)
 	{
-		EsPosition	bound = slot_bound(i, storage_id, NULL);
+		EsPosition bound = slot_bound(i, storage_id, NULL);
 
 		if (bound != 0 && bound < horizon)
 			horizon = bound;
@@ -229,8 +227,8 @@ es_horizon_newest(uint64 storage_id)
 static int
 compare_fxids(const void *a, const void *b)
 {
-	EsFxid		x = *(const EsFxid *) a;
-	EsFxid		y = *(const EsFxid *) b;
+	EsFxid x = *(const EsFxid *) a;
+	EsFxid y = *(const EsFxid *) b;
 
 	return x < y ? -1 : x > y;
 }
@@ -238,8 +236,8 @@ compare_fxids(const void *a, const void *b)
 void
 es_widen_snapshot(Snapshot snapshot, EsSnapshot *s)
 {
-	EsFxid		reference = es_latest_completed_fxid();
-	EsFxid	   *xip = palloc(sizeof(EsFxid) * Max(snapshot->xcnt, 1));
+	EsFxid	reference = es_latest_completed_fxid();
+	EsFxid *xip = palloc(sizeof(EsFxid) * Max(snapshot->xcnt, 1));
 
 	s->xmin = es_widen_xid(reference, snapshot->xmin);
 	s->xmax = es_widen_xid(reference, snapshot->xmax);
@@ -263,11 +261,10 @@ es_widen_snapshot(Snapshot snapshot, EsSnapshot *s)
 
 /* Entries of the ring that may count for the snapshot; returns their number. */
 static uint32
-collect_entries(const EsSnapshot *s, uint64 storage_id, EsHorizonEntry *entries,
-				EsHorizonEntry *overflow)
+collect_entries(const EsSnapshot *s, uint64 storage_id, EsHorizonEntry *entries, EsHorizonEntry *overflow)
 {
-	uint32		n = 0;
-	uint32		have;
+	uint32 n = 0;
+	uint32 have;
 
 	LWLockAcquire(es_shared->ring_lock, LW_SHARED);
 	*overflow = es_shared->ring_overflow;
@@ -275,10 +272,10 @@ collect_entries(const EsSnapshot *s, uint64 storage_id, EsHorizonEntry *entries,
 	for (uint32 i = 0; i < have; i++)
 	{
 		EsRingEntry *e = &es_shared->ring[(es_shared->ring_next - 1 - i) % ES_RING_ENTRIES];
-		bool		concerned = storage_id == 0 || e->ntables > ES_SLOT_TABLES;
+		bool		 concerned = storage_id == 0 || e->ntables > ES_SLOT_TABLES;
 
 		if (e->entry.latest_completed + XID_GAP < s->xmax)
-			break;				/* and all older ones */
+			break; /* and all older ones */
 		for (uint32 k = 0; k < e->ntables && !concerned; k++)
 			concerned = e->tables[k] == storage_id;
 		if (concerned)
@@ -292,14 +289,14 @@ EsPosition
 es_horizon_of(Snapshot snapshot, uint64 storage_id)
 {
 	static EsHorizonEntry entries[ES_RING_ENTRIES];
-	EsHorizonEntry overflow;
-	EsHorizonSlot *slots;
-	bool	   *committed;
-	EsSnapshot	s;
-	EsPosition	counter;
-	EsPosition	horizon;
-	uint32		nslots = 0;
-	uint32		nentries;
+	EsHorizonEntry		  overflow;
+	EsHorizonSlot		 *slots;
+	bool				 *committed;
+	EsSnapshot			  s;
+	EsPosition			  counter;
+	EsPosition			  horizon;
+	uint32				  nslots = 0;
+	uint32				  nentries;
 
 	if (!IsMVCCSnapshot(snapshot))
 		return es_horizon_newest(storage_id);
@@ -323,7 +320,8 @@ es_horizon_of(Snapshot snapshot, uint64 storage_id)
 
 	/* an xid that was finished for the snapshot is in CLOG, whatever its slot says */
 	for (uint32 i = 0; i < nslots; i++)
-		committed[i] = !es_snapshot_running(&s, slots[i].fxid) &&
+		committed[i] =
+			!es_snapshot_running(&s, slots[i].fxid) &&
 			TransactionIdDidCommit(XidFromFullTransactionId(FullTransactionIdFromU64(slots[i].fxid)));
 
 	horizon = es_horizon(&s, counter, slots, committed, nslots, entries, nentries, &overflow);

@@ -25,7 +25,7 @@
 #include "ipc/jobs.h"
 #include "ipc/shmem.h"
 
-static int	my_worker = -1;
+static int my_worker = -1;
 
 static uint32
 generation_of(int shard)
@@ -42,8 +42,8 @@ wake_idle_workers(EsJobQueue *q)
 {
 	for (int w = 0; w < ES_MAX_MAINTENANCE; w++)
 	{
-		PGPROC	   *proc = q->workers[w];
-		bool		busy = false;
+		PGPROC *proc = q->workers[w];
+		bool	busy = false;
 
 		if (proc == NULL)
 			continue;
@@ -111,7 +111,7 @@ es_jobs_reset_shard(int shard)
 	LWLockAcquire(q->lock, LW_EXCLUSIVE);
 	for (int i = 0; i < ES_MAX_JOBS; i++)
 	{
-		EsJob	   *job = &q->jobs[i];
+		EsJob *job = &q->jobs[i];
 
 		if (job->state != ES_JOB_FREE && job->state != ES_JOB_RUNNING && job->shard == shard &&
 			job->shard_generation != generation_of(shard))
@@ -137,7 +137,7 @@ fail_running_jobs(EsJobQueue *q, int pid)
 {
 	for (int i = 0; i < ES_MAX_JOBS; i++)
 	{
-		EsJob	   *job = &q->jobs[i];
+		EsJob *job = &q->jobs[i];
 
 		if (job->state != ES_JOB_RUNNING || job->worker_pid != pid)
 			continue;
@@ -173,7 +173,7 @@ es_jobs_register_worker(int w)
 	fail_running_jobs(q, MyProcPid);
 	for (int i = 0; i < ES_MAX_JOBS; i++)
 	{
-		EsJob	   *job = &q->jobs[i];
+		EsJob *job = &q->jobs[i];
 
 		if (job->state == ES_JOB_RUNNING && BackendPidGetProc(job->worker_pid) == NULL)
 			fail_running_jobs(q, job->worker_pid);
@@ -193,7 +193,7 @@ es_job_take(void)
 	LWLockAcquire(q->lock, LW_EXCLUSIVE);
 	for (int i = 0; i < ES_MAX_JOBS; i++)
 	{
-		EsJob	   *job = &q->jobs[i];
+		EsJob *job = &q->jobs[i];
 
 		if (job->state != ES_JOB_POSTED)
 			continue;

@@ -34,7 +34,7 @@ static XLogRecPtr
 insert_record(bool transactional, char *data, size_t len)
 {
 	xl_logical_message record;
-	char		prefix[] = ES_MESSAGE_PREFIX;	/* and one NUL more, which is not written */
+	char			   prefix[] = ES_MESSAGE_PREFIX; /* and one NUL more, which is not written */
 
 	record.dbId = InvalidOid;
 	record.transactional = transactional;
@@ -55,22 +55,19 @@ check_status(EsStatus status)
 	if (status == ES_OK)
 		return;
 	if (status == ES_ERR_TOO_LARGE)
-		ereport(ERROR,
-				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
-				 errmsg("event_store cannot write a message of 4 GB or more"),
-				 errhint("Write fewer events in one transaction, or smaller ones.")));
+		ereport(ERROR, (errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+						errmsg("event_store cannot write a message of 4 GB or more"),
+						errhint("Write fewer events in one transaction, or smaller ones.")));
 	if (status == ES_ERR_NOMEM)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory")));
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 	elog(ERROR, "event_store: message could not be built (status %d)", (int) status);
 }
 
 void
-es_log_message(EsMessageKind kind, EsFxid fxid, uint16 shard,
-			   const EsPart *parts, int nparts, EsLsn *start, EsLsn *end)
+es_log_message(EsMessageKind kind, EsFxid fxid, uint16 shard, const EsPart *parts, int nparts, EsLsn *start,
+			   EsLsn *end)
 {
-	bool		transactional = kind == ES_MESSAGE_BATCH || kind == ES_MESSAGE_FINISH;
+	bool			 transactional = kind == ES_MESSAGE_BATCH || kind == ES_MESSAGE_FINISH;
 	EsMessageWriter *writer;
 
 	/*
@@ -85,16 +82,15 @@ es_log_message(EsMessageKind kind, EsFxid fxid, uint16 shard,
 	if (record_buffer == NULL)
 		record_buffer = MemoryContextAlloc(TopMemoryContext, ES_MESSAGE_MAX_RECORD);
 
-	check_status(es_message_begin(&writer, kind, es_shared->store_uuid, fxid, shard,
-								  parts, nparts));
+	check_status(es_message_begin(&writer, kind, es_shared->store_uuid, fxid, shard, parts, nparts));
 	PG_TRY();
 	{
-		uint32		npieces = es_message_npieces(writer);
+		uint32 npieces = es_message_npieces(writer);
 
 		*start = 0;
 		for (uint32 i = 0; i < npieces; i++)
 		{
-			size_t		len;
+			size_t len;
 
 			if (i > 0)
 			{

@@ -19,7 +19,7 @@
  * interrupts.  Throws on cancel, disk full in PostgreSQL's WAL is PostgreSQL's
  * PANIC as for any record.
  */
-extern void es_log_message(EsMessageKind kind, EsFxid fxid, uint16 shard,
-						   const EsPart *parts, int nparts, EsLsn *start, EsLsn *end);
+extern void es_log_message(EsMessageKind kind, EsFxid fxid, uint16 shard, const EsPart *parts, int nparts,
+						   EsLsn *start, EsLsn *end);
 
-#endif							/* ES_IPC_LOGMSG_H */
+#endif /* ES_IPC_LOGMSG_H */

@@ -14,7 +14,7 @@
 Size
 es_parts_len(const EsPart *parts, int nparts)
 {
-	Size		len = 0;
+	Size len = 0;
 
 	for (int i = 0; i < nparts; i++)
 		len += parts[i].len;
@@ -25,11 +25,11 @@ int
 es_parts_slice(const EsPart *parts, int nparts, Size offset, Size len, shm_mq_iovec *iov)
 {
 	static const char zeros[MAXIMUM_ALIGNOF] = {0};
-	int			n = 0;
+	int				  n = 0;
 
 	for (int i = 0; i < nparts && len > 0; i++)
 	{
-		Size		take;
+		Size take;
 
 		if (offset >= parts[i].len)
 		{
@@ -64,7 +64,7 @@ es_join_reset(EsJoin *join)
 EsJoinResult
 es_join_add(EsJoin *join, MemoryContext context, const EsPiece *piece, Size len)
 {
-	Size		bytes;
+	Size bytes;
 
 	if (len < sizeof(EsPiece))
 		return ES_JOIN_BROKEN;
@@ -78,8 +78,7 @@ es_join_add(EsJoin *join, MemoryContext context, const EsPiece *piece, Size len)
 	{
 		if (piece->total > ES_MESSAGE_MAX_LEN || piece->total < sizeof(EsRequest))
 			return ES_JOIN_BROKEN;
-		join->data = MemoryContextAllocExtended(context, piece->total,
-												MCXT_ALLOC_HUGE | MCXT_ALLOC_NO_OOM);
+		join->data = MemoryContextAllocExtended(context, piece->total, MCXT_ALLOC_HUGE | MCXT_ALLOC_NO_OOM);
 		if (join->data == NULL)
 			return ES_JOIN_NO_MEMORY;
 		join->total = piece->total;

@@ -27,23 +27,23 @@
 #include "ipc/protocol.h"
 
 /* Longest message, header included. */
-#define ES_MESSAGE_MAX_LEN	((Size) PG_INT32_MAX)
+#define ES_MESSAGE_MAX_LEN ((Size) PG_INT32_MAX)
 
 /* Takes the place of EsRequest.type and EsAnswer.type. */
-#define ES_PIECE_TYPE	0xffff
+#define ES_PIECE_TYPE 0xffff
 
-#define ES_PIECE_FIRST		0x0001
-#define ES_PIECE_LAST		0x0002
-#define ES_PIECE_ABANDONED	0x0004	/* what came of this message is to be forgotten */
+#define ES_PIECE_FIRST	   0x0001
+#define ES_PIECE_LAST	   0x0002
+#define ES_PIECE_ABANDONED 0x0004 /* what came of this message is to be forgotten */
 
 typedef struct EsPiece
 {
-	uint16		type;			/* ES_PIECE_TYPE */
-	uint16		flags;
-	uint32		reserved;
-	uint64		offset;			/* of its bytes in the message */
-	uint64		total;			/* length of the message */
-	/* bytes follow */
+	uint16 type; /* ES_PIECE_TYPE */
+	uint16 flags;
+	uint32 reserved;
+	uint64 offset; /* of its bytes in the message */
+	uint64 total;  /* length of the message */
+				   /* bytes follow */
 } EsPiece;
 
 static inline Size
@@ -53,7 +53,7 @@ es_ring_bytes(Size len)
 }
 
 /* Ring bytes that pieces leave free for one without bytes. */
-#define ES_PIECE_RESERVE	es_ring_bytes(sizeof(EsPiece))
+#define ES_PIECE_RESERVE es_ring_bytes(sizeof(EsPiece))
 
 /* Bytes of a message that one piece carries. */
 static inline Size
@@ -76,26 +76,25 @@ extern Size es_parts_len(const EsPart *parts, int nparts);
  * Fills iov with bytes [offset, offset + len) of the joined parts, zeros behind their end (at
  * most 7); returns the number of entries, at most nparts + 1.
  */
-extern int	es_parts_slice(const EsPart *parts, int nparts, Size offset, Size len,
-						   shm_mq_iovec *iov);
+extern int es_parts_slice(const EsPart *parts, int nparts, Size offset, Size len, shm_mq_iovec *iov);
 
 /* A message being joined.  All zero = none. */
 typedef struct EsJoin
 {
-	char	   *data;			/* total bytes, palloc'd; NULL = nothing is being joined */
-	Size		total;
-	Size		have;
+	char *data; /* total bytes, palloc'd; NULL = nothing is being joined */
+	Size  total;
+	Size  have;
 } EsJoin;
 
 typedef enum EsJoinResult
 {
-	ES_JOIN_MORE,				/* not whole yet, or abandoned */
-	ES_JOIN_WHOLE,				/* join->data is the message; the caller takes or resets it */
+	ES_JOIN_MORE,  /* not whole yet, or abandoned */
+	ES_JOIN_WHOLE, /* join->data is the message; the caller takes or resets it */
 	ES_JOIN_NO_MEMORY,
-	ES_JOIN_BROKEN				/* does not fit to what came before: a bug of the sender */
+	ES_JOIN_BROKEN /* does not fit to what came before: a bug of the sender */
 } EsJoinResult;
 
 extern EsJoinResult es_join_add(EsJoin *join, MemoryContext context, const EsPiece *piece, Size len);
-extern void es_join_reset(EsJoin *join);	/* frees data */
+extern void			es_join_reset(EsJoin *join); /* frees data */
 
-#endif							/* ES_IPC_PIECE_H */
+#endif /* ES_IPC_PIECE_H */

@@ -27,7 +27,7 @@
 #include "ipc/position.h"
 
 /* A given position that is further above the counter than this needs a superuser: there are only 2^47. */
-#define GIVEN_JUMP_LIMIT	(UINT64CONST(1) << 32)
+#define GIVEN_JUMP_LIMIT (UINT64CONST(1) << 32)
 
 static void
 raise_to(pg_atomic_uint64 *field, uint64 value)
@@ -43,8 +43,8 @@ static uint64
 known_counter(void)
 {
 	static uint32 wait_event = 0;
-	uint64		counter = pg_atomic_read_u64(&es_shared->position_counter);
-	TimestampTz deadline;
+	uint64		  counter = pg_atomic_read_u64(&es_shared->position_counter);
+	TimestampTz	  deadline;
 
 	if (counter != 0)
 		return counter;
@@ -59,11 +59,9 @@ known_counter(void)
 		if (now >= deadline)
 		{
 			ConditionVariableCancelSleep();
-			ereport(ERROR,
-					(errcode(ERRCODE_CANNOT_CONNECT_NOW),
-					 errmsg("event_store is recovering"),
-					 errdetail("No shard has recovered yet, so the next position is not known."),
-					 errhint("Try again later, or raise event_store.startup_timeout.")));
+			ereport(ERROR, (errcode(ERRCODE_CANNOT_CONNECT_NOW), errmsg("event_store is recovering"),
+							errdetail("No shard has recovered yet, so the next position is not known."),
+							errhint("Try again later, or raise event_store.startup_timeout.")));
 		}
 		(void) ConditionVariableTimedSleep(&es_shared->store_changed,
 										   Min(TimestampDifferenceMilliseconds(now, deadline), 1000),
@@ -77,10 +75,10 @@ known_counter(void)
 static void
 reserve_step(EsPosition end)
 {
-	EsReserve	reserve;
-	EsPart		part = {&reserve, sizeof(reserve)};
-	EsLsn		lsn_start;
-	EsLsn		lsn_end;
+	EsReserve reserve;
+	EsPart	  part = {&reserve, sizeof(reserve)};
+	EsLsn	  lsn_start;
+	EsLsn	  lsn_end;
 
 	reserve.below = Max(end, pg_atomic_read_u64(&es_shared->reserved_below)) + ES_POSITION_STEP;
 
@@ -102,7 +100,7 @@ reserve_step(EsPosition end)
 static void
 ensure_reserved(EsPosition end)
 {
-	EsPosition	reserved = pg_atomic_read_u64(&es_shared->reserved_below);
+	EsPosition reserved = pg_atomic_read_u64(&es_shared->reserved_below);
 
 	if (end + ES_POSITION_STEP / 2 <= reserved)
 		return;
@@ -124,7 +122,7 @@ ensure_reserved(EsPosition end)
 static EsPosition
 take(uint64 n)
 {
-	EsPosition	base = pg_atomic_read_u64(&es_shared->position_counter);
+	EsPosition base = pg_atomic_read_u64(&es_shared->position_counter);
 
 	Assert(n > 0);
 	if (n <= ES_MAX_POSITION && base <= ES_MAX_POSITION - n + 1)
@@ -134,8 +132,7 @@ take(uint64 n)
 			return base;
 	}
 	ereport(ERROR,
-			(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
-			 errmsg("the positions of this cluster are used up"),
+			(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED), errmsg("the positions of this cluster are used up"),
 			 errdetail("The next position is " UINT64_FORMAT ", the last possible one " UINT64_FORMAT ".",
 					   base, ES_MAX_POSITION)));
 }
@@ -143,7 +140,7 @@ take(uint64 n)
 EsPosition
 es_positions_reserve(uint64 n, const uint64 *tables, uint32 ntables, EsFxid fxid)
 {
-	EsPosition	base;
+	EsPosition base;
 
 	(void) known_counter();
 	es_horizon_publish(pg_atomic_read_u64(&es_shared->position_counter), tables, ntables, fxid);
@@ -159,24 +156,23 @@ es_positions_reserve(uint64 n, const uint64 *tables, uint32 ntables, EsFxid fxid
 }
 
 void
-es_positions_given(EsPosition lowest, EsPosition highest,
-				   const uint64 *tables, uint32 ntables, EsFxid fxid)
+es_positions_given(EsPosition lowest, EsPosition highest, const uint64 *tables, uint32 ntables, EsFxid fxid)
 {
-	uint64		counter = known_counter();
+	uint64 counter = known_counter();
 
 	Assert(lowest > 0 && lowest <= highest);
 	if (highest > ES_MAX_POSITION)
-		ereport(ERROR,
-				(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
-				 errmsg("position " UINT64_FORMAT " is out of range", highest),
-				 errdetail("The last possible position is " UINT64_FORMAT ".", ES_MAX_POSITION)));
+		ereport(ERROR, (errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
+						errmsg("position " UINT64_FORMAT " is out of range", highest),
+						errdetail("The last possible position is " UINT64_FORMAT ".", ES_MAX_POSITION)));
 	if (highest > counter && highest - counter > GIVEN_JUMP_LIMIT && !superuser())
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("permission denied to skip " UINT64_FORMAT " positions", highest - counter),
 				 errdetail("Position " UINT64_FORMAT " was given, and the next one is " UINT64_FORMAT ".",
 						   highest, counter),
-				 errhint("Only a superuser may give a position that is more than " UINT64_FORMAT " above the next one.",
+				 errhint("Only a superuser may give a position that is more than " UINT64_FORMAT
+						 " above the next one.",
 						 GIVEN_JUMP_LIMIT)));
 
 	es_horizon_publish(lowest, tables, ntables, fxid);
@@ -189,7 +185,7 @@ es_positions_given(EsPosition lowest, EsPosition highest,
 uint64
 es_positions_take_id(void)
 {
-	EsPosition	id;
+	EsPosition id;
 
 	(void) known_counter();
 	id = take(1);

@@ -20,14 +20,13 @@
  * tables), then takes n positions; returns the first.  Logs and flushes a
  * RESERVE when needed: may throw, and waits until the counter is known.
  */
-extern EsPosition es_positions_reserve(uint64 n, const uint64 *tables, uint32 ntables,
-									   EsFxid fxid);
+extern EsPosition es_positions_reserve(uint64 n, const uint64 *tables, uint32 ntables, EsFxid fxid);
 
 /* For restores: publishes the slot with lower bound `lowest`, then moves the counter
  * above `highest`.  ERROR if highest is beyond ES_MAX_POSITION, or more than
  * 2^32 above the counter and the user is no superuser. */
-extern void es_positions_given(EsPosition lowest, EsPosition highest,
-							   const uint64 *tables, uint32 ntables, EsFxid fxid);
+extern void
+es_positions_given(EsPosition lowest, EsPosition highest, const uint64 *tables, uint32 ntables, EsFxid fxid);
 
 /* One position for something that is no event (a storage id): no slot. */
 extern uint64 es_positions_take_id(void);
@@ -54,11 +53,10 @@ extern void es_positions_recovered(EsPosition next, EsPosition reserved_below);
 /* ---- between position.c, horizon.c and shmem.c ---- */
 
 /* Sets the slot, or widens it if this transaction has set it before. */
-extern void es_horizon_publish(EsPosition lower_bound, const uint64 *tables, uint32 ntables,
-							   EsFxid fxid);
+extern void es_horizon_publish(EsPosition lower_bound, const uint64 *tables, uint32 ntables, EsFxid fxid);
 /* The first position that was really taken. */
 extern void es_horizon_note_base(EsPosition base);
 /* Clears a slot and wakes waiters.  Never throws. */
 extern void es_horizon_clear(EsBackendSlot *slot);
 
-#endif							/* ES_IPC_POSITION_H */
+#endif /* ES_IPC_POSITION_H */

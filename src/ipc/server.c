@@ -35,14 +35,14 @@
 #include "ipc/server_internal.h"
 
 /* Rounds of one drain; what is left then waits for the next. */
-#define MAX_ROUNDS	4
+#define MAX_ROUNDS 4
 
-int			es_server_shard = -1;
+int			  es_server_shard = -1;
 MemoryContext es_server_context = NULL;
 
-static EsShardShared *shard_shared;
+static EsShardShared	*shard_shared;
 static EsServerCallbacks callbacks;
-static EsConnection **connections;	/* by slot number; NULL = none */
+static EsConnection	   **connections; /* by slot number; NULL = none */
 
 static dlist_head held_list = DLIST_STATIC_INIT(held_list);
 
@@ -65,7 +65,7 @@ es_server_fail(EsConnection *c)
 static void
 server_exit(int code, Datum arg)
 {
-	uint32		state = pg_atomic_read_u32(&shard_shared->state);
+	uint32 state = pg_atomic_read_u32(&shard_shared->state);
 
 	SpinLockAcquire(&shard_shared->mutex);
 	if (shard_shared->proc == MyProc)
@@ -93,10 +93,9 @@ es_server_init(int shard, const EsServerCallbacks *cb)
 	es_server_shard = shard;
 	shard_shared = &es_shared->shards[shard];
 	callbacks = *cb;
-	es_server_context = AllocSetContextCreate(TopMemoryContext, "event_store connections",
-											  ALLOCSET_DEFAULT_SIZES);
-	connections = MemoryContextAllocZero(es_server_context,
-										 sizeof(EsConnection *) * es_shared->nslots);
+	es_server_context =
+		AllocSetContextCreate(TopMemoryContext, "event_store connections", ALLOCSET_DEFAULT_SIZES);
+	connections = MemoryContextAllocZero(es_server_context, sizeof(EsConnection *) * es_shared->nslots);
 
 	SpinLockAcquire(&shard_shared->mutex);
 	shard_shared->proc = MyProc;
@@ -130,9 +129,9 @@ map_queues(EsConnection *c, dsm_handle handle, Size offset)
 		c->segment = dsm_attach(handle);
 		if (c->segment != NULL)
 		{
-			char	   *memory = (char *) dsm_segment_address(c->segment) + offset;
-			shm_mq	   *requests = (shm_mq *) memory;
-			shm_mq	   *answers = (shm_mq *) (memory + CACHELINEALIGN(es_queue_memory(es_request_ring())));
+			char   *memory = (char *) dsm_segment_address(c->segment) + offset;
+			shm_mq *requests = (shm_mq *) memory;
+			shm_mq *answers = (shm_mq *) (memory + CACHELINEALIGN(es_queue_memory(es_request_ring())));
 
 			dsm_pin_mapping(c->segment);
 			shm_mq_set_sender(answers, MyProc);
@@ -164,11 +163,11 @@ static EsConnection *
 open_connection(int slot)
 {
 	EsChannelShared *shared = &es_shared->slots[slot].channels[es_server_shard];
-	uint32		generation = pg_atomic_read_u32(&shared->generation);
-	uint32		shard_generation;
-	dsm_handle	handle;
-	Size		offset;
-	EsConnection *c;
+	uint32			 generation = pg_atomic_read_u32(&shared->generation);
+	uint32			 shard_generation;
+	dsm_handle		 handle;
+	Size			 offset;
+	EsConnection	*c;
 
 	/*
 	 * The fields belong to a generation that is not closed: its owner closes the old one
@@ -183,9 +182,9 @@ open_connection(int slot)
 	pg_read_barrier();
 	if (pg_atomic_read_u32(&shared->closed) == generation ||
 		pg_atomic_read_u32(&shared->generation) != generation)
-		return NULL;			/* if a new one comes, so does its ready bit */
+		return NULL; /* if a new one comes, so does its ready bit */
 	if (shard_generation != pg_atomic_read_u32(&shard_shared->generation))
-		return NULL;			/* for a predecessor of ours */
+		return NULL; /* for a predecessor of ours */
 
 	ES_FAULT("server-before-attach");
 	c = MemoryContextAllocExtended(es_server_context, sizeof(EsConnection),
@@ -212,8 +211,8 @@ open_connection(int slot)
 static void
 close_connection(EsConnection *c)
 {
-	int			slot = c->conn.slot;
-	uint32		generation = c->conn.generation;
+	int	   slot = c->conn.slot;
+	uint32 generation = c->conn.generation;
 
 	callbacks.closed(&c->conn);
 	connections[slot] = NULL;
@@ -294,8 +293,8 @@ deliver(EsConnection *c, const EsRequest *req, Size len)
 static int
 take_one(EsConnection *c, bool *more)
 {
-	void	   *data;
-	Size		len;
+	void *data;
+	Size  len;
 
 	*more = receive_piece(c, &data, &len);
 	if (!*more)
@@ -339,12 +338,12 @@ take_one(EsConnection *c, bool *more)
 static void
 give_room(EsConnection *c, int *count)
 {
-	bool		wanted = pg_atomic_read_u32(&c->shared->room_wanted) != 0;
+	bool wanted = pg_atomic_read_u32(&c->shared->room_wanted) != 0;
 
 	/* look at the empty queue, so that shm_mq publishes all; a racing message is taken as well */
 	while (wanted && c->unpublished > 0 && c->held == NULL && !c->failed)
 	{
-		bool		more;
+		bool more;
 
 		*count += take_one(c, &more);
 		if (!more)
@@ -370,10 +369,10 @@ give_room(EsConnection *c, int *count)
 static int
 take_messages(EsConnection *c)
 {
-	int			count = 0;
-	bool		detached = pg_atomic_read_u32(&c->shared->detached) == c->conn.generation;
-	uint64		limit;
-	bool		more = true;
+	int	   count = 0;
+	bool   detached = pg_atomic_read_u32(&c->shared->detached) == c->conn.generation;
+	uint64 limit;
+	bool   more = true;
 
 	pg_read_barrier();
 	limit = pg_atomic_read_u64(&c->shared->sent_messages);
@@ -400,7 +399,7 @@ static int
 visit(int slot)
 {
 	EsConnection *c = connections[slot];
-	int			count = 0;
+	int			  count = 0;
 
 	if (c == NULL)
 		c = open_connection(slot);
@@ -412,11 +411,11 @@ visit(int slot)
 static int
 take_bitmap(void)
 {
-	int			count = 0;
+	int count = 0;
 
 	for (int w = 0; w < ES_READY_WORDS(es_shared->nslots); w++)
 	{
-		uint64		bits;
+		uint64 bits;
 
 		if (w > 0)
 			ES_FAULT("server-between-words");
@@ -434,11 +433,11 @@ take_bitmap(void)
 static int
 deliver_due(int due)
 {
-	int			count = 0;
+	int count = 0;
 
 	while (due-- > 0 && !dlist_is_empty(&held_list))
 	{
-		EsConnection *c = dlist_container(EsConnection, held_node, dlist_pop_head_node(&held_list));
+		EsConnection	*c = dlist_container(EsConnection, held_node, dlist_pop_head_node(&held_list));
 		const EsRequest *req = c->held;
 
 		c->held = NULL;
@@ -454,8 +453,8 @@ deliver_due(int due)
 static int
 count_held(void)
 {
-	dlist_iter	iter;
-	int			n = 0;
+	dlist_iter iter;
+	int		   n = 0;
 
 	dlist_foreach(iter, &held_list)
 		n++;
@@ -465,7 +464,7 @@ count_held(void)
 int
 es_server_drain(bool *complete)
 {
-	int			count = 0;
+	int count = 0;
 
 	*complete = true;
 	if (pg_atomic_read_u32(&shard_shared->paused) != 0)
@@ -475,7 +474,7 @@ es_server_drain(bool *complete)
 	}
 	for (int round = 0; round < MAX_ROUNDS; round++)
 	{
-		int			due = count_held();
+		int due = count_held();
 
 		/* the bitmap is read after the due requests were: theirs came with barriers */
 		count += take_bitmap();
@@ -494,7 +493,7 @@ es_server_drain(bool *complete)
 void
 es_server_sweep(void)
 {
-	int			count = 0;
+	int count = 0;
 
 	if (pg_atomic_read_u32(&shard_shared->paused) != 0)
 		return;

@@ -28,19 +28,19 @@ typedef struct EsConn EsConn;
 
 struct EsConn
 {
-	int			slot;			/* number of the backend slot */
-	uint32		generation;
-	void	   *user;			/* the engine's */
-	/* private fields follow in server.c: EsConn is the first member there */
+	int	   slot; /* number of the backend slot */
+	uint32 generation;
+	void  *user; /* the engine's */
+				 /* private fields follow in server.c: EsConn is the first member there */
 };
 
 typedef struct EsServerCallbacks
 {
 	/* A message; req points into the queue or a copy, 8-byte aligned, valid only during
 	 * the call.  Must not throw for anything a client can cause. */
-	void		(*message) (EsConn *conn, const EsRequest *req, Size len);
+	void (*message)(EsConn *conn, const EsRequest *req, Size len);
 	/* The backend is gone or has let go of this generation. */
-	void		(*closed) (EsConn *conn);
+	void (*closed)(EsConn *conn);
 } EsServerCallbacks;
 
 /*
@@ -61,15 +61,15 @@ extern void es_server_init(int shard, const EsServerCallbacks *callbacks);
  * nobody's commit can rest on it, and its sender may take for ever.  If requests are
  * left for another round, the latch is set.
  */
-extern int	es_server_drain(bool *complete);
+extern int es_server_drain(bool *complete);
 
 /* Looks at all connections, not only the ready ones, for backends that are gone. */
 extern void es_server_sweep(void);
 
 /* Sends or parks an answer; parts are copied if need be. */
 extern void es_conn_send(EsConn *conn, EsAnswer *answer, const EsPart *parts, int nparts);
-extern void es_conn_send_error(EsConn *conn, uint16 type, uint64 id, int sqlerrcode,
-							   const char *message, const char *detail, const char *hint);
+extern void es_conn_send_error(EsConn *conn, uint16 type, uint64 id, int sqlerrcode, const char *message,
+							   const char *detail, const char *hint);
 
 /* Bytes parked for this reader: the engine makes no more DATA for it while > 0. */
 extern Size es_conn_parked(const EsConn *conn);
@@ -77,4 +77,4 @@ extern Size es_conn_parked(const EsConn *conn);
 /* Goes on with parked answers; returns whether any are left. */
 extern bool es_server_push_parked(void);
 
-#endif							/* ES_IPC_SERVER_H */
+#endif /* ES_IPC_SERVER_H */

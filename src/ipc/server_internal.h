@@ -20,31 +20,31 @@
 
 typedef struct EsConnection
 {
-	EsConn		conn;			/* first */
+	EsConn			 conn; /* first */
 	EsChannelShared *shared;
-	dsm_segment *segment;
-	shm_mq_handle *requests;
-	shm_mq_handle *answers;
-	bool		failed;			/* to be closed when it is visited next */
+	dsm_segment		*segment;
+	shm_mq_handle	*requests;
+	shm_mq_handle	*answers;
+	bool			 failed; /* to be closed when it is visited next */
 
 	/* requests */
-	uint64		taken_messages; /* pieces */
-	uint64		published;		/* ring bytes that shm_mq has certainly given back */
-	uint64		published_told; /* and what taken_bytes says */
-	uint64		unpublished;	/* consumed, but not given back */
-	EsJoin		join;
-	const EsRequest *held;		/* NULL = none */
-	Size		held_len;
-	dlist_node	held_node;		/* in held_list, if held */
+	uint64			 taken_messages; /* pieces */
+	uint64			 published;		 /* ring bytes that shm_mq has certainly given back */
+	uint64			 published_told; /* and what taken_bytes says */
+	uint64			 unpublished;	 /* consumed, but not given back */
+	EsJoin			 join;
+	const EsRequest *held; /* NULL = none */
+	Size			 held_len;
+	dlist_node		 held_node; /* in held_list, if held */
 
 	/* answers */
-	uint64		answers_sent;	/* pieces */
-	dlist_head	parked;			/* Parked */
-	Size		parked_bytes;
-	dlist_node	parked_node;	/* in the list of connections with parked answers, if there are any */
+	uint64	   answers_sent; /* pieces */
+	dlist_head parked;		 /* Parked */
+	Size	   parked_bytes;
+	dlist_node parked_node; /* in the list of connections with parked answers, if there are any */
 } EsConnection;
 
-extern int	es_server_shard;	/* number of this process's shard */
+extern int			 es_server_shard; /* number of this process's shard */
 extern MemoryContext es_server_context;
 
 static inline Size
@@ -68,4 +68,4 @@ extern void es_server_fail(EsConnection *c);
 /* Frees what is parked. */
 extern void es_server_drop_parked(EsConnection *c);
 
-#endif							/* ES_IPC_SERVER_INTERNAL_H */
+#endif /* ES_IPC_SERVER_INTERNAL_H */

@@ -21,14 +21,14 @@
 
 #include "ipc/server_internal.h"
 
-#define MAX_PARTS	16
+#define MAX_PARTS 16
 
 typedef struct Parked
 {
-	dlist_node	node;
-	Size		len;
-	Size		offset;			/* of the piece that is next, or half-sent */
-	char		data[FLEXIBLE_ARRAY_MEMBER];
+	dlist_node node;
+	Size	   len;
+	Size	   offset; /* of the piece that is next, or half-sent */
+	char	   data[FLEXIBLE_ARRAY_MEMBER];
 } Parked;
 
 static dlist_head parked_list = DLIST_STATIC_INIT(parked_list);
@@ -40,20 +40,19 @@ static dlist_head parked_list = DLIST_STATIC_INIT(parked_list);
 static bool
 send_from(EsConnection *c, const EsPart *parts, int nparts, Size len, Size *offset)
 {
-	Size		ring = es_answer_ring();
-	bool		whole = es_ring_bytes(len) <= ring;
+	Size		 ring = es_answer_ring();
+	bool		 whole = es_ring_bytes(len) <= ring;
 	shm_mq_iovec iov[MAX_PARTS + 2];
 
 	do
 	{
-		Size		bytes = whole ? len : Min(es_piece_room(ring), len - *offset);
-		EsPiece		piece = {.type = ES_PIECE_TYPE,.offset = *offset,.total = len};
-		int			n = 0;
+		Size	bytes = whole ? len : Min(es_piece_room(ring), len - *offset);
+		EsPiece piece = {.type = ES_PIECE_TYPE, .offset = *offset, .total = len};
+		int		n = 0;
 
 		if (!whole)
 		{
-			piece.flags = (*offset == 0 ? ES_PIECE_FIRST : 0) |
-				(*offset + bytes == len ? ES_PIECE_LAST : 0);
+			piece.flags = (*offset == 0 ? ES_PIECE_FIRST : 0) | (*offset + bytes == len ? ES_PIECE_LAST : 0);
 			iov[n].data = (const char *) &piece;
 			iov[n++].len = sizeof(piece);
 		}
@@ -71,17 +70,16 @@ send_from(EsConnection *c, const EsPart *parts, int nparts, Size len, Size *offs
 static void
 park(EsConnection *c, const EsPart *parts, int nparts, Size len, Size offset)
 {
-	Parked	   *p = MemoryContextAllocExtended(es_server_context, offsetof(Parked, data) + len,
-											   MCXT_ALLOC_HUGE | MCXT_ALLOC_NO_OOM);
-	char	   *out;
+	Parked *p = MemoryContextAllocExtended(es_server_context, offsetof(Parked, data) + len,
+										   MCXT_ALLOC_HUGE | MCXT_ALLOC_NO_OOM);
+	char   *out;
 
 	if (p == NULL)
 	{
-		ereport(LOG,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("shard %d drops the connection of a session: no memory for an answer",
-						es_server_shard),
-				 errdetail("The answer has %zu bytes.", len)));
+		ereport(LOG, (errcode(ERRCODE_OUT_OF_MEMORY),
+					  errmsg("shard %d drops the connection of a session: no memory for an answer",
+							 es_server_shard),
+					  errdetail("The answer has %zu bytes.", len)));
 		es_server_fail(c);
 		return;
 	}
@@ -111,10 +109,10 @@ void
 es_conn_send(EsConn *conn, EsAnswer *answer, const EsPart *parts, int nparts)
 {
 	EsConnection *c = (EsConnection *) conn;
-	EsPart		message[MAX_PARTS + 1];
-	Size		offset = 0;
-	Size		len;
-	int			n = 0;
+	EsPart		  message[MAX_PARTS + 1];
+	Size		  offset = 0;
+	Size		  len;
+	int			  n = 0;
 
 	Assert(nparts <= MAX_PARTS - 1);
 	if (nparts == 0 || parts[0].data != answer)
@@ -140,10 +138,10 @@ es_conn_send(EsConn *conn, EsAnswer *answer, const EsPart *parts, int nparts)
 }
 
 void
-es_conn_send_error(EsConn *conn, uint16 type, uint64 id, int sqlerrcode,
-				   const char *message, const char *detail, const char *hint)
+es_conn_send_error(EsConn *conn, uint16 type, uint64 id, int sqlerrcode, const char *message,
+				   const char *detail, const char *hint)
 {
-	EsAnswer	answer = {.type = type,.flags = ES_ANSWER_LAST,.sqlerrcode = sqlerrcode,.id = id};
+	EsAnswer	answer = {.type = type, .flags = ES_ANSWER_LAST, .sqlerrcode = sqlerrcode, .id = id};
 	const char *strings[3] = {message, detail, hint};
 	EsPart		parts[4] = {{&answer, sizeof(answer)}};
 
@@ -167,8 +165,8 @@ push(EsConnection *c)
 {
 	while (!dlist_is_empty(&c->parked))
 	{
-		Parked	   *p = dlist_head_element(Parked, node, &c->parked);
-		EsPart		part = {p->data, p->len};
+		Parked *p = dlist_head_element(Parked, node, &c->parked);
+		EsPart	part = {p->data, p->len};
 
 		if (!send_from(c, &part, 1, p->len, &p->offset))
 			return false;
@@ -188,7 +186,7 @@ es_server_push_parked(void)
 	dlist_foreach_modify(iter, &parked_list)
 	{
 		EsConnection *c = dlist_container(EsConnection, parked_node, iter.cur);
-		uint32		has_read = 2;
+		uint32		  has_read = 2;
 
 		if (!pg_atomic_compare_exchange_u32(&c->shared->answers_parked, &has_read, 1))
 			continue;

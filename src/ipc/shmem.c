@@ -29,11 +29,11 @@
 #include "ipc/shmem.h"
 
 /* LWLock tranches, one lock each, so that pg_stat_activity names the lock. */
-#define TRANCHE_RESERVE	"event_store_reserve"
+#define TRANCHE_RESERVE "event_store_reserve"
 #define TRANCHE_RING	"event_store_ring"
 #define TRANCHE_JOBS	"event_store_jobs"
 
-EsShared   *es_shared = NULL;
+EsShared *es_shared = NULL;
 
 static EsBackendSlot *my_slot = NULL;
 
@@ -49,7 +49,7 @@ count_slots(void)
 static Size
 shared_size(void)
 {
-	Size		size = CACHELINEALIGN(sizeof(EsShared));
+	Size size = CACHELINEALIGN(sizeof(EsShared));
 
 	size = add_size(size, CACHELINEALIGN(sizeof(EsJobQueue)));
 	size = add_size(size, mul_size(es_configured_shards,
@@ -141,8 +141,8 @@ init_slot(EsBackendSlot *slot)
 void
 es_shmem_startup(void)
 {
-	bool		found;
-	char	   *memory;
+	bool  found;
+	char *memory;
 
 	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
 	memory = ShmemInitStruct("event_store", shared_size(), &found);
@@ -175,7 +175,7 @@ es_shmem_startup(void)
 
 		for (int i = 0; i < ES_MAX_SHARDS; i++)
 		{
-			bool		runs = i < es_shared->nshards;
+			bool runs = i < es_shared->nshards;
 
 			init_shard(&es_shared->shards[i], runs ? (pg_atomic_uint64 *) memory : NULL);
 			if (runs)
@@ -209,7 +209,7 @@ slot_exit(int code, Datum arg)
 	for (int i = 0; i < es_shared->nshards; i++)
 	{
 		EsChannelShared *c = &slot->channels[i];
-		uint32		generation = pg_atomic_read_u32(&c->generation);
+		uint32			 generation = pg_atomic_read_u32(&c->generation);
 
 		if (generation == pg_atomic_read_u32(&c->detached))
 			continue;
@@ -252,7 +252,7 @@ void
 es_set_ready(int shard, int slot_number)
 {
 	pg_atomic_uint64 *word = &es_shared->shards[shard].ready[slot_number / 64];
-	uint64		bit = UINT64CONST(1) << (slot_number % 64);
+	uint64			  bit = UINT64CONST(1) << (slot_number % 64);
 
 	/*
 	 * If the bit is still set, the shard will take it and look at the queue after that.
@@ -270,7 +270,7 @@ es_set_ready(int shard, int slot_number)
 static void
 wake(PGPROC *volatile *proc)
 {
-	PGPROC	   *p = *proc;
+	PGPROC *p = *proc;
 
 	if (p != NULL)
 		SetLatch(&p->procLatch);
@@ -285,7 +285,7 @@ void
 es_wake_shard(int shard)
 {
 	EsShardShared *s = &es_shared->shards[shard];
-	int			pid;
+	int			   pid;
 
 	pg_atomic_write_u32(&s->urgent, 1);
 	pg_memory_barrier();
@@ -303,21 +303,21 @@ es_wake_keeper(void)
 void
 es_counter_max(pg_atomic_uint64 *c, uint64 n)
 {
-	uint64		old = pg_atomic_read_u64(c);
+	uint64 old = pg_atomic_read_u64(c);
 
 	while (old < n && !pg_atomic_compare_exchange_u64(c, &old, n))
-		 /* old is fresh now */ ;
+		/* old is fresh now */;
 }
 
 /* ---- waiting for the store and its shards ---- */
 
 /* A refusal: a message, and a hint behind the first newline. */
-pg_attribute_noreturn() static void
-raise_reason(slock_t *mutex, const int *code_field, const char *reason_field)
+pg_attribute_noreturn() static void raise_reason(slock_t *mutex, const int *code_field,
+												 const char *reason_field)
 {
-	char		reason[sizeof(es_shared->store_reason)];
-	int			code;
-	char	   *hint;
+	char  reason[sizeof(es_shared->store_reason)];
+	int	  code;
+	char *hint;
 
 	StaticAssertStmt(sizeof(es_shared->store_reason) == sizeof(es_shared->shards[0].reason),
 					 "both reasons fit");
@@ -330,20 +330,20 @@ raise_reason(slock_t *mutex, const int *code_field, const char *reason_field)
 	hint = strchr(reason, '\n');
 	if (hint != NULL)
 		*hint++ = '\0';
-	ereport(ERROR,
-			(errcode(code != 0 ? code : ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-			 errmsg_internal("%s", reason[0] != '\0' ? reason : "event_store does not open"),
-			 hint != NULL && *hint != '\0' ? errhint("%s", hint) : 0));
+	ereport(ERROR, (errcode(code != 0 ? code : ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+					errmsg_internal("%s", reason[0] != '\0' ? reason : "event_store does not open"),
+					hint != NULL && *hint != '\0' ? errhint("%s", hint) : 0));
 }
 
 void
 es_require_preload(void)
 {
 	if (es_shared == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("event_store is not loaded"),
-				 errhint("Add event_store to shared_preload_libraries in postgresql.conf and restart the server.")));
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE), errmsg("event_store is not loaded"),
+			 errhint(
+				 "Add event_store to shared_preload_libraries in postgresql.conf and restart the server.")));
 }
 
 /* Milliseconds left, at most 1 s so that a lost wake-up costs no more; < 0 = none left. */
@@ -367,26 +367,24 @@ void
 es_wait_store_ready(void)
 {
 	static uint32 wait_event = 0;
-	TimestampTz deadline;
-	long		left;
+	TimestampTz	  deadline;
+	long		  left;
 
 	if (es_shared != NULL && pg_atomic_read_u32(&es_shared->store_ready) != 0)
 	{
-		pg_read_barrier();		/* before the constants that store_ready announces */
+		pg_read_barrier(); /* before the constants that store_ready announces */
 		return;
 	}
 
 	es_require_preload();
 	if (RecoveryInProgress())
-		ereport(ERROR,
-				(errcode(ERRCODE_CANNOT_CONNECT_NOW),
-				 errmsg("event tables are not available while the server is a standby or recovers"),
-				 errhint("Events are written and read on the primary server.")));
+		ereport(ERROR, (errcode(ERRCODE_CANNOT_CONNECT_NOW),
+						errmsg("event tables are not available while the server is a standby or recovers"),
+						errhint("Events are written and read on the primary server.")));
 	if (!es_has_workers)
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("events are not available in single-user mode and during pg_upgrade"),
-				 errhint("Start the server in the usual way.")));
+		ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+						errmsg("events are not available in single-user mode and during pg_upgrade"),
+						errhint("Start the server in the usual way.")));
 
 	deadline = startup_deadline();
 	ConditionVariablePrepareToSleep(&es_shared->store_changed);
@@ -401,12 +399,12 @@ es_wait_store_ready(void)
 		if (left < 0)
 		{
 			ConditionVariableCancelSleep();
-			ereport(ERROR,
-					(errcode(ERRCODE_CANNOT_CONNECT_NOW),
-					 errmsg("event_store is starting"),
-					 errdetail("Its keeper has not opened the store within event_store.startup_timeout (%d ms).",
-							   es_guc_startup_timeout),
-					 errhint("Try again, or see the server's log.")));
+			ereport(
+				ERROR,
+				(errcode(ERRCODE_CANNOT_CONNECT_NOW), errmsg("event_store is starting"),
+				 errdetail("Its keeper has not opened the store within event_store.startup_timeout (%d ms).",
+						   es_guc_startup_timeout),
+				 errhint("Try again, or see the server's log.")));
 		}
 		(void) ConditionVariableTimedSleep(&es_shared->store_changed, left,
 										   es_wait_event(&wait_event, "EventStoreStart"));
@@ -416,38 +414,37 @@ es_wait_store_ready(void)
 }
 
 /* Why a shard is not open after all the time that we had. */
-pg_attribute_noreturn() static void
-raise_not_open(int shard, EsShardState state)
+pg_attribute_noreturn() static void raise_not_open(int shard, EsShardState state)
 {
 	EsShardShared *s = &es_shared->shards[shard];
-	uint64		start = pg_atomic_read_u64(&s->recovery_start);
-	uint64		at = pg_atomic_read_u64(&s->recovery_at);
-	uint64		end = pg_atomic_read_u64(&s->recovery_end);
+	uint64		   start = pg_atomic_read_u64(&s->recovery_start);
+	uint64		   at = pg_atomic_read_u64(&s->recovery_at);
+	uint64		   end = pg_atomic_read_u64(&s->recovery_end);
 
 	if (state == ES_SHARD_RECOVERING && start != 0 && end > start)
-		ereport(ERROR,
-				(errcode(ERRCODE_CANNOT_CONNECT_NOW),
-				 errmsg("shard %d is recovering", shard),
-				 errdetail("It has read PostgreSQL's write-ahead log from %X/%X to %X/%X, %d%% of the way to %X/%X.",
-						   LSN_FORMAT_ARGS(start), LSN_FORMAT_ARGS(Max(at, start)),
-						   (int) ((Min(Max(at, start), end) - start) * 100 / (end - start)),
-						   LSN_FORMAT_ARGS(end)),
-				 errhint("Try again later, or raise event_store.startup_timeout.")));
-	ereport(ERROR,
-			(errcode(ERRCODE_CANNOT_CONNECT_NOW),
-			 errmsg("shard %d is %s", shard,
-					state == ES_SHARD_ABSENT ? "not running" :
-					state == ES_SHARD_CLEAN ? "stopped" :
-					state == ES_SHARD_RECOVERING ? "recovering" : "starting"),
-			 errhint("Try again later, or see the server's log.")));
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_CANNOT_CONNECT_NOW), errmsg("shard %d is recovering", shard),
+			 errdetail(
+				 "It has read PostgreSQL's write-ahead log from %X/%X to %X/%X, %d%% of the way to %X/%X.",
+				 LSN_FORMAT_ARGS(start), LSN_FORMAT_ARGS(Max(at, start)),
+				 (int) ((Min(Max(at, start), end) - start) * 100 / (end - start)), LSN_FORMAT_ARGS(end)),
+			 errhint("Try again later, or raise event_store.startup_timeout.")));
+	ereport(ERROR, (errcode(ERRCODE_CANNOT_CONNECT_NOW),
+					errmsg("shard %d is %s", shard,
+						   state == ES_SHARD_ABSENT		  ? "not running"
+						   : state == ES_SHARD_CLEAN	  ? "stopped"
+						   : state == ES_SHARD_RECOVERING ? "recovering"
+														  : "starting"),
+					errhint("Try again later, or see the server's log.")));
 }
 
 void
 es_wait_shard_open(int shard)
 {
-	static uint32 wait_event = 0;
+	static uint32  wait_event = 0;
 	EsShardShared *s;
-	TimestampTz deadline;
+	TimestampTz	   deadline;
 
 	es_wait_store_ready();
 	Assert(shard >= 0 && shard < es_shared->nshards);
@@ -460,7 +457,7 @@ es_wait_shard_open(int shard)
 	while (!es_shard_is_open(shard))
 	{
 		EsShardState state = (EsShardState) pg_atomic_read_u32(&s->state);
-		long		left = time_left(deadline);
+		long		 left = time_left(deadline);
 
 		if (state == ES_SHARD_FAILED)
 		{

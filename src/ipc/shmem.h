@@ -32,96 +32,96 @@
 
 typedef enum EsShardState
 {
-	ES_SHARD_ABSENT = 0,		/* no process yet, or between two */
-	ES_SHARD_STARTING,			/* process runs, files not open */
+	ES_SHARD_ABSENT = 0, /* no process yet, or between two */
+	ES_SHARD_STARTING,	 /* process runs, files not open */
 	ES_SHARD_RECOVERING,
-	ES_SHARD_OPEN,				/* takes messages */
-	ES_SHARD_STOPPING,			/* server stops: serves until backends are gone */
-	ES_SHARD_CLEAN,				/* stopped cleanly */
-	ES_SHARD_FAILED				/* refuses to open; reason says why, process waits or retries */
+	ES_SHARD_OPEN,	   /* takes messages */
+	ES_SHARD_STOPPING, /* server stops: serves until backends are gone */
+	ES_SHARD_CLEAN,	   /* stopped cleanly */
+	ES_SHARD_FAILED	   /* refuses to open; reason says why, process waits or retries */
 } EsShardState;
 
 /* Counters of a shard, shown by stat_shards.  Each is written by one process
  * (the shard) unless marked; read by anybody without a lock. */
 typedef struct EsShardCounters
 {
-	pg_atomic_uint64 messages;	/* requests taken from queues */
+	pg_atomic_uint64 messages; /* requests taken from queues */
 	pg_atomic_uint64 batches;
 	pg_atomic_uint64 rows;
-	pg_atomic_uint64 commits;	/* transactions resolved as committed */
+	pg_atomic_uint64 commits; /* transactions resolved as committed */
 	pg_atomic_uint64 aborts;
-	pg_atomic_uint64 duplicates;	/* rows not taken: event id already there */
-	pg_atomic_uint64 queue_depth;	/* messages found in the last drain */
-	pg_atomic_uint64 queue_high_water;	/* most bytes ever waiting in one queue; by senders, atomic max */
-	pg_atomic_uint64 queue_full_waits;	/* by senders, fetch_add */
-	pg_atomic_uint64 queue_full_wait_us;	/* by senders, fetch_add */
-	pg_atomic_uint64 queue_timeouts;	/* by senders, fetch_add */
-	pg_atomic_uint64 staged_rows;	/* now */
-	pg_atomic_uint64 staged_bytes;	/* now */
-	pg_atomic_uint64 staged_transactions;	/* now */
-	pg_atomic_uint64 memtable_rows; /* now, active and passive */
-	pg_atomic_uint64 memtable_bytes;	/* now */
-	pg_atomic_uint64 segments;	/* now */
-	pg_atomic_uint64 segment_rows;	/* now */
-	pg_atomic_uint64 segment_bytes; /* now */
-	pg_atomic_uint64 pending_segments;	/* now */
+	pg_atomic_uint64 duplicates;		  /* rows not taken: event id already there */
+	pg_atomic_uint64 queue_depth;		  /* messages found in the last drain */
+	pg_atomic_uint64 queue_high_water;	  /* most bytes ever waiting in one queue; by senders, atomic max */
+	pg_atomic_uint64 queue_full_waits;	  /* by senders, fetch_add */
+	pg_atomic_uint64 queue_full_wait_us;  /* by senders, fetch_add */
+	pg_atomic_uint64 queue_timeouts;	  /* by senders, fetch_add */
+	pg_atomic_uint64 staged_rows;		  /* now */
+	pg_atomic_uint64 staged_bytes;		  /* now */
+	pg_atomic_uint64 staged_transactions; /* now */
+	pg_atomic_uint64 memtable_rows;		  /* now, active and passive */
+	pg_atomic_uint64 memtable_bytes;	  /* now */
+	pg_atomic_uint64 segments;			  /* now */
+	pg_atomic_uint64 segment_rows;		  /* now */
+	pg_atomic_uint64 segment_bytes;		  /* now */
+	pg_atomic_uint64 pending_segments;	  /* now */
 	pg_atomic_uint64 flushes;
 	pg_atomic_uint64 wal_direct_writes;
 	pg_atomic_uint64 wal_staged_writes;
 	pg_atomic_uint64 wal_groups;
 	pg_atomic_uint64 wal_frames;
 	pg_atomic_uint64 wal_bytes;
-	pg_atomic_uint64 wal_files;	/* now */
+	pg_atomic_uint64 wal_files; /* now */
 	pg_atomic_uint64 fsyncs;
 	pg_atomic_uint64 fsync_us;
-	pg_atomic_uint64 fsync_histogram[16];	/* bucket i: below 64 << i µs */
+	pg_atomic_uint64 fsync_histogram[16]; /* bucket i: below 64 << i µs */
 	pg_atomic_uint64 control_writes;
 	pg_atomic_uint64 manifest_records;
-	pg_atomic_uint64 last_position; /* highest position adopted */
-	pg_atomic_uint64 durable_position;	/* highest position durable in the shard's own files */
-	pg_atomic_uint64 flush_distance;	/* bytes between what it took and PostgreSQL's flush pointer */
+	pg_atomic_uint64 last_position;	   /* highest position adopted */
+	pg_atomic_uint64 durable_position; /* highest position durable in the shard's own files */
+	pg_atomic_uint64 flush_distance;   /* bytes between what it took and PostgreSQL's flush pointer */
 	pg_atomic_uint64 scans;
 	pg_atomic_uint64 replays;
 	pg_atomic_uint64 rows_sent;
 	pg_atomic_uint64 io_errors;
 	pg_atomic_uint64 corruptions;
-	pg_atomic_uint64 waiters;	/* now */
+	pg_atomic_uint64 waiters; /* now */
 } EsShardCounters;
 
-#define ES_READY_WORDS(nslots)	(((nslots) + 63) / 64)
+#define ES_READY_WORDS(nslots) (((nslots) + 63) / 64)
 
 typedef struct EsShardShared
 {
-	slock_t		mutex;			/* guards proc, pid, reason, reason_code */
-	PGPROC	   *proc;			/* NULL = no process */
-	int			pid;
-	int			reason_code;	/* SQLSTATE of a refusal */
-	char		reason[512];	/* why it does not open, and a hint behind a newline */
+	slock_t mutex; /* guards proc, pid, reason, reason_code */
+	PGPROC *proc;  /* NULL = no process */
+	int		pid;
+	int		reason_code; /* SQLSTATE of a refusal */
+	char	reason[512]; /* why it does not open, and a hint behind a newline */
 
-	pg_atomic_uint32 state;		/* EsShardState; shard */
-	pg_atomic_uint32 generation;	/* +1 by a new shard process before it logs its MARK;
+	pg_atomic_uint32  state;		/* EsShardState; shard */
+	pg_atomic_uint32  generation;	/* +1 by a new shard process before it logs its MARK;
 									 * queues of older generations are dead */
-	pg_atomic_uint32 paused;	/* 1 = takes nothing from its queues; any superuser */
-	pg_atomic_uint32 release_wal;	/* 1 = asked to open without the WAL it needs; superuser */
-	pg_atomic_uint32 stuck_errno;	/* why it cannot write its files now, 0 = it can: writers
+	pg_atomic_uint32  paused;		/* 1 = takes nothing from its queues; any superuser */
+	pg_atomic_uint32  release_wal;	/* 1 = asked to open without the WAL it needs; superuser */
+	pg_atomic_uint32  stuck_errno;	/* why it cannot write its files now, 0 = it can: writers
 									 * refuse before they log; shard */
-	pg_atomic_uint32 sync_request;	/* +1 = force everything to own files now; anybody */
-	pg_atomic_uint32 sync_done; /* value of sync_request that was served; shard */
-	ConditionVariable changed;	/* broadcast when state changes */
+	pg_atomic_uint32  sync_request; /* +1 = force everything to own files now; anybody */
+	pg_atomic_uint32  sync_done;	/* value of sync_request that was served; shard */
+	ConditionVariable changed;		/* broadcast when state changes */
 
-	pg_atomic_uint64 recovery_start;	/* PostgreSQL LSNs, for progress; shard */
+	pg_atomic_uint64 recovery_start; /* PostgreSQL LSNs, for progress; shard */
 	pg_atomic_uint64 recovery_at;
 	pg_atomic_uint64 recovery_end;
 
-	pg_atomic_uint64 restart_lsn;	/* of the last synced control block, 0 = unknown; shard
+	pg_atomic_uint64 restart_lsn;	   /* of the last synced control block, 0 = unknown; shard
 									 * (keeper before the shard has opened) */
-	pg_atomic_uint32 clean;		/* that control block says clean; same */
-	pg_atomic_uint64 oldest_undecided;	/* oldest fxid without durable verdict, or next fxid; shard */
-	pg_atomic_uint32 napping;	/* 1 = sleeps a moment without looking at its latch: one who needs it now
+	pg_atomic_uint32 clean;			   /* that control block says clean; same */
+	pg_atomic_uint64 oldest_undecided; /* oldest fxid without durable verdict, or next fxid; shard */
+	pg_atomic_uint32 napping;	 /* 1 = sleeps a moment without looking at its latch: one who needs it now
 								 * sends a signal; shard */
-	pg_atomic_uint32 urgent;	/* 1 = somebody needs it now; set by es_wake_shard, cleared by the shard */
-	pg_atomic_uint32 uses_uring;	/* 1 = its files are written through io_uring; shard */
-	pg_atomic_uint32 arena;		/* dsa_handle of the memory that maintenance reads; shard */
+	pg_atomic_uint32 urgent;	 /* 1 = somebody needs it now; set by es_wake_shard, cleared by the shard */
+	pg_atomic_uint32 uses_uring; /* 1 = its files are written through io_uring; shard */
+	pg_atomic_uint32 arena;		 /* dsa_handle of the memory that maintenance reads; shard */
 
 	EsShardCounters counters;
 
@@ -140,27 +140,27 @@ typedef struct EsShardShared
  */
 typedef struct EsChannelShared
 {
-	pg_atomic_uint32 generation;	/* of this channel, +1 per (re)connect, 0 = never; owner,
+	pg_atomic_uint32 generation;	   /* of this channel, +1 per (re)connect, 0 = never; owner,
 									 * written last */
-	pg_atomic_uint32 closed;	/* generation the shard has let go of; shard */
-	pg_atomic_uint32 detached;	/* generation the owner has let go of; owner */
-	pg_atomic_uint32 attached;	/* generation the shard has attached to; shard */
-	uint32		shard_generation;	/* incarnation it was made for; owner, before generation */
-	dsm_handle	segment;		/* owner, before generation */
-	Size		offset;			/* owner, before generation */
-	Size		length;			/* of request queue and answer queue; owner, before generation */
-	pg_atomic_uint64 sent_messages; /* pieces put into the request queue (a message that fits is
+	pg_atomic_uint32 closed;		   /* generation the shard has let go of; shard */
+	pg_atomic_uint32 detached;		   /* generation the owner has let go of; owner */
+	pg_atomic_uint32 attached;		   /* generation the shard has attached to; shard */
+	uint32			 shard_generation; /* incarnation it was made for; owner, before generation */
+	dsm_handle		 segment;		   /* owner, before generation */
+	Size			 offset;		   /* owner, before generation */
+	Size			 length;		   /* of request queue and answer queue; owner, before generation */
+	pg_atomic_uint64 sent_messages;	   /* pieces put into the request queue (a message that fits is
 									 * one), the last perhaps not flushed yet; owner */
-	pg_atomic_uint64 sent_bytes;	/* ring bytes of those; owner */
-	pg_atomic_uint64 taken_bytes;	/* ring bytes that the shard has given back; shard */
-	pg_atomic_uint32 room_wanted;	/* 1 = the owner sleeps until taken_bytes moves; set by the
+	pg_atomic_uint64 sent_bytes;	   /* ring bytes of those; owner */
+	pg_atomic_uint64 taken_bytes;	   /* ring bytes that the shard has given back; shard */
+	pg_atomic_uint32 room_wanted;	   /* 1 = the owner sleeps until taken_bytes moves; set by the
 									 * owner, cleared by the shard, which then sets its latch */
-	pg_atomic_uint32 answers_parked;	/* 1 = answers wait for room in the answer queue, 2 = and the
+	pg_atomic_uint32 answers_parked;   /* 1 = answers wait for room in the answer queue, 2 = and the
 										 * owner has read since; shard, but 1 -> 2 by the owner */
-	pg_atomic_uint64 answers;	/* pieces put into the answer queue, likewise; shard */
+	pg_atomic_uint64 answers;		   /* pieces put into the answer queue, likewise; shard */
 } EsChannelShared;
 
-#define ES_SLOT_TABLES	4
+#define ES_SLOT_TABLES 4
 
 typedef struct EsBackendSlot
 {
@@ -170,8 +170,8 @@ typedef struct EsBackendSlot
 	/* PROTOCOL.md 4: written fxid, tables, then lower_bound (which makes it count); owner */
 	pg_atomic_uint64 lower_bound;
 	pg_atomic_uint64 fxid;
-	pg_atomic_uint32 ntables;	/* > ES_SLOT_TABLES = all tables */
-	pg_atomic_uint64 tables[ES_SLOT_TABLES];	/* storage ids */
+	pg_atomic_uint32 ntables;				 /* > ES_SLOT_TABLES = all tables */
+	pg_atomic_uint64 tables[ES_SLOT_TABLES]; /* storage ids */
 
 	EsChannelShared channels[ES_MAX_SHARDS];
 } EsBackendSlot;
@@ -181,36 +181,36 @@ typedef struct EsBackendSlot
 typedef struct EsRingEntry
 {
 	EsHorizonEntry entry;
-	uint32		ntables;		/* as in EsBackendSlot */
-	uint64		tables[ES_SLOT_TABLES];
+	uint32		   ntables; /* as in EsBackendSlot */
+	uint64		   tables[ES_SLOT_TABLES];
 } EsRingEntry;
 
 /* event_store.detach(): asked for by a superuser, done by the shards and the keeper. */
 typedef enum EsDetachState
 {
 	ES_ATTACHED = 0,
-	ES_DETACH_ASKED,			/* shards stop cleanly as soon as nothing is undecided */
-	ES_DETACHED					/* store file says so, slot is dropped; until the server's restart */
+	ES_DETACH_ASKED, /* shards stop cleanly as soon as nothing is undecided */
+	ES_DETACHED		 /* store file says so, slot is dropped; until the server's restart */
 } EsDetachState;
 
 typedef struct EsShared
 {
 	/* --- the store; keeper writes before store_ready is set, constant after --- */
-	uint8		store_uuid[ES_UUID_LEN];
-	uint64		system_identifier;
-	uint8		slot_map[ES_ROUTING_SLOTS];
-	pg_atomic_uint32 store_ready;	/* 1 = store file read or made, slot there; keeper */
-	pg_atomic_uint32 store_failed;	/* 1 = refuses; store_reason says why; keeper */
-	slock_t		mutex;			/* guards store_reason, store_reason_code, keeper */
-	int			store_reason_code;
-	char		store_reason[512];
-	PGPROC	   *keeper;
+	uint8			  store_uuid[ES_UUID_LEN];
+	uint64			  system_identifier;
+	uint8			  slot_map[ES_ROUTING_SLOTS];
+	pg_atomic_uint32  store_ready;	/* 1 = store file read or made, slot there; keeper */
+	pg_atomic_uint32  store_failed; /* 1 = refuses; store_reason says why; keeper */
+	slock_t			  mutex;		/* guards store_reason, store_reason_code, keeper */
+	int				  store_reason_code;
+	char			  store_reason[512];
+	PGPROC			 *keeper;
 	ConditionVariable store_changed;
-	pg_atomic_uint32 detach;	/* EsDetachState; ASKED by a superuser who wakes keeper and shards,
+	pg_atomic_uint32  detach; /* EsDetachState; ASKED by a superuser who wakes keeper and shards,
 								 * DETACHED by the keeper, who broadcasts store_changed */
 
-	int			nshards;		/* constant */
-	int			nslots;			/* backend slots; constant */
+	int nshards; /* constant */
+	int nslots;	 /* backend slots; constant */
 
 	/* --- positions --- */
 	pg_atomic_uint64 position_start;	/* the counter begins here or above, by the control blocks of
@@ -221,17 +221,17 @@ typedef struct EsShared
 	pg_atomic_uint64 reserved_below;	/* H: may be handed out below this; under reserve_lock */
 	pg_atomic_uint64 reserve_announced; /* H about to be logged: what control blocks keep; under
 										 * reserve_lock, before the RESERVE is logged */
-	LWLock	   *reserve_lock;
+	LWLock			*reserve_lock;
 
 	/* --- commits that some snapshots do not see yet; under ring_lock --- */
-	LWLock	   *ring_lock;
-	uint32		ring_next;		/* entry i is in ring[i % ES_RING_ENTRIES]; below
+	LWLock		  *ring_lock;
+	uint32		   ring_next; /* entry i is in ring[i % ES_RING_ENTRIES]; below
 								 * ES_RING_ENTRIES only until the ring is full */
-	EsRingEntry ring[ES_RING_ENTRIES];
-	EsHorizonEntry ring_overflow;	/* folded entries, of all tables */
-	uint64		ring_oldest_running;	/* no snapshot considers an older fxid running */
+	EsRingEntry	   ring[ES_RING_ENTRIES];
+	EsHorizonEntry ring_overflow;		/* folded entries, of all tables */
+	uint64		   ring_oldest_running; /* no snapshot considers an older fxid running */
 
-	pg_atomic_uint32 spinners;	/* backends that spin for an answer; at most one does */
+	pg_atomic_uint32 spinners; /* backends that spin for an answer; at most one does */
 
 	/* --- waiting (wait_for_events) --- */
 	pg_atomic_uint32 table_waiters; /* how many wait for a table: who clears the slot that was the
@@ -244,8 +244,8 @@ typedef struct EsShared
 	/* --- jobs for maintenance workers: see ipc/jobs.h --- */
 	struct EsJobQueue *jobs;
 
-	EsShardShared shards[ES_MAX_SHARDS];
-	EsBackendSlot *slots;		/* nslots */
+	EsShardShared  shards[ES_MAX_SHARDS];
+	EsBackendSlot *slots; /* nslots */
 } EsShared;
 
 extern EsShared *es_shared;
@@ -255,7 +255,7 @@ extern void es_shmem_request(void);
 extern void es_shmem_startup(void);
 
 /* Number of this process's backend slot, and the slot. */
-extern int	es_my_slot_number(void);
+extern int			  es_my_slot_number(void);
 extern EsBackendSlot *es_my_slot(void);
 
 /* Wakes a shard's process, if there is one.  Never throws. */
@@ -272,16 +272,15 @@ es_shard_of_hash(uint64 hash)
 	return es_shared->slot_map[hash >> 54];
 }
 
-#define es_counter_add(c, n) \
-	((void) pg_atomic_fetch_add_u64(&(c), (n)))
+#define es_counter_add(c, n) ((void) pg_atomic_fetch_add_u64(&(c), (n)))
 #define es_counter_set(c, n) pg_atomic_write_u64(&(c), (n))
-extern void es_counter_max(pg_atomic_uint64 *c, uint64 n);	/* many writers */
+extern void es_counter_max(pg_atomic_uint64 *c, uint64 n); /* many writers */
 
 /* Does the shard take messages?  (A stopping one serves until the backends are gone.) */
 static inline bool
 es_shard_is_open(int shard)
 {
-	uint32		state = pg_atomic_read_u32(&es_shared->shards[shard].state);
+	uint32 state = pg_atomic_read_u32(&es_shared->shards[shard].state);
 
 	return state == ES_SHARD_OPEN || state == ES_SHARD_STOPPING;
 }
@@ -297,4 +296,4 @@ extern void es_require_preload(void);
 extern void es_wait_store_ready(void);
 extern void es_wait_shard_open(int shard);
 
-#endif							/* ES_IPC_SHMEM_H */
+#endif /* ES_IPC_SHMEM_H */

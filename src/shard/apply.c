@@ -32,7 +32,7 @@
 #include "shard/segments.h"
 #include "shard/shard.h"
 
-EsLsn		es_apply_highest_end = 0;
+EsLsn es_apply_highest_end = 0;
 
 static MemoryContext batch_context;
 
@@ -43,8 +43,8 @@ es_membatch_create(EsTxn *txn, EsLsn start, EsLsn end, void *local, dsa_pointer 
 	EsMemBatch *b;
 
 	if (batch_context == NULL)
-		batch_context = SlabContextCreate(TopMemoryContext, "event_store batches",
-										  SLAB_LARGE_BLOCK_SIZE / 16, sizeof(EsMemBatch));
+		batch_context = SlabContextCreate(TopMemoryContext, "event_store batches", SLAB_LARGE_BLOCK_SIZE / 16,
+										  sizeof(EsMemBatch));
 	b = MemoryContextAllocZero(batch_context, sizeof(EsMemBatch));
 	b->refs = 1;
 	b->txn = txn;
@@ -65,18 +65,17 @@ es_membatch_create(EsTxn *txn, EsLsn start, EsLsn end, void *local, dsa_pointer 
 static void
 malformed(const char *what, EsFxid fxid, EsLsn start, const EsError *err)
 {
-	ereport(ERROR,
-			(errcode(ERRCODE_DATA_CORRUPTED),
-			 errmsg("shard %d got a malformed %s of transaction %llu",
-					es_shard_id, what, (unsigned long long) fxid),
-			 errdetail("Message at %X/%X of PostgreSQL's WAL, offset %llu: %s.",
-					   LSN_FORMAT_ARGS(start), (unsigned long long) err->offset, err->what)));
+	ereport(ERROR, (errcode(ERRCODE_DATA_CORRUPTED),
+					errmsg("shard %d got a malformed %s of transaction %llu", es_shard_id, what,
+						   (unsigned long long) fxid),
+					errdetail("Message at %X/%X of PostgreSQL's WAL, offset %llu: %s.",
+							  LSN_FORMAT_ARGS(start), (unsigned long long) err->offset, err->what)));
 }
 
 bool
 es_txn_pending_has(EsTxn *txn, EsLsn start)
 {
-	ListCell   *lc;
+	ListCell *lc;
 
 	foreach(lc, txn->pending)
 	{
@@ -89,18 +88,17 @@ es_txn_pending_has(EsTxn *txn, EsLsn start)
 }
 
 bool
-es_apply_batch(EsFxid fxid, EsLsn start, EsLsn end, const void *batch, size_t len,
-			   bool from_own_wal)
+es_apply_batch(EsFxid fxid, EsLsn start, EsLsn end, const void *batch, size_t len, bool from_own_wal)
 {
-	EsTxn	   *txn = es_txn_get(fxid);
-	EsMemBatch *b;
-	EsBatchView view;
-	EsError		err;
-	dlist_node *after = NULL;
+	EsTxn				*txn = es_txn_get(fxid);
+	EsMemBatch			*b;
+	EsBatchView			 view;
+	EsError				 err;
+	dlist_node			*after = NULL;
 	struct EsArenaChunk *chunk;
-	dsa_pointer pointer;
-	void	   *local;
-	Size		size;
+	dsa_pointer			 pointer;
+	void				*local;
+	Size				 size;
 
 	es_apply_highest_end = Max(es_apply_highest_end, end);
 
@@ -179,15 +177,15 @@ es_apply_batch(EsFxid fxid, EsLsn start, EsLsn end, const void *batch, size_t le
 void
 es_apply_limit_staging(void)
 {
-	dlist_iter	iter;
-	EsTxn	   *largest = NULL;
-	Size		spilling = 0;
+	dlist_iter iter;
+	EsTxn	  *largest = NULL;
+	Size	   spilling = 0;
 
 	if (pg_atomic_read_u64(&es_shard->counters.staged_bytes) <= (Size) es_guc_staging_size * 1024)
 		return;
 	dlist_foreach(iter, &es_txn_undecided)
 	{
-		EsTxn	   *txn = dlist_container(EsTxn, node, iter.cur);
+		EsTxn *txn = dlist_container(EsTxn, node, iter.cur);
 
 		if (txn->finished || txn->staged_bytes == 0)
 			continue;
@@ -197,8 +195,7 @@ es_apply_limit_staging(void)
 			largest = txn;
 	}
 	if (largest == NULL ||
-		pg_atomic_read_u64(&es_shard->counters.staged_bytes) - spilling <=
-		(Size) es_guc_staging_size * 1024)
+		pg_atomic_read_u64(&es_shard->counters.staged_bytes) - spilling <= (Size) es_guc_staging_size * 1024)
 		return;
 	largest->big = true;
 	es_flush_consider_spill(largest);
@@ -214,8 +211,8 @@ es_apply_drop_staged(EsTxn *txn)
 EsLsn
 es_apply_oldest_unframed(void)
 {
-	dlist_iter	iter;
-	EsLsn		oldest = 0;
+	dlist_iter iter;
+	EsLsn	   oldest = 0;
 
 	dlist_foreach(iter, &es_txn_unframed)
 	{

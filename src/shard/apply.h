@@ -15,20 +15,18 @@
 /* One live batch of a FINISH. */
 typedef struct EsLive
 {
-	EsMemBatch *batch;			/* the caller holds a ref */
-	int64	   *versions;		/* to be filled; NULL = none wanted */
-	uint8	   *skip;			/* filled already; NULL = all taken */
+	EsMemBatch *batch;	  /* the caller holds a ref */
+	int64	   *versions; /* to be filled; NULL = none wanted */
+	uint8	   *skip;	  /* filled already; NULL = all taken */
 } EsLive;
 
 /* A batch struct around bytes in the arena; refs = 1. */
-extern EsMemBatch *es_membatch_create(EsTxn *txn, EsLsn start, EsLsn end, void *local,
-									  dsa_pointer pointer, struct EsArenaChunk *chunk,
-									  Size memory);
+extern EsMemBatch *es_membatch_create(EsTxn *txn, EsLsn start, EsLsn end, void *local, dsa_pointer pointer,
+									  struct EsArenaChunk *chunk, Size memory);
 
 /* versions.c: gives the rows of one table their versions, checks them against what
  * PREPARE said, tells heads.c. */
-extern void es_assign_versions(EsTxn *txn, const EsFinishTableView *view,
-							   EsLive *live, uint32 nlive);
+extern void es_assign_versions(EsTxn *txn, const EsFinishTableView *view, EsLive *live, uint32 nlive);
 
 /* Is the batch held by one of the transaction's pending segments? */
 extern bool es_txn_pending_has(EsTxn *txn, EsLsn start);
@@ -62,7 +60,7 @@ extern void es_verdict_settle(EsTxn *txn);
 
 /* Highest position seen in any FINISH; highest end of any message or commit record. */
 extern EsPosition es_apply_highest_position;
-extern EsLsn es_apply_highest_end;
+extern EsLsn	  es_apply_highest_end;
 
 /* wait.c: rows were adopted that someone may wait for. */
 extern int	es_wait_count;
@@ -75,4 +73,4 @@ extern void es_worker_housekeeping(void);
 extern void es_worker_make_room(void);
 extern bool es_worker_overloaded(void);
 
-#endif							/* ES_SHARD_APPLY_H */
+#endif /* ES_SHARD_APPLY_H */

@@ -29,22 +29,22 @@
 #include "shard/arena.h"
 #include "shard/shard.h"
 
-#define CHUNK_SIZE		(64 * 1024)
-#define CARVE_MAX		(CHUNK_SIZE / 4)
+#define CHUNK_SIZE (64 * 1024)
+#define CARVE_MAX  (CHUNK_SIZE / 4)
 
 struct EsArenaChunk
 {
 	dsa_pointer pointer;
 	char	   *address;
 	uint32		used;
-	uint32		live;			/* pieces not released, +1 while it is the current chunk */
+	uint32		live; /* pieces not released, +1 while it is the current chunk */
 };
 
-dsa_area   *es_arena = NULL;
+dsa_area *es_arena = NULL;
 
 static EsArenaChunk *current_chunk[2];
 static MemoryContext chunk_context;
-static TimestampTz last_complaint;
+static TimestampTz	 last_complaint;
 
 void
 es_arena_init(void)
@@ -52,15 +52,15 @@ es_arena_init(void)
 	/* The locks' tranche is the one that all our locks have. */
 	es_arena = dsa_create(es_shared->ring_lock->tranche);
 	dsa_pin_mapping(es_arena);
-	chunk_context = SlabContextCreate(TopMemoryContext, "event_store arena chunks",
-									  SLAB_DEFAULT_BLOCK_SIZE, sizeof(EsArenaChunk));
+	chunk_context = SlabContextCreate(TopMemoryContext, "event_store arena chunks", SLAB_DEFAULT_BLOCK_SIZE,
+									  sizeof(EsArenaChunk));
 	pg_atomic_write_u32(&es_shard->arena, dsa_get_handle(es_arena));
 }
 
 dsa_pointer
 es_arena_alloc(Size size)
 {
-	MemoryContext caller = CurrentMemoryContext;
+	MemoryContext		 caller = CurrentMemoryContext;
 	volatile dsa_pointer result = InvalidDsaPointer;
 
 	if (ES_FAULT_IO("arena-alloc") != 0)
@@ -79,14 +79,16 @@ es_arena_alloc(Size size)
 		LWLockReleaseAll();
 		if (TimestampDifferenceExceeds(last_complaint, now, 60 * 1000))
 		{
-			ErrorData  *error = CopyErrorData();
+			ErrorData *error = CopyErrorData();
 
-			ereport(LOG,
-					(errcode(ERRCODE_OUT_OF_MEMORY),
-					 errmsg("shard %d has no shared memory for %zu bytes of rows: %s",
-							es_shard_id, size, error->message),
-					 errdetail("It goes on when rows were written to segments or transactions have ended."),
-					 errhint("Give the server more shared memory (in a container /dev/shm), or lower event_store.memtable_size and event_store.staging_size.")));
+			ereport(
+				LOG,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("shard %d has no shared memory for %zu bytes of rows: %s", es_shard_id, size,
+						error->message),
+				 errdetail("It goes on when rows were written to segments or transactions have ended."),
+				 errhint(
+					 "Give the server more shared memory (in a container /dev/shm), or lower event_store.memtable_size and event_store.staging_size.")));
 			FreeErrorData(error);
 			last_complaint = now;
 		}
@@ -101,7 +103,7 @@ es_arena_alloc(Size size)
 static EsArenaChunk *
 new_chunk(void)
 {
-	dsa_pointer pointer = es_arena_alloc(CHUNK_SIZE);
+	dsa_pointer	  pointer = es_arena_alloc(CHUNK_SIZE);
 	EsArenaChunk *chunk;
 
 	if (!DsaPointerIsValid(pointer))

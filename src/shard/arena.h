@@ -33,8 +33,7 @@ extern void es_arena_init(void);
  * `size` bytes, aligned to 8, not zeroed.  *chunk is what es_arena_release wants
  * back.  NULL when memory is short.
  */
-extern void *es_arena_carve(EsArenaKind kind, Size size, dsa_pointer *pointer,
-							EsArenaChunk **chunk);
-extern void es_arena_release(dsa_pointer pointer, EsArenaChunk *chunk);
+extern void *es_arena_carve(EsArenaKind kind, Size size, dsa_pointer *pointer, EsArenaChunk **chunk);
+extern void	 es_arena_release(dsa_pointer pointer, EsArenaChunk *chunk);
 
-#endif							/* ES_SHARD_ARENA_H */
+#endif /* ES_SHARD_ARENA_H */

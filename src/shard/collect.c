@@ -35,50 +35,50 @@
 #include "shard/shard.h"
 
 /* A buffer that grew beyond this is given back when it is empty. */
-#define KEEP_BUFFER		(4 * 1024 * 1024)
+#define KEEP_BUFFER (4 * 1024 * 1024)
 
 typedef struct Entry
 {
-	EsConn	   *conn;			/* NULL = the connection is gone */
-	Size		offset;
-	Size		len;
-	EsLsn		start;			/* of a FINISH */
+	EsConn *conn; /* NULL = the connection is gone */
+	Size	offset;
+	Size	len;
+	EsLsn	start; /* of a FINISH */
 } Entry;
 
 typedef struct Entries
 {
-	Entry	   *array;
-	uint32		n;
-	uint32		done;			/* handled */
-	uint32		allocated;
-	bool		sorted;
-	char	   *buffer;
-	Size		used;
-	Size		size;
+	Entry *array;
+	uint32 n;
+	uint32 done; /* handled */
+	uint32 allocated;
+	bool   sorted;
+	char  *buffer;
+	Size   used;
+	Size   size;
 } Entries;
 
 /* A SYNC that is not durable yet. */
 typedef struct SyncRequest
 {
-	EsConn	   *conn;			/* NULL = es_shard->sync_request */
-	uint64		id;
-	uint32		request;		/* value of sync_request */
-	uint64		ticket;
-	uint64		sync;
-	EsLsn		end;			/* PostgreSQL's WAL must be flushed so far first */
+	EsConn *conn; /* NULL = es_shard->sync_request */
+	uint64	id;
+	uint32	request; /* value of sync_request */
+	uint64	ticket;
+	uint64	sync;
+	EsLsn	end; /* PostgreSQL's WAL must be flushed so far first */
 } SyncRequest;
 
-static Entries batches;			/* only when memory was short */
+static Entries batches; /* only when memory was short */
 static Entries finishes;
 static Entries resolves;
 static Entries requests;
 
-static bool complete = true;	/* the last drain was */
+static bool complete = true; /* the last drain was */
 
 static SyncRequest *syncs;
-static int	nsyncs;
-static int	syncs_allocated;
-static uint32 sync_request_seen;
+static int			nsyncs;
+static int			syncs_allocated;
+static uint32		sync_request_seen;
 
 static void
 keep(Entries *e, EsConn *conn, const EsRequest *req, Size len, EsLsn start)
@@ -93,7 +93,7 @@ keep(Entries *e, EsConn *conn, const EsRequest *req, Size len, EsLsn start)
 	}
 	if (MAXALIGN(len) > e->size - e->used)
 	{
-		Size		size = Max(e->size, 64 * 1024);
+		Size size = Max(e->size, 64 * 1024);
 
 		while (MAXALIGN(len) > size - e->used)
 			size *= 2;
@@ -104,7 +104,7 @@ keep(Entries *e, EsConn *conn, const EsRequest *req, Size len, EsLsn start)
 		e->size = size;
 	}
 	memcpy(e->buffer + e->used, req, len);
-	e->array[e->n++] = (Entry) {.conn = conn,.offset = e->used,.len = len,.start = start};
+	e->array[e->n++] = (Entry){.conn = conn, .offset = e->used, .len = len, .start = start};
 	e->used += MAXALIGN(len);
 	e->sorted = false;
 }
@@ -147,25 +147,25 @@ on_message(EsConn *conn, const EsRequest *req, Size len)
 	switch ((EsRequestType) req->type)
 	{
 		case ES_REQ_BATCH:
-			{
-				const EsBatchRequest *r = (const EsBatchRequest *) req;
+		{
+			const EsBatchRequest *r = (const EsBatchRequest *) req;
 
-				/* recovery has read it from PostgreSQL's WAL */
-				if (r->end <= es_recovery_end)
-					return;
-				if (batches.n > 0 || !stage(r, len))
-					keep(&batches, conn, req, len, 0);
+			/* recovery has read it from PostgreSQL's WAL */
+			if (r->end <= es_recovery_end)
 				return;
-			}
+			if (batches.n > 0 || !stage(r, len))
+				keep(&batches, conn, req, len, 0);
+			return;
+		}
 		case ES_REQ_FINISH:
-			{
-				const EsFinishRequest *r = (const EsFinishRequest *) req;
+		{
+			const EsFinishRequest *r = (const EsFinishRequest *) req;
 
-				if (r->end <= es_recovery_end)
-					return;
-				keep(&finishes, conn, req, len, r->start);
+			if (r->end <= es_recovery_end)
 				return;
-			}
+			keep(&finishes, conn, req, len, r->start);
+			return;
+		}
 		case ES_REQ_RESOLVE:
 			keep(&resolves, conn, req, len, 0);
 			return;
@@ -202,7 +202,7 @@ on_closed(EsConn *conn)
 void
 es_collect_init(void)
 {
-	static const EsServerCallbacks callbacks = {.message = on_message,.closed = on_closed};
+	static const EsServerCallbacks callbacks = {.message = on_message, .closed = on_closed};
 
 	sync_request_seen = pg_atomic_read_u32(&es_shard->sync_done);
 	es_server_init(es_shard_id, &callbacks);
@@ -225,20 +225,18 @@ add_sync(EsConn *conn, uint64 id, uint32 request)
 	if (es_apply_highest_end > es_flushed_lsn())
 		XLogSetAsyncXactLSN(es_apply_highest_end);
 	es_log_want_sync();
-	syncs[nsyncs++] = (SyncRequest) {
-		.conn = conn,
-		.id = id,
-		.request = request,
-		.ticket = es_log_last_ticket(),
-		.sync = es_log_syncs_begun() + 1,
-		.end = es_apply_highest_end
-	};
+	syncs[nsyncs++] = (SyncRequest){.conn = conn,
+									.id = id,
+									.request = request,
+									.ticket = es_log_last_ticket(),
+									.sync = es_log_syncs_begun() + 1,
+									.end = es_apply_highest_end};
 }
 
 void
 es_collect_syncs(void)
 {
-	uint32		request = pg_atomic_read_u32(&es_shard->sync_request);
+	uint32 request = pg_atomic_read_u32(&es_shard->sync_request);
 
 	/* everything drained so far: the caller has sent what he wants to be durable before */
 	if (request != sync_request_seen && complete && batches.n == 0 && finishes.n == 0)
@@ -266,8 +264,8 @@ es_collect_syncs(void)
 			pg_atomic_write_u32(&es_shard->sync_done, s->request);
 		else
 		{
-			EsAnswer	a = {.type = ES_REQ_SYNC,.flags = ES_ANSWER_LAST,.id = s->id};
-			EsPart		part = {&a, sizeof(a)};
+			EsAnswer a = {.type = ES_REQ_SYNC, .flags = ES_ANSWER_LAST, .id = s->id};
+			EsPart	 part = {&a, sizeof(a)};
 
 			es_conn_send(s->conn, &a, &part, 1);
 		}
@@ -320,13 +318,13 @@ handle(EsConn *conn, const EsRequest *req, Size len)
 			es_handle_verify(conn, req);
 			break;
 		case ES_REQ_ECHO:
-			{
-				EsAnswer	a = {.type = ES_REQ_ECHO,.flags = ES_ANSWER_LAST,.id = req->id};
-				EsPart		parts[2] = {{&a, sizeof(a)}, {req + 1, len - sizeof(EsRequest)}};
+		{
+			EsAnswer a = {.type = ES_REQ_ECHO, .flags = ES_ANSWER_LAST, .id = req->id};
+			EsPart	 parts[2] = {{&a, sizeof(a)}, {req + 1, len - sizeof(EsRequest)}};
 
-				es_conn_send(conn, &a, parts, 2);
-				break;
-			}
+			es_conn_send(conn, &a, parts, 2);
+			break;
+		}
 		case ES_REQ_BATCH:
 		case ES_REQ_FINISH:
 		case ES_REQ_RESOLVE:
@@ -339,8 +337,8 @@ handle(EsConn *conn, const EsRequest *req, Size len)
 static int
 compare_starts(const void *a, const void *b)
 {
-	EsLsn		x = ((const Entry *) a)->start;
-	EsLsn		y = ((const Entry *) b)->start;
+	EsLsn x = ((const Entry *) a)->start;
+	EsLsn y = ((const Entry *) b)->start;
 
 	return x < y ? -1 : x > y;
 }
@@ -354,8 +352,7 @@ es_collect_apply(void)
 	reset(&batches);
 
 	if (!finishes.sorted && finishes.n - finishes.done > 1)
-		qsort(finishes.array + finishes.done, finishes.n - finishes.done, sizeof(Entry),
-			  compare_starts);
+		qsort(finishes.array + finishes.done, finishes.n - finishes.done, sizeof(Entry), compare_starts);
 	finishes.sorted = true;
 	for (; finishes.done < finishes.n; finishes.done++)
 	{
@@ -379,7 +376,7 @@ es_collect_apply(void)
 		return false;
 	while (requests.done < requests.n)
 	{
-		uint32		i = requests.done++;
+		uint32 i = requests.done++;
 
 		if (requests.array[i].conn != NULL)
 			handle(requests.array[i].conn, content(&requests, i), requests.array[i].len);

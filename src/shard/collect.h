@@ -24,4 +24,4 @@ extern bool es_collect_apply(void);
 /* Answers SYNC requests that are served. */
 extern void es_collect_syncs(void);
 
-#endif							/* ES_SHARD_COLLECT_H */
+#endif /* ES_SHARD_COLLECT_H */

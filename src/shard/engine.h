@@ -24,16 +24,16 @@
 /* Stages a batch (copied into the arena).  Known by start: the second time is a no-op.  own WAL gets
  * a frame unless from_own_wal, or the transaction spills.  False: no memory (queues: the message is
  * retried after memory is there). */
-extern bool es_apply_batch(EsFxid fxid, EsLsn start, EsLsn end, const void *batch,
-						   size_t len, bool from_own_wal);
+extern bool
+es_apply_batch(EsFxid fxid, EsLsn start, EsLsn end, const void *batch, size_t len, bool from_own_wal);
 
 /*
  * Applies FINISHes.  Within one drain they are collected and applied in the order of
  * their starts: per context that is the order of the locks.  Assigns versions, moves
  * live batches to the active MemTable, drops the dead ones.
  */
-extern bool es_apply_finish(EsFxid fxid, EsLsn start, EsLsn end,
-							const EsSectionHeader *section, size_t len, bool from_own_wal);
+extern bool es_apply_finish(EsFxid fxid, EsLsn start, EsLsn end, const EsSectionHeader *section, size_t len,
+							bool from_own_wal);
 
 extern void es_apply_resolve(EsFxid fxid, bool committed, EsLsn commit_end);
 
@@ -49,16 +49,16 @@ extern EsLsn es_apply_oldest_unframed(void);
 
 /* Own files, own WAL, PostgreSQL's WAL; when it returns the shard may open its queues.
  * ERROR (caught by worker.c: the shard becomes FAILED with the reason) if it must not open. */
-extern void es_recover(void);
-extern EsLsn es_recovery_end;	/* E: messages that end at or before are dropped from queues */
+extern void	 es_recover(void);
+extern EsLsn es_recovery_end; /* E: messages that end at or before are dropped from queues */
 
 /* ---- heads.c: last version and position of contexts, event ids; PREPARE and HEAD ---- */
 
 typedef struct EsHead
 {
-	int64		version;		/* 0 = no committed event */
-	EsPosition	position;
-	EsFxid		fxid;			/* 0 = older than any snapshot may care */
+	int64	   version; /* 0 = no committed event */
+	EsPosition position;
+	EsFxid	   fxid; /* 0 = older than any snapshot may care */
 } EsHead;
 
 /*
@@ -66,17 +66,17 @@ typedef struct EsHead
  * (the context's lock makes sure that it is decided, but for a reader's own); one that is still in progress
  * does not count.  Memory-bounded cache in front of MemTables and segments.  False: damage, *err and *path say where.
  */
-extern bool es_head_lookup(const EsTableKey *table, uint64 hash, const void *bytes, size_t len,
-						   EsHead *head, EsError *err, const char **path);
+extern bool es_head_lookup(const EsTableKey *table, uint64 hash, const void *bytes, size_t len, EsHead *head,
+						   EsError *err, const char **path);
 
 /* The same for one of very many contexts: what is found is not kept in the cache. */
-extern bool es_head_search(const EsTableKey *table, uint64 hash, const void *bytes, size_t len,
-						   EsHead *head, EsError *err, const char **path);
+extern bool es_head_search(const EsTableKey *table, uint64 hash, const void *bytes, size_t len, EsHead *head,
+						   EsError *err, const char **path);
 
 /* FINISH gave versions up to `version` to the context; remembered under the transaction until it
  * is decided. */
-extern void es_head_advance(const EsTableKey *table, uint64 hash, const void *bytes, size_t len,
-							EsTxn *txn, int64 version, EsPosition position);
+extern void es_head_advance(const EsTableKey *table, uint64 hash, const void *bytes, size_t len, EsTxn *txn,
+							int64 version, EsPosition position);
 extern void es_heads_forget_storage(const EsTableKey *table);
 
 extern void es_handle_prepare(EsConn *conn, const EsPrepareRequest *req, Size len);
@@ -140,4 +140,4 @@ extern int	es_flush_stuck_errno(void);
 /* Stopping: is everything that may be in segments there? */
 extern bool es_flush_idle(void);
 
-#endif							/* ES_SHARD_ENGINE_H */
+#endif /* ES_SHARD_ENGINE_H */

@@ -41,12 +41,12 @@
 #include "shard/segments.h"
 #include "shard/shard.h"
 
-EsPosition	es_apply_highest_position = 0;
+EsPosition es_apply_highest_position = 0;
 
 /* The live batches of the FINISH at work, all tables one behind the other; reused. */
 static EsLive *live;
-static uint32 nlive;
-static uint32 live_allocated;
+static uint32  nlive;
+static uint32  live_allocated;
 
 static EsLive *
 add_live(EsMemBatch *b)
@@ -59,7 +59,7 @@ add_live(EsMemBatch *b)
 		else
 			live = repalloc_huge(live, (Size) live_allocated * sizeof(EsLive));
 	}
-	live[nlive] = (EsLive) {.batch = b};
+	live[nlive] = (EsLive){.batch = b};
 	return &live[nlive++];
 }
 
@@ -77,8 +77,8 @@ static EsMemBatch **
 staged_array(EsTxn *txn, uint32 *n)
 {
 	EsMemBatch **array;
-	dlist_iter	iter;
-	uint32		count = 0;
+	dlist_iter	 iter;
+	uint32		 count = 0;
 
 	dlist_foreach(iter, &txn->staged)
 		count++;
@@ -93,12 +93,11 @@ staged_array(EsTxn *txn, uint32 *n)
 static EsMemBatch *
 find_staged(EsMemBatch **array, uint32 n, EsLsn start)
 {
-	uint32		low = 0,
-				high = n;
+	uint32 low = 0, high = n;
 
 	while (low < high)
 	{
-		uint32		middle = low + (high - low) / 2;
+		uint32 middle = low + (high - low) / 2;
 
 		if (array[middle]->start < start)
 			low = middle + 1;
@@ -116,21 +115,21 @@ static bool
 fetch_missing(EsTxn *txn, EsLsn start, EsLsn finish_start)
 {
 	EsMessageHeader header;
-	void	   *payload;
-	size_t		len;
-	bool		done;
+	void		   *payload;
+	size_t			len;
+	bool			done;
 
 	/* what is to be read must have left PostgreSQL's buffers */
 	XLogFlush(finish_start);
 	es_pgwal_read_one(start, finish_start, &header, &payload, &len);
-	if (payload == NULL || header.kind != ES_MESSAGE_BATCH ||
-		header.fxid != txn->fxid || header.shard != es_shard_id)
-		ereport(ERROR,
-				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("shard %d misses rows of transaction %llu",
-						es_shard_id, (unsigned long long) txn->fxid),
-				 errdetail("Its FINISH at %X/%X lists a batch at %X/%X, where PostgreSQL's WAL has none.",
-						   LSN_FORMAT_ARGS(finish_start), LSN_FORMAT_ARGS(start))));
+	if (payload == NULL || header.kind != ES_MESSAGE_BATCH || header.fxid != txn->fxid ||
+		header.shard != es_shard_id)
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_DATA_CORRUPTED),
+			 errmsg("shard %d misses rows of transaction %llu", es_shard_id, (unsigned long long) txn->fxid),
+			 errdetail("Its FINISH at %X/%X lists a batch at %X/%X, where PostgreSQL's WAL has none.",
+					   LSN_FORMAT_ARGS(finish_start), LSN_FORMAT_ARGS(start))));
 	done = es_apply_batch(txn->fxid, start, finish_start, payload, len, false);
 	free(payload);
 	return done;
@@ -165,7 +164,7 @@ copy_not_taken(uint8 *skip, const uint8 *not_taken, uint64 first, uint32 n)
 static inline bool
 wants_versions(const EsFinishTable *table, const EsBatchHeader *header)
 {
-	(void) table;				/* given versions are kept there as well: some of its rows may come without */
+	(void) table; /* given versions are kept there as well: some of its rows may come without */
 	return header->roles.version != 0;
 }
 
@@ -176,12 +175,12 @@ wants_versions(const EsFinishTable *table, const EsBatchHeader *header)
 static bool
 prepare_staged(EsMemBatch *b, const EsFinishTableView *view, uint64 first_row)
 {
-	uint32		nrows = b->view.header->nrows;
-	Size		nversions = wants_versions(view->table, b->view.header) ? (Size) nrows * sizeof(int64) : 0;
-	Size		nskip = view->not_taken && some_not_taken(view->not_taken, first_row, nrows) ?
-		MAXALIGN((nrows + 7) / 8) : 0;
-	EsLive	   *l;
-	char	   *extra;
+	uint32 nrows = b->view.header->nrows;
+	Size   nversions = wants_versions(view->table, b->view.header) ? (Size) nrows * sizeof(int64) : 0;
+	Size   nskip =
+		  view->not_taken && some_not_taken(view->not_taken, first_row, nrows) ? MAXALIGN((nrows + 7) / 8) : 0;
+	EsLive *l;
+	char   *extra;
 
 	es_membatch_ref(b);
 	l = add_live(b);
@@ -220,17 +219,17 @@ static bool
 prepare_inline(EsTxn *txn, const EsBatchHeader *header, uint32 index, EsLsn start, EsLsn end,
 			   const EsFinishTableView *view, uint64 first_row)
 {
-	uint32		nrows = header->nrows;
-	Size		nbatch = header->total_len;
-	Size		nversions = wants_versions(view->table, header) ? (Size) nrows * sizeof(int64) : 0;
-	Size		nskip = view->not_taken && some_not_taken(view->not_taken, first_row, nrows) ?
-		MAXALIGN((nrows + 7) / 8) : 0;
-	Size		size = nbatch + nversions + nskip;
+	uint32 nrows = header->nrows;
+	Size   nbatch = header->total_len;
+	Size   nversions = wants_versions(view->table, header) ? (Size) nrows * sizeof(int64) : 0;
+	Size   nskip =
+		  view->not_taken && some_not_taken(view->not_taken, first_row, nrows) ? MAXALIGN((nrows + 7) / 8) : 0;
+	Size				 size = nbatch + nversions + nskip;
 	struct EsArenaChunk *chunk;
-	dsa_pointer pointer;
-	EsMemBatch *b;
-	EsLive	   *l;
-	char	   *local;
+	dsa_pointer			 pointer;
+	EsMemBatch			*b;
+	EsLive				*l;
+	char				*local;
 
 	local = es_arena_carve(ES_ARENA_FINISHED, size, &pointer, &chunk);
 	if (local == NULL)
@@ -264,16 +263,16 @@ static bool
 prepare_table(EsTxn *txn, const EsFinishTable *table, EsLsn start, EsLsn end)
 {
 	EsFinishTableView view;
-	EsMemBatch **listed = NULL;
-	uint32		nlisted = 0;
-	uint64		nrows = 0;
-	const char *at;
+	EsMemBatch		**listed = NULL;
+	uint32			  nlisted = 0;
+	uint64			  nrows = 0;
+	const char		 *at;
 
 	es_finish_table_view(table, &view);
 
 	if (table->nlogged > 0)
 	{
-		uint32		nstaged;
+		uint32		 nstaged;
 		EsMemBatch **staged = staged_array(txn, &nstaged);
 
 		listed = palloc(table->nlogged * sizeof(EsMemBatch *));
@@ -312,14 +311,13 @@ prepare_table(EsTxn *txn, const EsFinishTable *table, EsLsn start, EsLsn end)
 		at += header->total_len;
 	}
 	if (nrows > table->nrows || (nrows < table->nrows && txn->pending == NIL))
-		ereport(ERROR,
-				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("shard %d found %llu rows of transaction %llu where its FINISH counts %llu",
-						es_shard_id, (unsigned long long) nrows, (unsigned long long) txn->fxid,
-						(unsigned long long) table->nrows),
-				 errdetail("FINISH at %X/%X of PostgreSQL's WAL, storage %llu of database %u.",
-						   LSN_FORMAT_ARGS(start), (unsigned long long) table->table.storage_id,
-						   table->table.database)));
+		ereport(ERROR, (errcode(ERRCODE_DATA_CORRUPTED),
+						errmsg("shard %d found %llu rows of transaction %llu where its FINISH counts %llu",
+							   es_shard_id, (unsigned long long) nrows, (unsigned long long) txn->fxid,
+							   (unsigned long long) table->nrows),
+						errdetail("FINISH at %X/%X of PostgreSQL's WAL, storage %llu of database %u.",
+								  LSN_FORMAT_ARGS(start), (unsigned long long) table->table.storage_id,
+								  table->table.database)));
 
 	/* rows in pending segments come first */
 	nrows = table->nrows - nrows;
@@ -351,8 +349,8 @@ prepare_table(EsTxn *txn, const EsFinishTable *table, EsLsn start, EsLsn end)
 static EsPosition
 last_position(const EsMemBatch *b)
 {
-	uint32		nrows = b->view.header->nrows;
-	EsPosition	last = 0;
+	uint32	   nrows = b->view.header->nrows;
+	EsPosition last = 0;
 
 	if (!(b->finish_flags & ES_FINISH_GIVEN_POSITIONS))
 		return es_membatch_position(b, nrows - 1);
@@ -401,7 +399,7 @@ adopt_table(EsTxn *txn, const EsFinishTable *table, EsPosition base, EsLive *fir
 	}
 	if (view.not_taken != NULL)
 	{
-		uint64		skipped = 0;
+		uint64 skipped = 0;
 
 		for (uint64 i = 0; i < table->nrows; i++)
 			skipped += bit_set(view.not_taken, i);
@@ -421,22 +419,22 @@ frame_live(void)
 			continue;
 		b->unframed = false;
 		dlist_delete(&b->unframed_node);
-		b->ticket = es_log_append(ES_FRAME_BATCH, b->txn->fxid, b->start, b->end,
-								  b->view.base, b->view.header->total_len);
+		b->ticket = es_log_append(ES_FRAME_BATCH, b->txn->fxid, b->start, b->end, b->view.base,
+								  b->view.header->total_len);
 	}
 }
 
 bool
 es_finish_complete(EsTxn *txn, const EsSectionHeader *section, size_t len)
 {
-	uint32		nstaged;
-	EsMemBatch **staged;
+	uint32				 nstaged;
+	EsMemBatch		   **staged;
 	const EsFinishTable *table;
-	bool		complete = true;
-	EsError		err;
+	bool				 complete = true;
+	EsError				 err;
 
 	if (es_section_check(section, len, &err) != ES_OK)
-		return true;			/* es_apply_finish says so */
+		return true; /* es_apply_finish says so */
 	staged = staged_array(txn, &nstaged);
 	for (table = es_section_first(section); table != NULL && complete;
 		 table = es_section_next(section, table))
@@ -446,40 +444,38 @@ es_finish_complete(EsTxn *txn, const EsSectionHeader *section, size_t len)
 		es_finish_table_view(table, &view);
 		for (uint32 i = 0; i < table->nlogged && complete; i++)
 			complete = find_staged(staged, nstaged, view.batch_starts[i]) != NULL ||
-				(txn->pending != NIL && es_txn_pending_has(txn, view.batch_starts[i]));
+					   (txn->pending != NIL && es_txn_pending_has(txn, view.batch_starts[i]));
 	}
 	pfree(staged);
 	return complete;
 }
 
 bool
-es_apply_finish(EsFxid fxid, EsLsn start, EsLsn end, const EsSectionHeader *section,
-				size_t len, bool from_own_wal)
+es_apply_finish(EsFxid fxid, EsLsn start, EsLsn end, const EsSectionHeader *section, size_t len,
+				bool from_own_wal)
 {
-	EsTxn	   *txn = es_txn_get(fxid);
+	EsTxn				*txn = es_txn_get(fxid);
 	const EsFinishTable *table;
-	uint32	   *ntable_batches;
-	uint32		counts[16];
-	Size		unframed = 0;
-	uint32		i;
-	uint32		done;
-	EsError		err;
+	uint32				*ntable_batches;
+	uint32				 counts[16];
+	Size				 unframed = 0;
+	uint32				 i;
+	uint32				 done;
+	EsError				 err;
 
 	es_apply_highest_end = Max(es_apply_highest_end, end);
 	if (txn->finished)
 		return true;
 
 	if (es_section_check(section, len, &err) != ES_OK || section->shard != es_shard_id)
-		ereport(ERROR,
-				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("shard %d got a malformed FINISH of transaction %llu",
-						es_shard_id, (unsigned long long) fxid),
-				 errdetail("Message at %X/%X of PostgreSQL's WAL: %s.", LSN_FORMAT_ARGS(start),
-						   section->shard == es_shard_id ? err.what : "of another shard")));
+		ereport(ERROR, (errcode(ERRCODE_DATA_CORRUPTED),
+						errmsg("shard %d got a malformed FINISH of transaction %llu", es_shard_id,
+							   (unsigned long long) fxid),
+						errdetail("Message at %X/%X of PostgreSQL's WAL: %s.", LSN_FORMAT_ARGS(start),
+								  section->shard == es_shard_id ? err.what : "of another shard")));
 
 	if (section->npositions > 0)
-		es_apply_highest_position = Max(es_apply_highest_position,
-										section->base + section->npositions - 1);
+		es_apply_highest_position = Max(es_apply_highest_position, section->base + section->npositions - 1);
 
 	/* Only recovery knows so early: nothing of it is needed, not even a frame. */
 	if (txn->verdict == ES_VERDICT_ABORTED)
@@ -494,13 +490,13 @@ es_apply_finish(EsFxid fxid, EsLsn start, EsLsn end, const EsSectionHeader *sect
 		return false;
 
 	/* First half: memory. */
-	ntable_batches = section->ntables <= lengthof(counts) ? counts :
-		palloc(section->ntables * sizeof(uint32));
+	ntable_batches =
+		section->ntables <= lengthof(counts) ? counts : palloc(section->ntables * sizeof(uint32));
 	nlive = 0;
 	for (table = es_section_first(section), i = 0; table != NULL;
 		 table = es_section_next(section, table), i++)
 	{
-		uint32		before = nlive;
+		uint32 before = nlive;
 
 		if (!prepare_table(txn, table, start, end))
 		{
@@ -523,8 +519,7 @@ es_apply_finish(EsFxid fxid, EsLsn start, EsLsn end, const EsSectionHeader *sect
 	}
 	ES_FAULT("finish-before-frame");
 	if (!from_own_wal)
-		txn->finish_ticket = es_log_append(ES_FRAME_FINISH, fxid, start, end,
-										   section, section->len);
+		txn->finish_ticket = es_log_append(ES_FRAME_FINISH, fxid, start, end, section, section->len);
 	txn->base = section->base;
 	txn->finish_start = start;
 	txn->finish_end = end;

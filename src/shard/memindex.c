@@ -18,21 +18,21 @@
 
 #include "shard/memindex.h"
 
-#define FIRST_CHUNK		4
-#define LARGEST_CHUNK	512
+#define FIRST_CHUNK	  4
+#define LARGEST_CHUNK 512
 
 typedef struct IndexRow
 {
-	uint32		batch;
-	uint32		row;
+	uint32 batch;
+	uint32 row;
 } IndexRow;
 
 typedef struct IndexChunk
 {
 	struct IndexChunk *next;
-	uint16		nrows;
-	uint16		size;
-	IndexRow	rows[FLEXIBLE_ARRAY_MEMBER];
+	uint16			   nrows;
+	uint16			   size;
+	IndexRow		   rows[FLEXIBLE_ARRAY_MEMBER];
 } IndexChunk;
 
 typedef struct IndexEntry
@@ -45,13 +45,13 @@ typedef struct IndexEntry
 } IndexEntry;
 
 /* Contexts of one shard share the upper bits of the hash, which choose the slot. */
-#define SH_PREFIX		memhash
-#define SH_ELEMENT_TYPE	IndexEntry
-#define SH_KEY_TYPE		uint64
-#define SH_KEY			hash
-#define SH_HASH_KEY(tb, key)	((uint32) (key))
-#define SH_EQUAL(tb, a, b)		((a) == (b))
-#define SH_SCOPE		static inline
+#define SH_PREFIX			 memhash
+#define SH_ELEMENT_TYPE		 IndexEntry
+#define SH_KEY_TYPE			 uint64
+#define SH_KEY				 hash
+#define SH_HASH_KEY(tb, key) ((uint32) (key))
+#define SH_EQUAL(tb, a, b)	 ((a) == (b))
+#define SH_SCOPE			 static inline
 #define SH_DECLARE
 #define SH_DEFINE
 #include "lib/simplehash.h"
@@ -60,7 +60,7 @@ struct EsMemIndex
 {
 	memhash_hash *table;
 	MemoryContext context;
-	Size		chunk_bytes;
+	Size		  chunk_bytes;
 };
 
 EsMemIndex *
@@ -91,8 +91,8 @@ es_memindex_add(EsMemIndex *index, uint64 hash, uint32 batch, uint32 row)
 	chunk = e->last;
 	if (chunk == NULL || chunk->nrows == chunk->size)
 	{
-		int			size = chunk == NULL ? FIRST_CHUNK : Min(chunk->size * 2, LARGEST_CHUNK);
-		Size		bytes = offsetof(IndexChunk, rows) + size * sizeof(IndexRow);
+		int	 size = chunk == NULL ? FIRST_CHUNK : Min(chunk->size * 2, LARGEST_CHUNK);
+		Size bytes = offsetof(IndexChunk, rows) + size * sizeof(IndexRow);
 
 		chunk = MemoryContextAlloc(index->context, bytes);
 		chunk->next = NULL;
@@ -111,8 +111,7 @@ es_memindex_add(EsMemIndex *index, uint64 hash, uint32 batch, uint32 row)
 }
 
 bool
-es_memindex_next(EsMemIndex *index, uint64 hash, uint64 *cursor,
-				 uint32 *batch, uint32 *row)
+es_memindex_next(EsMemIndex *index, uint64 hash, uint64 *cursor, uint32 *batch, uint32 *row)
 {
 	IndexChunk *chunk;
 	uint32		i;

@@ -13,12 +13,11 @@
 typedef struct EsMemIndex EsMemIndex;
 
 extern EsMemIndex *es_memindex_create(MemoryContext context);
-extern void es_memindex_add(EsMemIndex *index, uint64 hash, uint32 batch, uint32 row);
+extern void		   es_memindex_add(EsMemIndex *index, uint64 hash, uint32 batch, uint32 row);
 
 /* Rows of a hash in the order in which they were added; *cursor = 0 to begin.  Rows added
  * after the end was reached are found by the same cursor. */
-extern bool es_memindex_next(EsMemIndex *index, uint64 hash, uint64 *cursor,
-							 uint32 *batch, uint32 *row);
+extern bool es_memindex_next(EsMemIndex *index, uint64 hash, uint64 *cursor, uint32 *batch, uint32 *row);
 extern Size es_memindex_bytes(const EsMemIndex *index);
 
-#endif							/* ES_SHARD_MEMINDEX_H */
+#endif /* ES_SHARD_MEMINDEX_H */

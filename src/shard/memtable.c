@@ -28,7 +28,7 @@
 #include "shard/shard.h"
 
 /* Rows of a store that may wait to be indexed, and that are indexed in one turn: some 0.3 ms of work. */
-#define INDEX_ARREARS	4096
+#define INDEX_ARREARS 4096
 
 typedef struct StoreEntry
 {
@@ -40,17 +40,17 @@ typedef struct StoreEntry
 static inline uint32
 key_hash(EsTableKey key)
 {
-	return (uint32) (((key.storage_id ^ ((uint64) key.database << 32)) *
-					  UINT64CONST(0x9E3779B97F4A7C15)) >> 32);
+	return (uint32) (((key.storage_id ^ ((uint64) key.database << 32)) * UINT64CONST(0x9E3779B97F4A7C15)) >>
+					 32);
 }
 
-#define SH_PREFIX		stores
-#define SH_ELEMENT_TYPE	StoreEntry
-#define SH_KEY_TYPE		EsTableKey
-#define SH_KEY			key
-#define SH_HASH_KEY(tb, k)	key_hash(k)
-#define SH_EQUAL(tb, a, b)	es_table_key_equal(&(a), &(b))
-#define SH_SCOPE		static inline
+#define SH_PREFIX		   stores
+#define SH_ELEMENT_TYPE	   StoreEntry
+#define SH_KEY_TYPE		   EsTableKey
+#define SH_KEY			   key
+#define SH_HASH_KEY(tb, k) key_hash(k)
+#define SH_EQUAL(tb, a, b) es_table_key_equal(&(a), &(b))
+#define SH_SCOPE		   static inline
 #define SH_DECLARE
 #define SH_DEFINE
 #include "lib/simplehash.h"
@@ -60,18 +60,18 @@ struct EsMemStores
 	stores_hash *hash;
 	/* in the order of creation, for es_memtable_each */
 	EsMemStore **array;
-	uint32		n;
-	uint32		allocated;
-	EsMemStore *last;			/* of the last look-up */
+	uint32		 n;
+	uint32		 allocated;
+	EsMemStore	*last; /* of the last look-up */
 };
 
 /* What memtable.c keeps behind a store. */
 typedef struct Store
 {
 	EsMemStore	store;
-	uint32		nindexed;		/* batches below this number are in the index */
-	uint64		arrears;		/* rows that are not */
-	Size		index_bytes;	/* as counted in the MemTable's nbytes */
+	uint32		nindexed;	 /* batches below this number are in the index */
+	uint64		arrears;	 /* rows that are not */
+	Size		index_bytes; /* as counted in the MemTable's nbytes */
 	EsMemTable *memtable;
 } Store;
 
@@ -79,7 +79,7 @@ EsMemTable *es_memtable_oldest = NULL;
 EsMemTable *es_memtable_active = NULL;
 
 static uint64 last_id = 0;
-static bool active_arrears = false; /* some store of the active MemTable has INDEX_ARREARS */
+static bool	  active_arrears = false; /* some store of the active MemTable has INDEX_ARREARS */
 
 /* MemTables that nobody sees any more, to be freed. */
 static EsMemTable *dead = NULL;
@@ -87,8 +87,8 @@ static EsMemTable *dead = NULL;
 EsMemTable *
 es_memtable_create(void)
 {
-	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "event_store MemTable",
-												  ALLOCSET_DEFAULT_SIZES);
+	MemoryContext context =
+		AllocSetContextCreate(TopMemoryContext, "event_store MemTable", ALLOCSET_DEFAULT_SIZES);
 	EsMemTable *mt = MemoryContextAllocZero(context, sizeof(EsMemTable));
 
 	mt->context = context;
@@ -169,9 +169,9 @@ EsMemStore *
 es_memtable_store(EsMemTable *mt, const EsTableKey *key, bool create)
 {
 	struct EsMemStores *stores = mt->stores;
-	StoreEntry *e;
-	Store	   *s;
-	bool		found;
+	StoreEntry		   *e;
+	Store			   *s;
+	bool				found;
 
 	if (stores->last != NULL && es_table_key_equal(&stores->last->key, key))
 		return stores->last;
@@ -183,7 +183,7 @@ es_memtable_store(EsMemTable *mt, const EsTableKey *key, bool create)
 
 	if (stores->n == stores->allocated)
 	{
-		uint32		allocated = Max(16, stores->allocated * 2);
+		uint32 allocated = Max(16, stores->allocated * 2);
 
 		if (stores->array == NULL)
 			stores->array = MemoryContextAlloc(mt->context, allocated * sizeof(EsMemStore *));
@@ -217,8 +217,7 @@ index_catch_up(Store *s, uint64 max_rows)
 
 		for (uint32 row = 0; row < nrows; row++)
 			if (!es_membatch_skipped(b, row))
-				es_memindex_add(store->index, es_batch_context_hash(&b->view, row),
-								s->nindexed, row);
+				es_memindex_add(store->index, es_batch_context_hash(&b->view, row), s->nindexed, row);
 		s->nindexed++;
 		s->arrears -= nrows;
 		done += nrows;
@@ -235,20 +234,19 @@ void
 es_memtable_add(EsMemTable *mt, EsMemBatch *batch)
 {
 	const EsBatchHeader *header = batch->view.header;
-	EsMemStore *store = es_memtable_store(mt, &header->table, true);
-	Store	   *s = (Store *) store;
+	EsMemStore			*store = es_memtable_store(mt, &header->table, true);
+	Store				*s = (Store *) store;
 	/* the transaction's struct is counted once per batch: most have but one */
-	Size		bytes = batch->memory + sizeof(EsTxn) + sizeof(EsMemBatch *);
+	Size bytes = batch->memory + sizeof(EsTxn) + sizeof(EsMemBatch *);
 
 	if (store->nbatches == store->allocated)
 	{
-		uint32		allocated = Max(64, store->allocated * 2);
+		uint32 allocated = Max(64, store->allocated * 2);
 
 		if (store->batches == NULL)
 			store->batches = MemoryContextAlloc(mt->context, allocated * sizeof(EsMemBatch *));
 		else
-			store->batches = repalloc_huge(store->batches,
-										   (Size) allocated * sizeof(EsMemBatch *));
+			store->batches = repalloc_huge(store->batches, (Size) allocated * sizeof(EsMemBatch *));
 		store->allocated = allocated;
 	}
 	store->roles = header->roles;
@@ -278,7 +276,7 @@ es_memtable_tick(void)
 		return false;
 	for (uint32 i = 0; i < stores->n; i++)
 	{
-		Store	   *s = (Store *) stores->array[i];
+		Store *s = (Store *) stores->array[i];
 
 		if (s->arrears < INDEX_ARREARS)
 			continue;
@@ -296,10 +294,10 @@ es_memtable_each(EsMemTable *mt, uint32 *state)
 }
 
 bool
-es_memstore_next(EsMemStore *store, uint64 hash, uint32 limit, uint64 *cursor,
-				 EsMemBatch **batch, uint32 *batch_number, uint32 *row)
+es_memstore_next(EsMemStore *store, uint64 hash, uint32 limit, uint64 *cursor, EsMemBatch **batch,
+				 uint32 *batch_number, uint32 *row)
 {
-	Store	   *s = (Store *) store;
+	Store *s = (Store *) store;
 
 	if (*cursor == 0 && s->nindexed < Min(store->nbatches, limit))
 		index_catch_up(s, PG_UINT64_MAX);
@@ -322,6 +320,6 @@ es_membatch_in_context(const EsMemBatch *b, uint32 row, const void *bytes, size_
 	const void *own;
 	size_t		own_len;
 
-	return es_batch_context(&b->view, row, &scratch, &own, &own_len) &&
-		own_len == len && memcmp(own, bytes, len) == 0;
+	return es_batch_context(&b->view, row, &scratch, &own, &own_len) && own_len == len &&
+		   memcmp(own, bytes, len) == 0;
 }

@@ -17,13 +17,13 @@
 #include "ipc/server.h"
 #include "ipc/shmem.h"
 
-extern int	es_shard_id;		/* of this process; -1 elsewhere */
-extern EsShardShared *es_shard; /* its shared part */
-extern dsa_area *es_arena;		/* memory that maintenance workers can read */
-extern bool es_shard_stopping;	/* the server stops */
+extern int			  es_shard_id;		 /* of this process; -1 elsewhere */
+extern EsShardShared *es_shard;			 /* its shared part */
+extern dsa_area		 *es_arena;			 /* memory that maintenance workers can read */
+extern bool			  es_shard_stopping; /* the server stops */
 
-#define ES_COUNT(name, n)	es_counter_add(es_shard->counters.name, (n))
-#define ES_SET(name, n)		es_counter_set(es_shard->counters.name, (n))
+#define ES_COUNT(name, n) es_counter_add(es_shard->counters.name, (n))
+#define ES_SET(name, n)	  es_counter_set(es_shard->counters.name, (n))
 
 /* Config reload, barriers, SIGTERM; called where a loop may take long. */
 extern void es_shard_interrupts(void);
@@ -35,4 +35,4 @@ extern PGDLLEXPORT void es_shard_main(Datum arg);
 extern PGDLLEXPORT void es_keeper_main(Datum arg);
 extern PGDLLEXPORT void es_maintenance_main(Datum arg);
 
-#endif							/* ES_SHARD_SHARD_H */
+#endif /* ES_SHARD_SHARD_H */

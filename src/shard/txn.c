@@ -50,13 +50,13 @@
 #include "shard/txn.h"
 
 /* ms */
-#define NUDGE_INTERVAL	50
+#define NUDGE_INTERVAL 50
 
 typedef struct TxnEntry
 {
-	EsFxid		fxid;
-	EsTxn	   *txn;
-	char		status;
+	EsFxid fxid;
+	EsTxn *txn;
+	char   status;
 } TxnEntry;
 
 static inline uint32
@@ -65,13 +65,13 @@ txn_hash(EsFxid fxid)
 	return (uint32) ((fxid * UINT64CONST(0x9E3779B97F4A7C15)) >> 32);
 }
 
-#define SH_PREFIX		txntable
-#define SH_ELEMENT_TYPE	TxnEntry
-#define SH_KEY_TYPE		EsFxid
-#define SH_KEY			fxid
-#define SH_HASH_KEY(tb, key)	txn_hash(key)
-#define SH_EQUAL(tb, a, b)		((a) == (b))
-#define SH_SCOPE		static inline
+#define SH_PREFIX			 txntable
+#define SH_ELEMENT_TYPE		 TxnEntry
+#define SH_KEY_TYPE			 EsFxid
+#define SH_KEY				 fxid
+#define SH_HASH_KEY(tb, key) txn_hash(key)
+#define SH_EQUAL(tb, a, b)	 ((a) == (b))
+#define SH_SCOPE			 static inline
 #define SH_DECLARE
 #define SH_DEFINE
 #include "lib/simplehash.h"
@@ -79,29 +79,29 @@ txn_hash(EsFxid fxid)
 /* A transaction whose RESOLVED frame is not durable yet. */
 typedef struct Settling
 {
-	EsFxid		fxid;
-	uint64		ticket;
+	EsFxid fxid;
+	uint64 ticket;
 } Settling;
 
-dlist_head	es_txn_undecided = DLIST_STATIC_INIT(es_txn_undecided);
-dlist_head	es_txn_unframed = DLIST_STATIC_INIT(es_txn_unframed);
+dlist_head es_txn_undecided = DLIST_STATIC_INIT(es_txn_undecided);
+dlist_head es_txn_unframed = DLIST_STATIC_INIT(es_txn_unframed);
 
 static txntable_hash *txns;
-static MemoryContext txn_context;
+static MemoryContext  txn_context;
 
 /* A ring of Settling, oldest first. */
 static Settling *settling;
-static uint32 settling_size;	/* power of two */
-static uint32 settling_first;
-static uint32 settling_count;
+static uint32	 settling_size; /* power of two */
+static uint32	 settling_first;
+static uint32	 settling_count;
 
 static XLogRecPtr flushed_lsn;
 
 void
 es_txn_init(void)
 {
-	txn_context = SlabContextCreate(TopMemoryContext, "event_store transactions",
-									SLAB_LARGE_BLOCK_SIZE / 16, sizeof(EsTxn));
+	txn_context = SlabContextCreate(TopMemoryContext, "event_store transactions", SLAB_LARGE_BLOCK_SIZE / 16,
+									sizeof(EsTxn));
 	txns = txntable_create(TopMemoryContext, 1024, NULL);
 	settling_size = 1024;
 	settling = MemoryContextAlloc(TopMemoryContext, settling_size * sizeof(Settling));
@@ -110,7 +110,7 @@ es_txn_init(void)
 EsTxn *
 es_txn_find(EsFxid fxid)
 {
-	TxnEntry   *e = txntable_lookup(txns, fxid);
+	TxnEntry *e = txntable_lookup(txns, fxid);
 
 	return e ? e->txn : NULL;
 }
@@ -133,7 +133,7 @@ es_txn_get(EsFxid fxid)
 	e->txn = txn;
 
 	txn->fxid = fxid;
-	txn->refs = 1;				/* of the list */
+	txn->refs = 1; /* of the list */
 	txn->listed = true;
 	dlist_init(&txn->staged);
 
@@ -141,8 +141,7 @@ es_txn_get(EsFxid fxid)
 	after = &es_txn_undecided.head;
 	if (!dlist_is_empty(&es_txn_undecided))
 		for (after = es_txn_undecided.head.prev;
-			 after != &es_txn_undecided.head &&
-			 dlist_container(EsTxn, node, after)->fxid > fxid;
+			 after != &es_txn_undecided.head && dlist_container(EsTxn, node, after)->fxid > fxid;
 			 after = after->prev)
 			;
 	if (after == &es_txn_undecided.head)
@@ -181,8 +180,7 @@ static bool
 clog_forgot(EsFxid fxid)
 {
 	FullTransactionId next = ReadNextFullTransactionId();
-	EsFxid		oldest = es_widen_xid(U64FromFullTransactionId(next),
-									  es_oldest_clog_xid());
+	EsFxid			  oldest = es_widen_xid(U64FromFullTransactionId(next), es_oldest_clog_xid());
 
 	return fxid < oldest;
 }
@@ -236,7 +234,7 @@ static void
 nudge_flush(EsLsn end)
 {
 	static TimestampTz nudged = 0;
-	TimestampTz now = GetCurrentTimestamp();
+	TimestampTz		   now = GetCurrentTimestamp();
 
 	if (!TimestampDifferenceExceeds(nudged, now, NUDGE_INTERVAL))
 		return;
@@ -291,8 +289,8 @@ es_txn_settle(EsTxn *txn, uint64 ticket)
 	{
 		if (settling_count == settling_size)
 		{
-			Settling   *larger = MemoryContextAllocHuge(TopMemoryContext,
-														(Size) settling_size * 2 * sizeof(Settling));
+			Settling *larger =
+				MemoryContextAllocHuge(TopMemoryContext, (Size) settling_size * 2 * sizeof(Settling));
 
 			for (uint32 i = 0; i < settling_count; i++)
 				larger[i] = settling[(settling_first + i) & (settling_size - 1)];
@@ -302,7 +300,7 @@ es_txn_settle(EsTxn *txn, uint64 ticket)
 			settling_first = 0;
 		}
 		settling[(settling_first + settling_count) & (settling_size - 1)] =
-			(Settling) {.fxid = txn->fxid, .ticket = ticket};
+			(Settling){.fxid = txn->fxid, .ticket = ticket};
 		settling_count++;
 	}
 	Assert(txn->listed);
@@ -314,8 +312,8 @@ es_txn_settle(EsTxn *txn, uint64 ticket)
 EsFxid
 es_txn_oldest_undecided(void)
 {
-	EsFxid		oldest = U64FromFullTransactionId(ReadNextFullTransactionId());
-	uint64		durable = es_log_durable_ticket();
+	EsFxid oldest = U64FromFullTransactionId(ReadNextFullTransactionId());
+	uint64 durable = es_log_durable_ticket();
 
 	if (!dlist_is_empty(&es_txn_undecided))
 		oldest = Min(oldest, dlist_head_element(EsTxn, node, &es_txn_undecided)->fxid);
@@ -362,8 +360,8 @@ es_membatch_unref(EsMemBatch *b)
 void
 es_txn_unstage(EsMemBatch *b)
 {
-	EsTxn	   *txn = b->txn;
-	uint32		nrows = b->view.header->nrows;
+	EsTxn *txn = b->txn;
+	uint32 nrows = b->view.header->nrows;
 
 	Assert(b->in_staging);
 	b->in_staging = false;
@@ -385,8 +383,8 @@ es_membatch_position(const EsMemBatch *b, uint32 row)
 {
 	if (b->finish_flags & ES_FINISH_GIVEN_POSITIONS)
 	{
-		int			column = b->view.header->roles.position - 1;
-		int64		given;
+		int	  column = b->view.header->roles.position - 1;
+		int64 given;
 
 		/* a rewrite copies rows of its own transaction, too, and they have none yet */
 		if (column >= 0 && !es_batch_is_null(&b->view, column, row))
@@ -405,8 +403,8 @@ es_membatch_version(const EsMemBatch *b, uint32 row)
 		return b->versions_local[row];
 	if (b->finish_flags & ES_FINISH_GIVEN_VERSIONS)
 	{
-		int			column = b->view.header->roles.version - 1;
-		int64		given;
+		int	  column = b->view.header->roles.version - 1;
+		int64 given;
 
 		if (column < 0 || es_batch_is_null(&b->view, column, row))
 			return 0;

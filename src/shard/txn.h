@@ -33,69 +33,69 @@ struct EsTxn;
  */
 typedef struct EsMemBatch
 {
-	int			refs;
-	dsa_pointer pointer;		/* the batch's bytes in the arena */
-	EsBatchView view;			/* trusted */
-	struct EsTxn *txn;			/* holds one of its refs */
-	EsLsn		start;			/* of its message; an inline batch has the FINISH's start */
-	EsLsn		end;
-	uint32		inline_index;	/* 0 = logged by itself, else 1 + index in the FINISH's table */
-	uint64		ticket;			/* of its frame in own WAL; 0 = none (yet, or spilled) */
+	int			  refs;
+	dsa_pointer	  pointer; /* the batch's bytes in the arena */
+	EsBatchView	  view;	   /* trusted */
+	struct EsTxn *txn;	   /* holds one of its refs */
+	EsLsn		  start;   /* of its message; an inline batch has the FINISH's start */
+	EsLsn		  end;
+	uint32		  inline_index; /* 0 = logged by itself, else 1 + index in the FINISH's table */
+	uint64		  ticket;		/* of its frame in own WAL; 0 = none (yet, or spilled) */
 
 	/* set by FINISH */
-	EsPosition	base;			/* position = base + ordinal unless GIVEN_POSITIONS */
-	uint32		finish_flags;	/* ES_FINISH_* of its table */
-	dsa_pointer versions;		/* int64[nrows], 0 = table without versions */
+	EsPosition	 base;		   /* position = base + ordinal unless GIVEN_POSITIONS */
+	uint32		 finish_flags; /* ES_FINISH_* of its table */
+	dsa_pointer	 versions;	   /* int64[nrows], 0 = table without versions */
 	const int64 *versions_local;
-	dsa_pointer skip;			/* bitmap of rows not taken; 0 = all taken */
+	dsa_pointer	 skip; /* bitmap of rows not taken; 0 = all taken */
 	const uint8 *skip_local;
 
-	uint64		moved_to;		/* id of the MemTable it was carried over to; 0 = none */
-	struct EsMemBatch *origin;	/* carried over: whose memory this one shows, with a reference; else NULL */
-	dlist_node	node;			/* in EsTxn.staged */
+	uint64			   moved_to; /* id of the MemTable it was carried over to; 0 = none */
+	struct EsMemBatch *origin;	 /* carried over: whose memory this one shows, with a reference; else NULL */
+	dlist_node		   node;	 /* in EsTxn.staged */
 
 	/* private to txn.c, arena.c, apply.c and finish.c */
-	bool		in_staging;		/* in EsTxn.staged, which holds one ref */
-	bool		unframed;		/* in es_txn_unframed: no frame in own WAL yet */
-	Size		memory;			/* bytes it takes, structs and arrays included */
-	struct EsArenaChunk *chunk; /* of pointer; NULL = allocated by itself */
-	dsa_pointer extra;			/* versions and skip of a batch that was staged first */
+	bool				 in_staging; /* in EsTxn.staged, which holds one ref */
+	bool				 unframed;	 /* in es_txn_unframed: no frame in own WAL yet */
+	Size				 memory;	 /* bytes it takes, structs and arrays included */
+	struct EsArenaChunk *chunk;		 /* of pointer; NULL = allocated by itself */
+	dsa_pointer			 extra;		 /* versions and skip of a batch that was staged first */
 	struct EsArenaChunk *extra_chunk;
-	dlist_node	unframed_node;
+	dlist_node			 unframed_node;
 } EsMemBatch;
 
 typedef struct EsTxn
 {
-	EsFxid		fxid;			/* hash key */
-	int			refs;
-	EsVerdict	verdict;
-	bool		finished;		/* FINISH was applied */
-	bool		verdict_durable;	/* commit record flushed (committed) */
-	bool		resolved_logged;	/* RESOLVED frame appended */
-	EsLsn		commit_end;		/* from RESOLVE or CLOG; 0 = unknown */
-	EsPosition	base;
-	EsLsn		finish_start;
-	EsLsn		finish_end;
-	dlist_head	staged;			/* EsMemBatch, in the order of their ordinals per table */
-	Size		staged_bytes;
-	uint64		staged_rows;
-	bool		spilling;		/* a SPILL job runs */
-	List	   *pending;		/* EsSegmentRef * of its pending segments (segments.h) */
-	dlist_node	node;			/* in the list of undecided ones */
+	EsFxid	   fxid; /* hash key */
+	int		   refs;
+	EsVerdict  verdict;
+	bool	   finished;		/* FINISH was applied */
+	bool	   verdict_durable; /* commit record flushed (committed) */
+	bool	   resolved_logged; /* RESOLVED frame appended */
+	EsLsn	   commit_end;		/* from RESOLVE or CLOG; 0 = unknown */
+	EsPosition base;
+	EsLsn	   finish_start;
+	EsLsn	   finish_end;
+	dlist_head staged; /* EsMemBatch, in the order of their ordinals per table */
+	Size	   staged_bytes;
+	uint64	   staged_rows;
+	bool	   spilling; /* a SPILL job runs */
+	List	  *pending;	 /* EsSegmentRef * of its pending segments (segments.h) */
+	dlist_node node;	 /* in the list of undecided ones */
 
 	/* private to txn.c, apply.c, finish.c and verdict.c */
-	bool		listed;			/* in es_txn_undecided, which holds one ref */
-	bool		big;			/* passed spill_after: its batches get no frames */
-	bool		counted;		/* in staged_transactions */
-	uint64		finish_ticket;	/* of the FINISH frame in own WAL; 0 = none */
-	uint64		commit_drain;	/* committed, not finished: complete drains until then */
+	bool   listed;		  /* in es_txn_undecided, which holds one ref */
+	bool   big;			  /* passed spill_after: its batches get no frames */
+	bool   counted;		  /* in staged_transactions */
+	uint64 finish_ticket; /* of the FINISH frame in own WAL; 0 = none */
+	uint64 commit_drain;  /* committed, not finished: complete drains until then */
 } EsTxn;
 
-extern void es_txn_init(void);
+extern void	  es_txn_init(void);
 extern EsTxn *es_txn_find(EsFxid fxid); /* NULL if unknown */
 extern EsTxn *es_txn_get(EsFxid fxid);	/* made if need be */
-extern void es_txn_ref(EsTxn *txn);
-extern void es_txn_unref(EsTxn *txn);
+extern void	  es_txn_ref(EsTxn *txn);
+extern void	  es_txn_unref(EsTxn *txn);
 
 /* The verdict as known now: asks CLOG (in progress first, oldestClogXid under XactTruncationLock)
  * if it is not known yet.  A transaction that is still in progress is UNKNOWN. */
@@ -127,7 +127,7 @@ extern void es_txn_settle(EsTxn *txn, uint64 ticket);
 
 /* PostgreSQL's flush pointer, as read at most once per turn of the loop. */
 extern EsLsn es_flushed_lsn(void);
-extern void es_flushed_lsn_refresh(void);
+extern void	 es_flushed_lsn_refresh(void);
 
 static inline bool
 es_membatch_skipped(const EsMemBatch *b, uint32 row)
@@ -142,9 +142,9 @@ extern int64 es_membatch_version(const EsMemBatch *b, uint32 row);
 
 /* Undecided transactions, oldest first; the oldest fxid without durable verdict. */
 extern dlist_head es_txn_undecided;
-extern EsFxid es_txn_oldest_undecided(void);
+extern EsFxid	  es_txn_oldest_undecided(void);
 
 /* Starts of the transaction's batches that the reader says are dead (sorted or not). */
 extern bool es_start_in(const EsLsn *starts, uint32 n, EsLsn start);
 
-#endif							/* ES_SHARD_TXN_H */
+#endif /* ES_SHARD_TXN_H */

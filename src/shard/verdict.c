@@ -27,7 +27,7 @@
 #include "shard/log.h"
 #include "shard/shard.h"
 
-uint64		es_complete_drains = 0;
+uint64 es_complete_drains = 0;
 
 static bool changed = false;
 
@@ -37,8 +37,8 @@ static uint32 unflushed = 0;
 void
 es_verdict_settle(EsTxn *txn)
 {
-	bool		known = txn->verdict != ES_VERDICT_UNKNOWN;
-	uint64		ticket = 0;
+	bool   known = txn->verdict != ES_VERDICT_UNKNOWN;
+	uint64 ticket = 0;
 
 	if (!txn->listed)
 		return;
@@ -68,13 +68,10 @@ es_verdict_settle(EsTxn *txn)
 		return;
 	}
 
-	if (txn->finished && !txn->resolved_logged &&
-		(txn->finish_ticket != 0 || txn->finish_start != 0))
+	if (txn->finished && !txn->resolved_logged && (txn->finish_ticket != 0 || txn->finish_start != 0))
 	{
-		EsResolved	resolved = {
-			.commit_lsn = txn->verdict == ES_VERDICT_COMMITTED ? txn->commit_end : 0,
-			.committed = txn->verdict == ES_VERDICT_COMMITTED
-		};
+		EsResolved resolved = {.commit_lsn = txn->verdict == ES_VERDICT_COMMITTED ? txn->commit_end : 0,
+							   .committed = txn->verdict == ES_VERDICT_COMMITTED};
 
 		/* The commit record is flushed, so the frame need not wait. */
 		ticket = es_log_append(ES_FRAME_RESOLVED, txn->fxid, 0, 0, &resolved, sizeof(resolved));
@@ -94,7 +91,7 @@ es_verdict_settle(EsTxn *txn)
 void
 es_apply_resolve(EsFxid fxid, bool committed, EsLsn commit_end)
 {
-	EsTxn	   *txn = es_txn_find(fxid);
+	EsTxn *txn = es_txn_find(fxid);
 
 	if (txn == NULL || !txn->listed)
 		return;
@@ -114,7 +111,7 @@ es_apply_poll_verdicts(bool all)
 	unflushed = 0;
 	dlist_foreach_modify(iter, &es_txn_undecided)
 	{
-		EsTxn	   *txn = dlist_container(EsTxn, node, iter.cur);
+		EsTxn *txn = dlist_container(EsTxn, node, iter.cur);
 
 		if (all || txn->verdict != ES_VERDICT_UNKNOWN)
 			es_verdict_settle(txn);
@@ -124,7 +121,7 @@ es_apply_poll_verdicts(bool all)
 bool
 es_verdicts_changed(void)
 {
-	bool		result = changed;
+	bool result = changed;
 
 	changed = false;
 	return result;

@@ -35,16 +35,16 @@ typedef struct ContextKey
 {
 	uint64		hash;
 	uint64		len;
-	const void *bytes;			/* NULL = value */
+	const void *bytes; /* NULL = value */
 	int64		value;
 } ContextKey;
 
 typedef struct Context
 {
-	ContextKey	key;
-	int64		version;		/* last one given */
-	EsPosition	position;		/* of that row */
-	char		status;
+	ContextKey key;
+	int64	   version;	 /* last one given */
+	EsPosition position; /* of that row */
+	char	   status;
 } Context;
 
 static inline const void *
@@ -56,17 +56,16 @@ key_bytes(const ContextKey *key)
 static inline bool
 key_equal(const ContextKey *a, const ContextKey *b)
 {
-	return a->hash == b->hash && a->len == b->len &&
-		memcmp(key_bytes(a), key_bytes(b), a->len) == 0;
+	return a->hash == b->hash && a->len == b->len && memcmp(key_bytes(a), key_bytes(b), a->len) == 0;
 }
 
-#define SH_PREFIX		contexts
-#define SH_ELEMENT_TYPE	Context
-#define SH_KEY_TYPE		ContextKey
-#define SH_KEY			key
-#define SH_HASH_KEY(tb, k)	((uint32) (k).hash)
-#define SH_EQUAL(tb, a, b)	key_equal(&(a), &(b))
-#define SH_SCOPE		static inline
+#define SH_PREFIX		   contexts
+#define SH_ELEMENT_TYPE	   Context
+#define SH_KEY_TYPE		   ContextKey
+#define SH_KEY			   key
+#define SH_HASH_KEY(tb, k) ((uint32) (k).hash)
+#define SH_EQUAL(tb, a, b) key_equal(&(a), &(b))
+#define SH_SCOPE		   static inline
 #define SH_DECLARE
 #define SH_DEFINE
 #include "lib/simplehash.h"
@@ -74,32 +73,32 @@ key_equal(const ContextKey *a, const ContextKey *b)
 /* What PREPARE said, by hash, when there are too many to look through. */
 typedef struct Check
 {
-	uint64		hash;
-	int64		version;
-	char		status;
+	uint64 hash;
+	int64  version;
+	char   status;
 } Check;
 
-#define SH_PREFIX		checks
-#define SH_ELEMENT_TYPE	Check
-#define SH_KEY_TYPE		uint64
-#define SH_KEY			hash
-#define SH_HASH_KEY(tb, k)	((uint32) (k))
-#define SH_EQUAL(tb, a, b)	((a) == (b))
-#define SH_SCOPE		static inline
+#define SH_PREFIX		   checks
+#define SH_ELEMENT_TYPE	   Check
+#define SH_KEY_TYPE		   uint64
+#define SH_KEY			   hash
+#define SH_HASH_KEY(tb, k) ((uint32) (k))
+#define SH_EQUAL(tb, a, b) ((a) == (b))
+#define SH_SCOPE		   static inline
 #define SH_DECLARE
 #define SH_DEFINE
 #include "lib/simplehash.h"
 
-#define FEW_CHECKS	16
+#define FEW_CHECKS 16
 
-bool		es_versions_as_promised = false;
+bool es_versions_as_promised = false;
 
 typedef struct Work
 {
-	EsTxn	   *txn;
+	EsTxn					*txn;
 	const EsFinishTableView *view;
-	const EsTableKey *table;
-	checks_hash *checks;		/* NULL = look through the array */
+	const EsTableKey		*table;
+	checks_hash				*checks; /* NULL = look through the array */
 } Work;
 
 /*
@@ -110,15 +109,15 @@ static bool
 agrees(Work *w, uint64 hash, int64 first)
 {
 	const EsFinishTableView *view = w->view;
-	bool		seen = false;
+	bool					 seen = false;
 
 	if (view->table->nversions > FEW_CHECKS)
 	{
-		Check	   *c;
+		Check *c;
 
 		if (w->checks == NULL)
 		{
-			bool		found;
+			bool found;
 
 			w->checks = checks_create(CurrentMemoryContext, view->table->nversions, NULL);
 			for (uint32 i = 0; i < view->table->nversions; i++)
@@ -160,19 +159,18 @@ version_in_pending(Work *w, const ContextKey *key)
 	for (int i = list_length(w->txn->pending) - 1; i >= 0; i--)
 	{
 		EsSegmentRef *ref = list_nth(w->txn->pending, i);
-		EsSegment  *segment;
-		EsError		err;
-		uint64		first_row;
-		uint64		nrows;
-		uint32		entry;
-		int64		live;
+		EsSegment	 *segment;
+		EsError		  err;
+		uint64		  first_row;
+		uint64		  nrows;
+		uint32		  entry;
+		int64		  live;
 
 		if (!es_table_key_equal(&ref->entry.segment.table, w->table))
 			continue;
 		segment = es_segment_handle(ref, &err);
-		if (segment == NULL ||
-			es_segment_find_context(segment, key->hash, key_bytes(key), key->len,
-									&first_row, &nrows, &entry, &err) != ES_OK)
+		if (segment == NULL || es_segment_find_context(segment, key->hash, key_bytes(key), key->len,
+													   &first_row, &nrows, &entry, &err) != ES_OK)
 			es_corruption(ERROR, es_segment_path(ref), &err);
 		if (nrows == 0 || entry >= ref->entry.nfirst_versions)
 			continue;
@@ -193,7 +191,7 @@ version_before(Work *w, const ContextKey *key)
 
 	if (w->txn->pending != NIL)
 	{
-		int64		own = version_in_pending(w, key);
+		int64 own = version_in_pending(w, key);
 
 		if (own > 0)
 			return own;
@@ -202,21 +200,21 @@ version_before(Work *w, const ContextKey *key)
 		es_corruption(ERROR, path, &err);
 	if (!agrees(w, key->hash, head.version + 1))
 	{
-		int64		promised = first_promised(w, key->hash);
+		int64 promised = first_promised(w, key->hash);
 
 		if (es_versions_as_promised && promised > head.version)
 			return promised - 1;
 		ES_COUNT(corruptions, 1);
-		ereport(ERROR,
-				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("shard %d would give version %lld where transaction %llu was promised another one",
-						es_shard_id, (long long) head.version + 1,
-						(unsigned long long) w->txn->fxid),
-				 errdetail("Context hash %016llx, storage %llu of database %u, FINISH at %X/%X of PostgreSQL's WAL.",
-						   (unsigned long long) key->hash,
-						   (unsigned long long) w->table->storage_id, w->table->database,
-						   LSN_FORMAT_ARGS(w->txn->finish_start)),
-				 errhint("The shard stops so that no version is used twice. Please report this.")));
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_DATA_CORRUPTED),
+			 errmsg("shard %d would give version %lld where transaction %llu was promised another one",
+					es_shard_id, (long long) head.version + 1, (unsigned long long) w->txn->fxid),
+			 errdetail(
+				 "Context hash %016llx, storage %llu of database %u, FINISH at %X/%X of PostgreSQL's WAL.",
+				 (unsigned long long) key->hash, (unsigned long long) w->table->storage_id,
+				 w->table->database, LSN_FORMAT_ARGS(w->txn->finish_start)),
+			 errhint("The shard stops so that no version is used twice. Please report this.")));
 	}
 	return head.version;
 }
@@ -225,20 +223,20 @@ static void
 advance(Work *w, const Context *c)
 {
 	if (c->version > 0)
-		es_head_advance(w->table, c->key.hash, key_bytes(&c->key), c->key.len,
-						w->txn, c->version, c->position);
+		es_head_advance(w->table, c->key.hash, key_bytes(&c->key), c->key.len, w->txn, c->version,
+						c->position);
 }
 
 void
 es_assign_versions(EsTxn *txn, const EsFinishTableView *view, EsLive *live, uint32 nlive)
 {
-	bool		given = (view->table->flags & ES_FINISH_GIVEN_VERSIONS) != 0;
-	Work		w = {.txn = txn,.view = view,.table = &view->table->table};
+	bool		   given = (view->table->flags & ES_FINISH_GIVEN_VERSIONS) != 0;
+	Work		   w = {.txn = txn, .view = view, .table = &view->table->table};
 	contexts_hash *others = NULL;
-	Context		only;			/* the one context, as long as there is no second */
-	Context    *current = NULL;
-	int			pass = 0;
-	bool		missing = false;
+	Context		   only; /* the one context, as long as there is no second */
+	Context		  *current = NULL;
+	int			   pass = 0;
+	bool		   missing = false;
 
 again:
 	for (uint32 i = 0; i < nlive; i++)
@@ -261,10 +259,9 @@ again:
 			}
 
 			if (!es_batch_context(&b->view, row, &scratch, &bytes, &len))
-				ereport(ERROR,
-						(errcode(ERRCODE_DATA_CORRUPTED),
-						 errmsg("shard %d found a row without context in transaction %llu",
-								es_shard_id, (unsigned long long) txn->fxid)));
+				ereport(ERROR, (errcode(ERRCODE_DATA_CORRUPTED),
+								errmsg("shard %d found a row without context in transaction %llu",
+									   es_shard_id, (unsigned long long) txn->fxid)));
 			key.len = len;
 			key.bytes = bytes == &scratch ? NULL : bytes;
 			key.value = bytes == &scratch ? scratch : 0;
@@ -273,7 +270,7 @@ again:
 			if (current == NULL || current->key.len != len ||
 				memcmp(key_bytes(&current->key), bytes, len) != 0)
 			{
-				bool		found = false;
+				bool found = false;
 
 				key.hash = es_batch_context_hash(&b->view, row);
 				if (current == NULL)
@@ -282,7 +279,7 @@ again:
 				{
 					if (others == NULL)
 					{
-						Context    *first;
+						Context *first;
 
 						others = contexts_create(CurrentMemoryContext, 64, NULL);
 						first = contexts_insert(others, only.key, &found);
@@ -302,9 +299,9 @@ again:
 
 			if (given)
 			{
-				int			column = b->view.header->roles.version - 1;
-				bool		is_null = es_batch_is_null(&b->view, column, row);
-				int64		version = 0;
+				int	  column = b->view.header->roles.version - 1;
+				bool  is_null = es_batch_is_null(&b->view, column, row);
+				int64 version = 0;
 
 				if (is_null == (pass == 0))
 				{
@@ -345,7 +342,7 @@ again:
 	else
 	{
 		contexts_iterator it;
-		Context    *c;
+		Context			 *c;
 
 		contexts_start_iterate(others, &it);
 		while ((c = contexts_iterate(others, &it)) != NULL)

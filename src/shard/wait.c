@@ -36,32 +36,32 @@
 #include "shard/shard.h"
 
 /* ms between two looks at the horizon, in case that a wake-up was lost */
-#define HORIZON_RECHECK	200
+#define HORIZON_RECHECK 200
 
 typedef struct UndecidedRow
 {
-	EsTxn	   *txn;			/* holds a ref */
-	EsPosition	position;
+	EsTxn	  *txn; /* holds a ref */
+	EsPosition position;
 } UndecidedRow;
 
 typedef struct Waiter
 {
-	dlist_node	node;
-	EsConn	   *conn;
-	uint64		id;
-	EsTableKey	table;
-	EsPosition	after;
-	TimestampTz deadline;
-	uint64		hash;
-	uint32		context_len;	/* 0 = the whole table */
-	EsPosition	candidate;		/* 0 = none */
+	dlist_node	  node;
+	EsConn		 *conn;
+	uint64		  id;
+	EsTableKey	  table;
+	EsPosition	  after;
+	TimestampTz	  deadline;
+	uint64		  hash;
+	uint32		  context_len; /* 0 = the whole table */
+	EsPosition	  candidate;   /* 0 = none */
 	UndecidedRow *rows;
-	uint32		nrows;
-	uint32		allocated;
-	char		context[FLEXIBLE_ARRAY_MEMBER];
+	uint32		  nrows;
+	uint32		  allocated;
+	char		  context[FLEXIBLE_ARRAY_MEMBER];
 } Waiter;
 
-int			es_wait_count = 0;
+int es_wait_count = 0;
 
 static dlist_head waiters = DLIST_STATIC_INIT(waiters);
 
@@ -82,11 +82,8 @@ remove_waiter(Waiter *w)
 static void
 answer(Waiter *w, bool found)
 {
-	EsWaitAnswer a = {
-		.answer = {.type = ES_REQ_WAIT,.flags = ES_ANSWER_LAST,.id = w->id},
-		.found = found
-	};
-	EsPart		part = {&a, sizeof(a)};
+	EsWaitAnswer a = {.answer = {.type = ES_REQ_WAIT, .flags = ES_ANSWER_LAST, .id = w->id}, .found = found};
+	EsPart		 part = {&a, sizeof(a)};
 
 	es_conn_send(w->conn, &a.answer, &part, 1);
 	remove_waiter(w);
@@ -122,26 +119,24 @@ add_row(Waiter *w, EsTxn *txn, EsPosition position)
 			w->rows = repalloc(w->rows, w->allocated * sizeof(UndecidedRow));
 	}
 	es_txn_ref(txn);
-	w->rows[w->nrows++] = (UndecidedRow) {.txn = txn,.position = position};
+	w->rows[w->nrows++] = (UndecidedRow){.txn = txn, .position = position};
 }
 
 /* The lowest row of the batch that the waiter wants, 0 = none. */
 static EsPosition
 wanted_in_batch(const Waiter *w, const EsMemBatch *b)
 {
-	EsPosition	lowest = 0;
-	uint32		nrows = b->view.header->nrows;
+	EsPosition lowest = 0;
+	uint32	   nrows = b->view.header->nrows;
 
 	for (uint32 row = 0; row < nrows; row++)
 	{
-		EsPosition	position = es_membatch_position(b, row);
+		EsPosition position = es_membatch_position(b, row);
 
-		if (position <= w->after || (lowest != 0 && position >= lowest) ||
-			es_membatch_skipped(b, row))
+		if (position <= w->after || (lowest != 0 && position >= lowest) || es_membatch_skipped(b, row))
 			continue;
-		if (w->context_len > 0 &&
-			(es_batch_context_hash(&b->view, row) != w->hash ||
-			 !es_membatch_in_context(b, row, w->context, w->context_len)))
+		if (w->context_len > 0 && (es_batch_context_hash(&b->view, row) != w->hash ||
+								   !es_membatch_in_context(b, row, w->context, w->context_len)))
 			continue;
 		lowest = position;
 	}
@@ -167,8 +162,8 @@ wanted_in_segment(Waiter *w, EsSegmentRef *ref, EsPosition *position)
 		return true;
 	if (w->context_len == 0 && !ref->entry.pending && ref->entry.segment.max_position != 0)
 	{
-		*position = ref->entry.segment.min_position > w->after ?
-			ref->entry.segment.min_position : ref->entry.segment.max_position;
+		*position = ref->entry.segment.min_position > w->after ? ref->entry.segment.min_position
+															   : ref->entry.segment.max_position;
 		return true;
 	}
 
@@ -177,15 +172,15 @@ wanted_in_segment(Waiter *w, EsSegmentRef *ref, EsPosition *position)
 	if (segment == NULL)
 		status = ES_ERR_CORRUPT;
 	else if (w->context_len > 0)
-		status = es_segment_find_context(segment, w->hash, w->context, w->context_len,
-										 &first, &nrows, &index_entry, &err);
+		status = es_segment_find_context(segment, w->hash, w->context, w->context_len, &first, &nrows,
+										 &index_entry, &err);
 	if (status == ES_OK && nrows > 0)
 	{
 		/* From the end, since a context's rows stand in the order of their positions. */
 		block = es_block_create();
 		for (uint64 row = first + nrows; row-- > first && *position == 0;)
 		{
-			EsPosition	p;
+			EsPosition p;
 
 			if (es_segment_row_dead(ref, row))
 				continue;
@@ -211,7 +206,7 @@ wanted_in_segment(Waiter *w, EsSegmentRef *ref, EsPosition *position)
 static bool
 look_at_segment(Waiter *w, EsSegmentRef *ref)
 {
-	EsPosition	position;
+	EsPosition position;
 
 	if (ref->entry.pending && !ref->finished)
 		return true;
@@ -231,8 +226,8 @@ static bool
 look_at_all(Waiter *w)
 {
 	EsSegmentRef **refs;
-	int			nrefs;
-	bool		alive = true;
+	int			   nrefs;
+	bool		   alive = true;
 
 	for (EsMemTable *mt = es_memtable_oldest; mt != NULL; mt = mt->next)
 	{
@@ -249,7 +244,7 @@ look_at_all(Waiter *w)
 
 			while (es_memstore_next(store, w->hash, UINT32_MAX, &cursor, &b, &number, &row))
 			{
-				EsPosition	position = es_membatch_position(b, row);
+				EsPosition position = es_membatch_position(b, row);
 
 				if (position > w->after && (w->candidate == 0 || position < w->candidate) &&
 					es_membatch_in_context(b, row, w->context, w->context_len))
@@ -285,7 +280,7 @@ look_at_all(Waiter *w)
 static void
 look_again(Waiter *w)
 {
-	uint32		kept = 0;
+	uint32 kept = 0;
 
 	for (uint32 i = 0; i < w->nrows; i++)
 	{
@@ -308,7 +303,7 @@ look_again(Waiter *w)
 void
 es_handle_wait(EsConn *conn, const EsWaitRequest *req, Size len)
 {
-	Waiter	   *w;
+	Waiter *w;
 
 	if (len < sizeof(EsWaitRequest) || req->context_len > len - sizeof(EsWaitRequest))
 	{
@@ -345,7 +340,7 @@ es_wait_close(EsConn *conn, uint64 id)
 		return;
 	dlist_foreach_modify(iter, &waiters)
 	{
-		Waiter	   *w = dlist_container(Waiter, node, iter.cur);
+		Waiter *w = dlist_container(Waiter, node, iter.cur);
 
 		if (w->conn == conn && (id == 0 || w->id == id))
 			remove_waiter(w);
@@ -355,15 +350,15 @@ es_wait_close(EsConn *conn, uint64 id)
 void
 es_wait_batch(EsMemBatch *b)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &waiters)
 	{
-		Waiter	   *w = dlist_container(Waiter, node, iter.cur);
+		Waiter *w = dlist_container(Waiter, node, iter.cur);
 
 		if (es_table_key_equal(&w->table, &b->view.header->table))
 		{
-			EsPosition	position = wanted_in_batch(w, b);
+			EsPosition position = wanted_in_batch(w, b);
 
 			if (position != 0)
 				add_row(w, b->txn, position);
@@ -375,18 +370,17 @@ void
 es_wait_pending(EsTxn *txn)
 {
 	dlist_mutable_iter iter;
-	ListCell   *lc;
+	ListCell		  *lc;
 
 	dlist_foreach_modify(iter, &waiters)
 	{
-		Waiter	   *w = dlist_container(Waiter, node, iter.cur);
+		Waiter *w = dlist_container(Waiter, node, iter.cur);
 
 		foreach(lc, txn->pending)
 		{
 			EsSegmentRef *ref = lfirst(lc);
 
-			if (es_table_key_equal(&w->table, &ref->entry.segment.table) &&
-				!look_at_segment(w, ref))
+			if (es_table_key_equal(&w->table, &ref->entry.segment.table) && !look_at_segment(w, ref))
 				break;
 		}
 	}
@@ -407,16 +401,16 @@ long
 es_wait_tick(void)
 {
 	dlist_mutable_iter iter;
-	TimestampTz now;
-	long		timeout = -1;
+	TimestampTz		   now;
+	long			   timeout = -1;
 
 	if (es_wait_count == 0)
 		return -1;
 	now = GetCurrentTimestamp();
 	dlist_foreach_modify(iter, &waiters)
 	{
-		Waiter	   *w = dlist_container(Waiter, node, iter.cur);
-		long		ms = -1;
+		Waiter *w = dlist_container(Waiter, node, iter.cur);
+		long	ms = -1;
 
 		/* the horizon may have moved: whoever moved it has set our latch */
 		if (w->candidate != 0 && w->candidate < es_horizon_newest(w->table.storage_id))

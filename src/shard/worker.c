@@ -57,22 +57,22 @@
 #include "shard/uring.h"
 
 /* µs of scanning per turn while other work waits */
-#define SCAN_SLICE		1000
-#define NAP				1000L	/* µs between two looks at the queues while only commits come */
+#define SCAN_SLICE 1000
+#define NAP		   1000L /* µs between two looks at the queues while only commits come */
 /* ms between two polls of verdicts, sweeps of connections and the like */
-#define POLL_INTERVAL	1000
+#define POLL_INTERVAL 1000
 /* ms until a shard that must not open tries again */
-#define RETRY_INTERVAL	10000
+#define RETRY_INTERVAL 10000
 /* ms that a stopping server is kept waiting for the last flush: own WAL has it all anyway */
-#define LAST_FLUSH		15000
+#define LAST_FLUSH 15000
 /* ms after which a sync no longer waits for a complete drain */
-#define SYNC_PATIENCE	1000
+#define SYNC_PATIENCE 1000
 
-int			es_shard_id = -1;
+int			   es_shard_id = -1;
 EsShardShared *es_shard = NULL;
-bool		es_shard_stopping = false;
+bool		   es_shard_stopping = false;
 
-static bool in_loop = false;	/* SIGTERM is looked at by the loop */
+static bool			 in_loop = false; /* SIGTERM is looked at by the loop */
 static WaitEventSet *wait_set;
 static MemoryContext turn_context;
 
@@ -140,8 +140,7 @@ attach(Datum arg)
 	BackgroundWorkerInitializeConnection(NULL, NULL, 0);
 
 	es_shard = &es_shared->shards[es_shard_id];
-	turn_context = AllocSetContextCreate(TopMemoryContext, "event_store turn",
-										 ALLOCSET_DEFAULT_SIZES);
+	turn_context = AllocSetContextCreate(TopMemoryContext, "event_store turn", ALLOCSET_DEFAULT_SIZES);
 
 	before_shmem_exit(on_exit_unpublish, (Datum) 0);
 	publish_process(MyProc);
@@ -189,14 +188,12 @@ refuse(const ErrorData *error)
 	char		reason[sizeof(es_shard->reason)];
 	bool		told;
 
-	snprintf(reason, sizeof(reason), "%s%s%s\n%s", error->message,
-			 error->detail ? ": " : "", error->detail ? error->detail : "",
-			 error->hint ? error->hint : "");
+	snprintf(reason, sizeof(reason), "%s%s%s\n%s", error->message, error->detail ? ": " : "",
+			 error->detail ? error->detail : "", error->hint ? error->hint : "");
 
 	/* a reader copies it under the mutex */
 	SpinLockAcquire(&es_shard->mutex);
-	told = pg_atomic_read_u32(&es_shard->state) == ES_SHARD_FAILED &&
-		strcmp(es_shard->reason, reason) == 0;
+	told = pg_atomic_read_u32(&es_shard->state) == ES_SHARD_FAILED && strcmp(es_shard->reason, reason) == 0;
 	strlcpy(es_shard->reason, reason, sizeof(es_shard->reason));
 	es_shard->reason_code = error->sqlerrcode;
 	SpinLockRelease(&es_shard->mutex);
@@ -211,10 +208,9 @@ refuse(const ErrorData *error)
 
 	while (GetCurrentTimestamp() < retry)
 	{
-		uint32		released = pg_atomic_read_u32(&es_shard->release_wal);
+		uint32 released = pg_atomic_read_u32(&es_shard->release_wal);
 
-		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, 500,
-						 PG_WAIT_EXTENSION);
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, 500, PG_WAIT_EXTENSION);
 		ResetLatch(MyLatch);
 		if (ConfigReloadPending || ShutdownRequestPending ||
 			pg_atomic_read_u32(&es_shard->release_wal) != released)
@@ -233,7 +229,7 @@ recover(void)
 	}
 	PG_CATCH();
 	{
-		ErrorData  *error;
+		ErrorData *error;
 
 		MemoryContextSwitchTo(TopMemoryContext);
 		HOLD_INTERRUPTS();
@@ -251,7 +247,7 @@ recover(void)
 /* ---- the loop ---- */
 
 static TimestampTz next_poll = 0;
-static bool sync_begun = false;
+static bool		   sync_begun = false;
 static TimestampTz sync_begun_at;
 
 /* Log, disk, manifest, flush: whatever goes on by itself. */
@@ -269,7 +265,7 @@ go_on(void)
 static int
 stuck_errno(void)
 {
-	int			err = es_log_stuck_errno();
+	int err = es_log_stuck_errno();
 
 	if (err == 0)
 		err = es_manifest_stuck_errno();
@@ -280,8 +276,7 @@ stuck_errno(void)
 bool
 es_worker_overloaded(void)
 {
-	return es_flush_overloaded() ||
-		es_log_queued_bytes() > (Size) es_guc_memtable_size * 1024;
+	return es_flush_overloaded() || es_log_queued_bytes() > (Size) es_guc_memtable_size * 1024;
 }
 
 /*
@@ -335,7 +330,7 @@ static void
 wait_for_events(long timeout)
 {
 	static uint32 wait_event = 0;
-	WaitEvent	events[3];
+	WaitEvent	  events[3];
 
 	(void) WaitEventSetWait(wait_set, timeout, events, lengthof(events),
 							es_wait_event(&wait_event, "EventStoreShard"));
@@ -382,7 +377,7 @@ earlier(long a, long b)
 static void
 publish(void)
 {
-	static uint64 position_ticket = 0;
+	static uint64	  position_ticket = 0;
 	static EsPosition position = 0;
 
 	pg_atomic_write_u64(&es_shard->oldest_undecided, es_txn_oldest_undecided());
@@ -400,7 +395,7 @@ static void
 poll(TimestampTz now)
 {
 	static TimestampTz next_publish = 0;
-	static EsLsn polled = 0;	/* PostgreSQL's flush pointer then */
+	static EsLsn	   polled = 0; /* PostgreSQL's flush pointer then */
 
 	if (now >= next_poll)
 	{
@@ -481,11 +476,11 @@ turn(bool *idle)
 static bool
 is_walsender(int pid)
 {
-	bool		found = false;
+	bool found = false;
 
 	for (int i = 0; i < max_wal_senders && !found; i++)
 	{
-		WalSnd	   *walsnd = &WalSndCtl->walsnds[i];
+		WalSnd *walsnd = &WalSndCtl->walsnds[i];
 
 		SpinLockAcquire(&walsnd->mutex);
 		found = walsnd->pid == pid;
@@ -507,11 +502,10 @@ backends_left(void)
 {
 	for (int i = 0; i < MaxBackends; i++)
 	{
-		PGPROC	   *proc = GetPGProcByNumber(i);
-		int			pid = proc->pid;
+		PGPROC *proc = GetPGProcByNumber(i);
+		int		pid = proc->pid;
 
-		if (pid == 0 || proc == MyProc || !OidIsValid(proc->databaseId) ||
-			BackendPidGetProc(pid) != proc)
+		if (pid == 0 || proc == MyProc || !OidIsValid(proc->databaseId) || BackendPidGetProc(pid) != proc)
 			continue;
 		if (TransactionIdIsValid(proc->xid) || !is_walsender(pid))
 			return true;
@@ -526,8 +520,8 @@ backends_left(void)
 static void
 last_turn(void)
 {
-	bool		idle;
-	long		timeout;
+	bool idle;
+	long timeout;
 
 	ResetLatch(MyLatch);
 	timeout = turn(&idle);
@@ -540,8 +534,8 @@ last_turn(void)
 static void
 stop_cleanly(void)
 {
-	TimestampTz give_up = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LAST_FLUSH);
-	EsPosition	next = pg_atomic_read_u64(&es_shared->position_counter);
+	TimestampTz		   give_up = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LAST_FLUSH);
+	EsPosition		   next = pg_atomic_read_u64(&es_shared->position_counter);
 	dlist_mutable_iter iter;
 
 	/* the walwriter may be gone by now */
@@ -560,8 +554,8 @@ stop_cleanly(void)
 
 		b->unframed = false;
 		dlist_delete(&b->unframed_node);
-		b->ticket = es_log_append(ES_FRAME_BATCH, b->txn->fxid, b->start, b->end,
-								  b->view.base, b->view.header->total_len);
+		b->ticket = es_log_append(ES_FRAME_BATCH, b->txn->fxid, b->start, b->end, b->view.base,
+								  b->view.header->total_len);
 	}
 
 	ES_FAULT("stop-before-clean");
@@ -578,8 +572,7 @@ static bool
 may_detach(void)
 {
 	if (pg_atomic_read_u32(&es_shared->detach) != ES_DETACH_ASKED ||
-		pg_atomic_read_u32(&es_shared->store_ready) != 0 ||
-		!dlist_is_empty(&es_txn_undecided))
+		pg_atomic_read_u32(&es_shared->store_ready) != 0 || !dlist_is_empty(&es_txn_undecided))
 		return false;
 	for (int i = 0; i < es_shared->nslots; i++)
 		if (pg_atomic_read_u64(&es_shared->slots[i].floor) != 0 ||
@@ -617,10 +610,10 @@ es_shard_main(Datum arg)
 	MemoryContextSwitchTo(turn_context);
 	for (;;)
 	{
-		bool		idle;
-		long		timeout;
-		uint64		taken;
-		bool		urgent;
+		bool   idle;
+		long   timeout;
+		uint64 taken;
+		bool   urgent;
 
 		ResetLatch(MyLatch);
 		urgent = pg_atomic_exchange_u32(&es_shard->urgent, 0) != 0;

@@ -43,48 +43,48 @@ PG_FUNCTION_INFO_V1(es_append);
 
 typedef struct AppendCall
 {
-	Relation	rel;
-	EsRoles		roles;
-	char	   *context_text;
-	EsContextArg context;
-	bool		has_event_id;
-	pg_uuid_t  *event_id;
+	Relation		 rel;
+	EsRoles			 roles;
+	char			*context_text;
+	EsContextArg	 context;
+	bool			 has_event_id;
+	pg_uuid_t		*event_id;
 	FunctionCallInfo fcinfo;
 } AppendCall;
 
 /* Plans of INSERT per table and set of columns, for the life of the backend. */
 typedef struct InsertPlan
 {
-	Oid			relid;			/* hash key */
-	int			columns;		/* bits: event_type, payload, event_id, metadata, version */
-	SPIPlanPtr	plan;
+	Oid		   relid;	/* hash key */
+	int		   columns; /* bits: event_type, payload, event_id, metadata, version */
+	SPIPlanPtr plan;
 } InsertPlan;
 
-#define COL_EVENT_TYPE	0x01
-#define COL_PAYLOAD		0x02
-#define COL_EVENT_ID	0x04
-#define COL_METADATA	0x08
-#define COL_VERSION		0x10
+#define COL_EVENT_TYPE 0x01
+#define COL_PAYLOAD	   0x02
+#define COL_EVENT_ID   0x04
+#define COL_METADATA   0x08
+#define COL_VERSION	   0x10
 
 #define MAX_PLANS 64
 static InsertPlan plans[MAX_PLANS];
-static int	next_plan;
+static int		  next_plan;
 
 static SPIPlanPtr
 insert_plan(AppendCall *a, int columns, Oid *argtypes)
 {
 	static const char *const names[] = {"event_type", "payload", "event_id", "metadata", "version"};
-	Oid			relid = RelationGetRelid(a->rel);
-	Form_pg_attribute context = TupleDescAttr(RelationGetDescr(a->rel), a->roles.context - 1);
-	StringInfoData sql;
-	StringInfoData values;
-	InsertPlan *p;
-	int			n = 1;
+	Oid						 relid = RelationGetRelid(a->rel);
+	Form_pg_attribute		 context = TupleDescAttr(RelationGetDescr(a->rel), a->roles.context - 1);
+	StringInfoData			 sql;
+	StringInfoData			 values;
+	InsertPlan				*p;
+	int						 n = 1;
 
 	for (int i = 0; i < MAX_PLANS; i++)
 	{
-		if (plans[i].relid == relid && plans[i].columns == columns &&
-			plans[i].plan != NULL && SPI_plan_is_valid(plans[i].plan))
+		if (plans[i].relid == relid && plans[i].columns == columns && plans[i].plan != NULL &&
+			SPI_plan_is_valid(plans[i].plan))
 			return plans[i].plan;
 	}
 
@@ -124,14 +124,14 @@ static bool
 insert_row(AppendCall *a, int64 version)
 {
 	FunctionCallInfo fcinfo = a->fcinfo;
-	TupleDesc	desc = RelationGetDescr(a->rel);
-	int			payload = es_column_number(a->rel, "payload");
-	int			metadata = es_column_number(a->rel, "metadata");
-	Oid			types[6];
-	Datum		args[6];
-	int			columns = 0;
-	int			n = 0;
-	bool		stored;
+	TupleDesc		 desc = RelationGetDescr(a->rel);
+	int				 payload = es_column_number(a->rel, "payload");
+	int				 metadata = es_column_number(a->rel, "metadata");
+	Oid				 types[6];
+	Datum			 args[6];
+	int				 columns = 0;
+	int				 n = 0;
+	bool			 stored;
 
 	types[n] = TupleDescAttr(desc, a->roles.context - 1)->atttypid;
 	args[n++] = a->context.value;
@@ -140,10 +140,9 @@ insert_row(AppendCall *a, int64 version)
 		Form_pg_attribute att;
 
 		if (a->roles.event_type == 0)
-			ereport(ERROR,
-					(errcode(ERRCODE_UNDEFINED_COLUMN),
-					 errmsg("table \"%s\" has no column \"event_type\" of type text or an enum",
-							RelationGetRelationName(a->rel))));
+			ereport(ERROR, (errcode(ERRCODE_UNDEFINED_COLUMN),
+							errmsg("table \"%s\" has no column \"event_type\" of type text or an enum",
+								   RelationGetRelationName(a->rel))));
 		att = TupleDescAttr(desc, a->roles.event_type - 1);
 		columns |= COL_EVENT_TYPE;
 		types[n] = att->atttypid;
@@ -151,22 +150,21 @@ insert_row(AppendCall *a, int64 version)
 			args[n++] = PG_GETARG_DATUM(1);
 		else
 		{
-			Oid			input;
-			Oid			ioparam;
+			Oid input;
+			Oid ioparam;
 
 			getTypeInputInfo(att->atttypid, &input, &ioparam);
-			args[n++] = OidInputFunctionCall(input, TextDatumGetCString(PG_GETARG_DATUM(1)),
-											 ioparam, att->atttypmod);
+			args[n++] =
+				OidInputFunctionCall(input, TextDatumGetCString(PG_GETARG_DATUM(1)), ioparam, att->atttypmod);
 		}
 	}
 	if (!PG_ARGISNULL(2))
 	{
 		if (payload == 0 || TupleDescAttr(desc, payload - 1)->atttypid != JSONBOID)
-			ereport(ERROR,
-					(errcode(ERRCODE_UNDEFINED_COLUMN),
-					 errmsg("table \"%s\" has no column \"payload\" of type jsonb",
-							RelationGetRelationName(a->rel)),
-					 errhint("INSERT writes to tables of any shape.")));
+			ereport(ERROR, (errcode(ERRCODE_UNDEFINED_COLUMN),
+							errmsg("table \"%s\" has no column \"payload\" of type jsonb",
+								   RelationGetRelationName(a->rel)),
+							errhint("INSERT writes to tables of any shape.")));
 		columns |= COL_PAYLOAD;
 		types[n] = JSONBOID;
 		args[n++] = PG_GETARG_DATUM(2);
@@ -180,10 +178,9 @@ insert_row(AppendCall *a, int64 version)
 	if (!PG_ARGISNULL(5))
 	{
 		if (metadata == 0 || TupleDescAttr(desc, metadata - 1)->atttypid != JSONBOID)
-			ereport(ERROR,
-					(errcode(ERRCODE_UNDEFINED_COLUMN),
-					 errmsg("table \"%s\" has no column \"metadata\" of type jsonb",
-							RelationGetRelationName(a->rel))));
+			ereport(ERROR, (errcode(ERRCODE_UNDEFINED_COLUMN),
+							errmsg("table \"%s\" has no column \"metadata\" of type jsonb",
+								   RelationGetRelationName(a->rel))));
 		columns |= COL_METADATA;
 		types[n] = JSONBOID;
 		args[n++] = PG_GETARG_DATUM(5);
@@ -212,7 +209,7 @@ hash_of_row(AppendCall *a, uint64 result[2])
 {
 	MemoryContext old = CurrentMemoryContext;
 	ResourceOwner owner = CurrentResourceOwner;
-	bool		stored;
+	bool		  stored;
 
 	BeginInternalSubTransaction(NULL);
 	PG_TRY();
@@ -225,7 +222,7 @@ hash_of_row(AppendCall *a, uint64 result[2])
 	}
 	PG_CATCH();
 	{
-		ErrorData  *error;
+		ErrorData *error;
 
 		MemoryContextSwitchTo(old);
 		error = CopyErrorData();
@@ -240,29 +237,25 @@ hash_of_row(AppendCall *a, uint64 result[2])
 		result[0] = result[1] = 0;
 }
 
-pg_attribute_noreturn() static void
-version_conflict(const AppendCall *a, int64 expected, int64 actual)
+pg_attribute_noreturn() static void version_conflict(const AppendCall *a, int64 expected, int64 actual)
 {
 	ereport(ERROR,
 			(errcode(ERRCODE_UNIQUE_VIOLATION),
 			 errmsg("unexpected version of context \"%s\"", a->context_text),
-			 expected == -1 ? errdetail("Expected an existing context, but it has no event.") :
-			 errdetail("Expected version " INT64_FORMAT ", actual version " INT64_FORMAT ".",
-					   expected, actual),
-			 errhint("Replay the context and decide again."),
-			 errtable(a->rel)));
+			 expected == -1 ? errdetail("Expected an existing context, but it has no event.")
+							: errdetail("Expected version " INT64_FORMAT ", actual version " INT64_FORMAT ".",
+										expected, actual),
+			 errhint("Replay the context and decide again."), errtable(a->rel)));
 	pg_unreachable();
 }
 
-pg_attribute_noreturn() static void
-content_conflict(const AppendCall *a)
+pg_attribute_noreturn() static void content_conflict(const AppendCall *a)
 {
-	ereport(ERROR,
-			(errcode(ERRCODE_UNIQUE_VIOLATION),
-			 errmsg("event id %s already exists in context \"%s\" with other content",
-					DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(a->event_id))),
-					a->context_text),
-			 errtable(a->rel)));
+	ereport(ERROR, (errcode(ERRCODE_UNIQUE_VIOLATION),
+					errmsg("event id %s already exists in context \"%s\" with other content",
+						   DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(a->event_id))),
+						   a->context_text),
+					errtable(a->rel)));
 	pg_unreachable();
 }
 
@@ -275,11 +268,10 @@ check_snapshot_sees(const AppendCall *a, EsFxid fxid)
 		return;
 	xid = XidFromFullTransactionId(FullTransactionIdFromU64(fxid));
 	if (XidInMVCCSnapshot(xid, GetTransactionSnapshot()))
-		ereport(ERROR,
-				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
-				 errmsg("could not serialize access due to a concurrent append to context \"%s\"",
-						a->context_text),
-				 errhint("The transaction might succeed if retried.")));
+		ereport(ERROR, (errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+						errmsg("could not serialize access due to a concurrent append to context \"%s\"",
+							   a->context_text),
+						errhint("The transaction might succeed if retried.")));
 }
 
 /*
@@ -289,19 +281,19 @@ check_snapshot_sees(const AppendCall *a, EsFxid fxid)
 static bool
 find_own_event(AppendCall *a, int64 *version, uint64 hash[2])
 {
-	StringInfoData filters;
-	EsReaderSpec spec;
-	EsReader   *reader;
+	StringInfoData	filters;
+	EsReaderSpec	spec;
+	EsReader	   *reader;
 	TupleTableSlot *slot;
-	const void *value = a->event_id;
-	size_t		len = UUID_LEN;
-	Snapshot	snapshot;
-	bool		found = false;
+	const void	   *value = a->event_id;
+	size_t			len = UUID_LEN;
+	Snapshot		snapshot;
+	bool			found = false;
 
 	initStringInfo(&filters);
 	es_filter_bytes(&filters, a->roles.event_id - 1, &value, &len, 1);
 	es_reader_spec_init(&spec);
-	spec.order = ES_ORDER_POSITION_DESC;	/* own rows come first */
+	spec.order = ES_ORDER_POSITION_DESC; /* own rows come first */
 	spec.has_context = true;
 	spec.context = a->context.bytes;
 	spec.context_len = a->context.len;
@@ -333,10 +325,14 @@ static EsHeadAnswer *
 ask_head(const AppendCall *a)
 {
 	static const char zeros[8] = {0};
-	EsHeadRequest req = {.req = {.type = ES_REQ_HEAD},.table = es_table_info(a->rel)->key,
-	.hash = a->context.hash,.context_len = a->context.len,.has_event_id = a->has_event_id};
-	EsPart		parts[3] = {{&req, sizeof(req)}, {a->context.bytes, a->context.len},
-	{zeros, MAXALIGN(a->context.len) - a->context.len}};
+	EsHeadRequest	  req = {.req = {.type = ES_REQ_HEAD},
+							 .table = es_table_info(a->rel)->key,
+							 .hash = a->context.hash,
+							 .context_len = a->context.len,
+							 .has_event_id = a->has_event_id};
+	EsPart			  parts[3] = {{&req, sizeof(req)},
+								  {a->context.bytes, a->context.len},
+								  {zeros, MAXALIGN(a->context.len) - a->context.len}};
 
 	if (a->has_event_id)
 		memcpy(req.event_id, a->event_id->data, UUID_LEN);
@@ -346,9 +342,9 @@ ask_head(const AppendCall *a)
 static Datum
 result_row(FunctionCallInfo fcinfo, int64 version, const char *outcome)
 {
-	TupleDesc	desc;
-	Datum		values[2];
-	bool		nulls[2] = {version <= 0, false};
+	TupleDesc desc;
+	Datum	  values[2];
+	bool	  nulls[2] = {version <= 0, false};
 
 	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
 		elog(ERROR, "return type must be a row type");
@@ -360,26 +356,23 @@ result_row(FunctionCallInfo fcinfo, int64 version, const char *outcome)
 Datum
 es_append(PG_FUNCTION_ARGS)
 {
-	AppendCall		a;
-	EsXactTable *t;
-	EsOwnContext *own;
-	EsHeadAnswer *head = NULL;
-	bool		has_expected = !PG_ARGISNULL(3);
-	int64		expected = has_expected ? PG_GETARG_INT64(3) : 0;
-	int64		actual = 0;
+	AppendCall	   a;
+	EsXactTable	  *t;
+	EsOwnContext  *own;
+	EsHeadAnswer  *head = NULL;
+	bool		   has_expected = !PG_ARGISNULL(3);
+	int64		   expected = has_expected ? PG_GETARG_INT64(3) : 0;
+	int64		   actual = 0;
 	volatile int64 version = 0; /* set before PG_TRY, read behind it */
-	bool		locked;
-	bool		stored;
+	bool		   locked;
+	bool		   stored;
 
 	if (PG_ARGISNULL(0))
-		ereport(ERROR,
-				(errcode(ERRCODE_NOT_NULL_VIOLATION),
-				 errmsg("context_id must not be NULL")));
+		ereport(ERROR, (errcode(ERRCODE_NOT_NULL_VIOLATION), errmsg("context_id must not be NULL")));
 	if (has_expected && expected < -1)
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("expected_version must be -1, 0 or a version"),
-				 errdetail("0 = no event yet, -1 = some event, NULL = any.")));
+		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+						errmsg("expected_version must be -1, 0 or a version"),
+						errdetail("0 = no event yet, -1 = some event, NULL = any.")));
 
 	memset(&a, 0, sizeof(a));
 	a.fcinfo = fcinfo;
@@ -392,16 +385,14 @@ es_append(PG_FUNCTION_ARGS)
 		a.event_id = PG_GETARG_UUID_P(4);
 
 	if (has_expected && a.roles.version == 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_COLUMN),
-				 errmsg("table \"%s\" has no column \"version\" of type bigint",
-						RelationGetRelationName(a.rel)),
-				 errhint("Expected versions need one.")));
+		ereport(ERROR, (errcode(ERRCODE_UNDEFINED_COLUMN),
+						errmsg("table \"%s\" has no column \"version\" of type bigint",
+							   RelationGetRelationName(a.rel)),
+						errhint("Expected versions need one.")));
 	if (a.has_event_id && a.roles.event_id == 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_COLUMN),
-				 errmsg("table \"%s\" has no column \"event_id\" of type uuid",
-						RelationGetRelationName(a.rel))));
+		ereport(ERROR, (errcode(ERRCODE_UNDEFINED_COLUMN),
+						errmsg("table \"%s\" has no column \"event_id\" of type uuid",
+							   RelationGetRelationName(a.rel))));
 
 	if (a.roles.version == 0 && a.roles.event_id == 0)
 	{
@@ -420,10 +411,10 @@ es_append(PG_FUNCTION_ARGS)
 
 	if (a.has_event_id)
 	{
-		uint64		found_hash[2];
-		uint64		row_hash[2];
-		int64		found_version = 0;
-		bool		found = false;
+		uint64 found_hash[2];
+		uint64 row_hash[2];
+		int64  found_version = 0;
+		bool   found = false;
 
 		if (head->event_found)
 		{
@@ -477,6 +468,5 @@ es_append(PG_FUNCTION_ARGS)
 	PG_END_TRY();
 
 	table_close(a.rel, NoLock);
-	PG_RETURN_DATUM(result_row(fcinfo, stored && locked ? version : 0,
-							   stored ? "appended" : "not_stored"));
+	PG_RETURN_DATUM(result_row(fcinfo, stored && locked ? version : 0, stored ? "appended" : "not_stored"));
 }

@@ -28,14 +28,12 @@
 Relation
 es_open_store(FunctionCallInfo fcinfo, int arg, LOCKMODE lock, AclMode mode)
 {
-	Oid			relid;
-	Relation	rel;
-	AclResult	acl;
+	Oid		  relid;
+	Relation  rel;
+	AclResult acl;
 
 	if (PG_ARGISNULL(arg))
-		ereport(ERROR,
-				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
-				 errmsg("store must not be NULL")));
+		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("store must not be NULL")));
 	relid = PG_GETARG_OID(arg);
 	rel = es_table_open(relid, lock);
 	if (mode != 0)
@@ -51,7 +49,7 @@ es_open_store(FunctionCallInfo fcinfo, int arg, LOCKMODE lock, AclMode mode)
 int
 es_column_number(Relation rel, const char *name)
 {
-	TupleDesc	desc = RelationGetDescr(rel);
+	TupleDesc desc = RelationGetDescr(rel);
 
 	for (int i = 0; i < desc->natts; i++)
 	{
@@ -67,8 +65,8 @@ static Datum
 input_value(Relation rel, int attno, const char *text)
 {
 	Form_pg_attribute att = TupleDescAttr(RelationGetDescr(rel), attno - 1);
-	Oid			input;
-	Oid			ioparam;
+	Oid				  input;
+	Oid				  ioparam;
 
 	getTypeInputInfo(att->atttypid, &input, &ioparam);
 	return OidInputFunctionCall(input, unconstify(char *, text), ioparam, att->atttypmod);
@@ -77,15 +75,14 @@ input_value(Relation rel, int attno, const char *text)
 void
 es_context_arg(Relation rel, const char *text, EsContextArg *result)
 {
-	EsRoles		roles = es_table_info(rel)->roles;
+	EsRoles			  roles = es_table_info(rel)->roles;
 	Form_pg_attribute att = TupleDescAttr(RelationGetDescr(rel), roles.context - 1);
-	const void *value;
+	const void		 *value;
 
 	memset(result, 0, sizeof(*result));
 	result->value = input_value(rel, roles.context, text);
 	value = att->attbyval ? (const void *) &result->value : DatumGetPointer(result->value);
-	es_context_bytes(roles.context_class, att->attlen, value, &result->scratch,
-					 &result->bytes, &result->len);
+	es_context_bytes(roles.context_class, att->attlen, value, &result->scratch, &result->bytes, &result->len);
 	result->hash = es_context_hash(roles.context_class, result->bytes, result->len);
 	result->shard = es_shard_of_hash(result->hash);
 }
@@ -103,8 +100,8 @@ append_padded(StringInfo buf, const void *data, size_t len)
 static size_t
 begin_filter(StringInfo buf, int column, int op, int kind, int nvalues)
 {
-	EsFilter	f = {.column = column,.op = op,.kind = kind,.nvalues = nvalues};
-	size_t		at = buf->len;
+	EsFilter f = {.column = column, .op = op, .kind = kind, .nvalues = nvalues};
+	size_t	 at = buf->len;
 
 	append_padded(buf, &f, sizeof(f));
 	return at;
@@ -113,7 +110,7 @@ begin_filter(StringInfo buf, int column, int op, int kind, int nvalues)
 static void
 end_filter(StringInfo buf, size_t at)
 {
-	uint64		len = buf->len - at;
+	uint64 len = buf->len - at;
 
 	memcpy(buf->data + at + offsetof(EsFilter, len), &len, sizeof(len));
 }
@@ -121,22 +118,21 @@ end_filter(StringInfo buf, size_t at)
 void
 es_filter_int64(StringInfo buf, int column, int op, int64 value)
 {
-	size_t		at = begin_filter(buf, column, op, ES_FILTER_INT64, 1);
+	size_t at = begin_filter(buf, column, op, ES_FILTER_INT64, 1);
 
 	append_padded(buf, &value, sizeof(value));
 	end_filter(buf, at);
 }
 
 void
-es_filter_bytes(StringInfo buf, int column, const void *const *values,
-				const size_t *lens, int nvalues)
+es_filter_bytes(StringInfo buf, int column, const void *const *values, const size_t *lens, int nvalues)
 {
-	size_t		at = begin_filter(buf, column, nvalues == 1 ? ES_FILTER_EQ : ES_FILTER_IN,
-								  ES_FILTER_BYTES, nvalues);
+	size_t at =
+		begin_filter(buf, column, nvalues == 1 ? ES_FILTER_EQ : ES_FILTER_IN, ES_FILTER_BYTES, nvalues);
 
 	for (int i = 0; i < nvalues; i++)
 	{
-		uint64		len = lens[i];
+		uint64 len = lens[i];
 
 		append_padded(buf, &len, sizeof(len));
 		append_padded(buf, values[i], lens[i]);
@@ -145,21 +141,20 @@ es_filter_bytes(StringInfo buf, int column, const void *const *values,
 }
 
 int
-es_event_type_values(Relation rel, ArrayType *types, Datum single, bool has_single,
-					 const void ***values, size_t **lens)
+es_event_type_values(Relation rel, ArrayType *types, Datum single, bool has_single, const void ***values,
+					 size_t **lens)
 {
-	int			attno = es_table_info(rel)->roles.event_type;
+	int				  attno = es_table_info(rel)->roles.event_type;
 	Form_pg_attribute att;
-	Datum	   *elems;
-	bool	   *nulls;
-	int			n;
-	int			used = 0;
+	Datum			 *elems;
+	bool			 *nulls;
+	int				  n;
+	int				  used = 0;
 
 	if (attno == 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_COLUMN),
-				 errmsg("table \"%s\" has no column \"event_type\" of type text or an enum",
-						RelationGetRelationName(rel))));
+		ereport(ERROR, (errcode(ERRCODE_UNDEFINED_COLUMN),
+						errmsg("table \"%s\" has no column \"event_type\" of type text or an enum",
+							   RelationGetRelationName(rel))));
 	att = TupleDescAttr(RelationGetDescr(rel), attno - 1);
 	if (has_single)
 	{
@@ -174,20 +169,20 @@ es_event_type_values(Relation rel, ArrayType *types, Datum single, bool has_sing
 	*lens = palloc(sizeof(size_t) * Max(n, 1));
 	for (int i = 0; i < n; i++)
 	{
-		Datum		value;
+		Datum value;
 
 		if (nulls != NULL && nulls[i])
-			continue;			/* equal to no event type */
+			continue; /* equal to no event type */
 		if (att->atttypid == TEXTOID)
 		{
-			text	   *t = DatumGetTextPP(elems[i]);
+			text *t = DatumGetTextPP(elems[i]);
 
 			(*values)[used] = VARDATA_ANY(t);
 			(*lens)[used] = VARSIZE_ANY_EXHDR(t);
 		}
 		else
 		{
-			Oid		   *oid = palloc(sizeof(Oid));
+			Oid *oid = palloc(sizeof(Oid));
 
 			value = input_value(rel, attno, TextDatumGetCString(elems[i]));
 			*oid = DatumGetObjectId(value);
@@ -204,15 +199,12 @@ es_event_type_values(Relation rel, ArrayType *types, Datum single, bool has_sing
 void
 es_event_map(Relation rel, EsEventMap *map)
 {
-	static const char *const names[EVENT_COLUMNS] = {
-		"position", "context_id", "version", "event_id", "event_type",
-		"recorded_at", "payload", "metadata"
-	};
-	static const Oid types[EVENT_COLUMNS] = {
-		INT8OID, InvalidOid, INT8OID, UUIDOID, InvalidOid, TIMESTAMPTZOID, JSONBOID, JSONBOID
-	};
-	TupleDesc	desc = RelationGetDescr(rel);
-	EsRoles		roles = es_table_info(rel)->roles;
+	static const char *const names[EVENT_COLUMNS] = {"position",   "context_id",  "version", "event_id",
+													 "event_type", "recorded_at", "payload", "metadata"};
+	static const Oid		 types[EVENT_COLUMNS] = {INT8OID,	 InvalidOid,	 INT8OID,  UUIDOID,
+													 InvalidOid, TIMESTAMPTZOID, JSONBOID, JSONBOID};
+	TupleDesc				 desc = RelationGetDescr(rel);
+	EsRoles					 roles = es_table_info(rel)->roles;
 
 	memset(map, 0, sizeof(*map));
 	map->columns[0] = roles.position;
@@ -222,7 +214,7 @@ es_event_map(Relation rel, EsEventMap *map)
 	map->columns[4] = roles.event_type;
 	for (int i = 5; i < EVENT_COLUMNS; i++)
 	{
-		int			attno = es_column_number(rel, names[i]);
+		int attno = es_column_number(rel, names[i]);
 
 		if (attno > 0 && TupleDescAttr(desc, attno - 1)->atttypid == types[i])
 			map->columns[i] = attno;
@@ -231,9 +223,9 @@ es_event_map(Relation rel, EsEventMap *map)
 	map->outputs = palloc0(sizeof(FmgrInfo) * desc->natts);
 	for (int i = 0; i < 2; i++)
 	{
-		int			attno = i == 0 ? roles.context : roles.event_type;
-		Oid			output;
-		bool		varlena;
+		int	 attno = i == 0 ? roles.context : roles.event_type;
+		Oid	 output;
+		bool varlena;
 
 		if (attno == 0)
 			continue;
@@ -257,11 +249,11 @@ as_text(const EsEventMap *map, TupleDesc desc, int attno, Datum value)
 static Datum
 plain_columns(Relation rel, const EsEventMap *map, TupleTableSlot *slot)
 {
-	TupleDesc	desc = RelationGetDescr(rel);
-	HeapTuple	tuple = heap_form_tuple(desc, slot->tts_values, slot->tts_isnull);
-	Datum		whole = heap_copy_tuple_as_datum(tuple, desc);
-	Datum		names[EVENT_COLUMNS];
-	int			n = 0;
+	TupleDesc desc = RelationGetDescr(rel);
+	HeapTuple tuple = heap_form_tuple(desc, slot->tts_values, slot->tts_isnull);
+	Datum	  whole = heap_copy_tuple_as_datum(tuple, desc);
+	Datum	  names[EVENT_COLUMNS];
+	int		  n = 0;
 
 	for (int i = 0; i < EVENT_COLUMNS; i++)
 	{
@@ -269,20 +261,19 @@ plain_columns(Relation rel, const EsEventMap *map, TupleTableSlot *slot)
 			names[n++] = CStringGetTextDatum(NameStr(TupleDescAttr(desc, map->columns[i] - 1)->attname));
 	}
 	return DirectFunctionCall2(jsonb_delete_array,
-							   DirectFunctionCall1(jsonb_in,
-												   CStringGetDatum(TextDatumGetCString(DirectFunctionCall1(row_to_json, whole)))),
+							   DirectFunctionCall1(jsonb_in, CStringGetDatum(TextDatumGetCString(
+																 DirectFunctionCall1(row_to_json, whole)))),
 							   PointerGetDatum(construct_array(names, n, TEXTOID, -1, false, TYPALIGN_INT)));
 }
 
 void
-es_event_values(Relation rel, const EsEventMap *map, TupleTableSlot *slot,
-				Datum *values, bool *nulls)
+es_event_values(Relation rel, const EsEventMap *map, TupleTableSlot *slot, Datum *values, bool *nulls)
 {
-	TupleDesc	desc = RelationGetDescr(rel);
+	TupleDesc desc = RelationGetDescr(rel);
 
 	for (int i = 0; i < EVENT_COLUMNS; i++)
 	{
-		int			attno = map->columns[i];
+		int attno = map->columns[i];
 
 		nulls[i] = attno == 0 || slot->tts_isnull[attno - 1];
 		values[i] = nulls[i] ? (Datum) 0 : slot->tts_values[attno - 1];

@@ -29,8 +29,8 @@ extern Relation es_open_store(FunctionCallInfo fcinfo, int arg, LOCKMODE lock, A
 /* A context given as text: read by the column's input function. */
 typedef struct EsContextArg
 {
-	Datum		value;			/* of the column's type */
-	const void *bytes;			/* canonical */
+	Datum		value; /* of the column's type */
+	const void *bytes; /* canonical */
 	size_t		len;
 	int64		scratch;
 	uint64		hash;
@@ -41,27 +41,27 @@ extern void es_context_arg(Relation rel, const char *text, EsContextArg *result)
 
 /* Appends a filter (ipc/protocol.h) to the buffer; column counts from 0. */
 extern void es_filter_int64(StringInfo buf, int column, int op, int64 value);
-extern void es_filter_bytes(StringInfo buf, int column, const void *const *values,
-							const size_t *lens, int nvalues);
+extern void
+es_filter_bytes(StringInfo buf, int column, const void *const *values, const size_t *lens, int nvalues);
 
 /* The column's canonical bytes for event types given as text; number of values. */
-extern int	es_event_type_values(Relation rel, ArrayType *types, Datum single, bool has_single,
-								 const void ***values, size_t **lens);
+extern int es_event_type_values(Relation rel, ArrayType *types, Datum single, bool has_single,
+								const void ***values, size_t **lens);
 
 /* Maps columns of a table to those of event_store.events. */
 typedef struct EsEventMap
 {
-	int			columns[EVENT_COLUMNS]; /* attribute numbers from 1, 0 = none */
-	bool		same_shape;		/* payload is the table's own */
-	FmgrInfo   *outputs;		/* per attribute: to text for context and event type */
+	int		  columns[EVENT_COLUMNS]; /* attribute numbers from 1, 0 = none */
+	bool	  same_shape;			  /* payload is the table's own */
+	FmgrInfo *outputs;				  /* per attribute: to text for context and event type */
 } EsEventMap;
 
 extern void es_event_map(Relation rel, EsEventMap *map);
 
 /* The row as values of event_store.events. */
-extern void es_event_values(Relation rel, const EsEventMap *map, TupleTableSlot *slot,
-							Datum *values, bool *nulls);
+extern void
+es_event_values(Relation rel, const EsEventMap *map, TupleTableSlot *slot, Datum *values, bool *nulls);
 
-extern int	es_column_number(Relation rel, const char *name);	/* 0 = there is none */
+extern int es_column_number(Relation rel, const char *name); /* 0 = there is none */
 
-#endif							/* ES_SQLFN_ARGS_H */
+#endif /* ES_SQLFN_ARGS_H */

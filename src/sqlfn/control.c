@@ -45,8 +45,8 @@ PG_FUNCTION_INFO_V1(es_table_roles);
 static void
 ask_all(EsRequest *req, Size len)
 {
-	uint64		ids[ES_MAX_SHARDS];
-	EsPart		part = {req, len};
+	uint64 ids[ES_MAX_SHARDS];
+	EsPart part = {req, len};
 
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
@@ -70,10 +70,9 @@ es_flush(PG_FUNCTION_ARGS)
 
 	if (!PG_ARGISNULL(0))
 	{
-		Relation	rel = es_open_store(fcinfo, 0, AccessShareLock, 0);
+		Relation rel = es_open_store(fcinfo, 0, AccessShareLock, 0);
 
-		if (!es_owns_relation(RelationGetRelid(rel)) &&
-			!has_privs_of_role(GetUserId(), ROLE_PG_CHECKPOINT))
+		if (!es_owns_relation(RelationGetRelid(rel)) && !has_privs_of_role(GetUserId(), ROLE_PG_CHECKPOINT))
 			aclcheck_error(ACLCHECK_NOT_OWNER, OBJECT_TABLE, RelationGetRelationName(rel));
 		req.table = es_table_info(rel)->key;
 		table_close(rel, NoLock);
@@ -95,7 +94,7 @@ es_flush(PG_FUNCTION_ARGS)
 static XLogRecPtr
 insert_end(void)
 {
-	XLogRecPtr	insert = GetXLogInsertRecPtr();
+	XLogRecPtr insert = GetXLogInsertRecPtr();
 
 	if (XLogSegmentOffset(insert, wal_segment_size) == SizeOfXLogLongPHD)
 		insert -= SizeOfXLogLongPHD;
@@ -107,7 +106,7 @@ insert_end(void)
 Datum
 es_sync(PG_FUNCTION_ARGS)
 {
-	EsRequest	req = {.type = ES_REQ_SYNC};
+	EsRequest req = {.type = ES_REQ_SYNC};
 
 	es_wait_store_ready();
 	/* what was acknowledged asynchronously is behind the flush pointer */
@@ -119,29 +118,27 @@ es_sync(PG_FUNCTION_ARGS)
 static int
 shard_arg(FunctionCallInfo fcinfo, const char *function)
 {
-	int			shard = PG_GETARG_INT32(0);
+	int shard = PG_GETARG_INT32(0);
 
 	if (!superuser())
 		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("must be superuser to call %s", function)));
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE), errmsg("must be superuser to call %s", function)));
 	if (es_shared == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("event_store is not loaded"),
-				 errhint("Add event_store to shared_preload_libraries in postgresql.conf and restart the server.")));
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE), errmsg("event_store is not loaded"),
+			 errhint(
+				 "Add event_store to shared_preload_libraries in postgresql.conf and restart the server.")));
 	if (shard < 0 || shard >= es_shared->nshards)
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("there is no shard %d", shard),
-				 errdetail("This cluster has shards 0 to %d.", es_shared->nshards - 1)));
+		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("there is no shard %d", shard),
+						errdetail("This cluster has shards 0 to %d.", es_shared->nshards - 1)));
 	return shard;
 }
 
 Datum
 es_pause_shard(PG_FUNCTION_ARGS)
 {
-	int			shard = shard_arg(fcinfo, "pause_shard");
+	int shard = shard_arg(fcinfo, "pause_shard");
 
 	pg_atomic_write_u32(&es_shared->shards[shard].paused, 1);
 	es_wake_shard(shard);
@@ -151,7 +148,7 @@ es_pause_shard(PG_FUNCTION_ARGS)
 Datum
 es_resume_shard(PG_FUNCTION_ARGS)
 {
-	int			shard = shard_arg(fcinfo, "resume_shard");
+	int shard = shard_arg(fcinfo, "resume_shard");
 
 	pg_atomic_write_u32(&es_shared->shards[shard].paused, 0);
 	es_wake_shard(shard);
@@ -161,17 +158,15 @@ es_resume_shard(PG_FUNCTION_ARGS)
 Datum
 es_release_wal(PG_FUNCTION_ARGS)
 {
-	int			shard = shard_arg(fcinfo, "release_wal");
+	int shard = shard_arg(fcinfo, "release_wal");
 
 	/* the keeper refuses the whole store if it sees that WAL which shards need was not kept */
 	if (pg_atomic_read_u32(&es_shared->shards[shard].state) != ES_SHARD_FAILED &&
 		pg_atomic_read_u32(&es_shared->store_failed) == 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("shard %d does not need to give up any WAL", shard),
-				 errdetail("Only a shard that cannot open holds WAL back for good.")));
-	ereport(WARNING,
-			(errmsg("shard %d opens without the WAL it still needs: events in it are lost", shard)));
+		ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+						errmsg("shard %d does not need to give up any WAL", shard),
+						errdetail("Only a shard that cannot open holds WAL back for good.")));
+	ereport(WARNING, (errmsg("shard %d opens without the WAL it still needs: events in it are lost", shard)));
 	pg_atomic_write_u32(&es_shared->shards[shard].release_wal, 1);
 	es_wake_shard(shard);
 	es_wake_keeper();
@@ -184,14 +179,11 @@ es_detach(PG_FUNCTION_ARGS)
 	static uint32 wait_event = 0;
 
 	if (!superuser())
-		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("must be superuser to call detach")));
+		ereport(ERROR, (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE), errmsg("must be superuser to call detach")));
 	es_wait_store_ready();
 	if (es_xact_own_fxid() != 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_ACTIVE_SQL_TRANSACTION),
-				 errmsg("cannot detach the event store in a transaction that has inserted events")));
+		ereport(ERROR, (errcode(ERRCODE_ACTIVE_SQL_TRANSACTION),
+						errmsg("cannot detach the event store in a transaction that has inserted events")));
 	pg_atomic_write_u32(&es_shared->detach, ES_DETACH_ASKED);
 	es_wake_keeper();
 	ConditionVariablePrepareToSleep(&es_shared->store_changed);
@@ -214,15 +206,13 @@ es_verify(PG_FUNCTION_ARGS)
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
 
 	if (!superuser())
-		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("must be superuser to call verify")));
+		ereport(ERROR, (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE), errmsg("must be superuser to call verify")));
 	InitMaterializedSRF(fcinfo, 0);
 	es_wait_store_ready();
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
-		EsRequest	req = {.type = ES_REQ_VERIFY,.id = es_request_id()};
-		EsPart		part = {&req, sizeof(req)};
+		EsRequest		req = {.type = ES_REQ_VERIFY, .id = es_request_id()};
+		EsPart			part = {&req, sizeof(req)};
 		const EsAnswer *answer;
 
 		es_channel_connect(s);
@@ -232,9 +222,9 @@ es_verify(PG_FUNCTION_ARGS)
 		for (;;)
 		{
 			const EsVerifyAnswer *v;
-			const char *file;
-			Datum		values[6];
-			bool		nulls[6] = {false};
+			const char			 *file;
+			Datum				  values[6];
+			bool				  nulls[6] = {false};
 
 			answer = es_channel_answer(s, req.id);
 			if (answer->len > sizeof(EsVerifyAnswer))
@@ -261,7 +251,7 @@ es_verify(PG_FUNCTION_ARGS)
 Datum
 es_shard_of(PG_FUNCTION_ARGS)
 {
-	Relation	rel = es_open_store(fcinfo, 1, AccessShareLock, 0);
+	Relation	 rel = es_open_store(fcinfo, 1, AccessShareLock, 0);
 	EsContextArg context;
 
 	es_context_arg(rel, text_to_cstring(PG_GETARG_TEXT_PP(0)), &context);
@@ -272,7 +262,7 @@ es_shard_of(PG_FUNCTION_ARGS)
 Datum
 es_relation_size_fn(PG_FUNCTION_ARGS)
 {
-	Relation	rel = es_open_store(fcinfo, 0, AccessShareLock, 0);
+	Relation	  rel = es_open_store(fcinfo, 0, AccessShareLock, 0);
 	EsTableTotals totals;
 
 	es_table_totals(rel, &totals);
@@ -283,14 +273,14 @@ es_relation_size_fn(PG_FUNCTION_ARGS)
 Datum
 es_table_roles(PG_FUNCTION_ARGS)
 {
-	Relation	rel;
+	Relation		   rel;
 	const EsTableInfo *info;
-	uint64		storage_id;
-	int			atts[5];
-	TupleDesc	desc;
-	Datum		values[6];
-	bool		nulls[6] = {false};
-	NameData	names[5];
+	uint64			   storage_id;
+	int				   atts[5];
+	TupleDesc		   desc;
+	Datum			   values[6];
+	bool			   nulls[6] = {false};
+	NameData		   names[5];
 
 	/* stat_tables asks for the tables of its snapshot: one that was dropped or rewritten as a heap has no roles */
 	rel = try_relation_open(PG_GETARG_OID(0), AccessShareLock);

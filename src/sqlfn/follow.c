@@ -44,7 +44,7 @@ typedef struct Wait
 	void	   *context;
 	uint32		context_len;
 	EsPosition	after;
-	TimestampTz deadline;		/* PG_INT64_MAX = none */
+	TimestampTz deadline; /* PG_INT64_MAX = none */
 	uint64		ids[ES_MAX_SHARDS];
 } Wait;
 
@@ -52,10 +52,15 @@ static void
 park(Wait *w, int shard)
 {
 	static const char zeros[8] = {0};
-	EsWaitRequest req = {.req = {.type = ES_REQ_WAIT},.table = w->key,.after = w->after,
-	.deadline = w->deadline,.context_hash = w->hash,.context_len = w->has_context ? w->context_len : 0};
-	EsPart		parts[3] = {{&req, sizeof(req)}, {w->context, req.context_len},
-	{zeros, MAXALIGN(req.context_len) - req.context_len}};
+	EsWaitRequest	  req = {.req = {.type = ES_REQ_WAIT},
+							 .table = w->key,
+							 .after = w->after,
+							 .deadline = w->deadline,
+							 .context_hash = w->hash,
+							 .context_len = w->has_context ? w->context_len : 0};
+	EsPart			  parts[3] = {{&req, sizeof(req)},
+								  {w->context, req.context_len},
+								  {zeros, MAXALIGN(req.context_len) - req.context_len}};
 
 	w->ids[shard] = req.req.id = es_request_id();
 	es_channel_connect(shard);
@@ -69,8 +74,8 @@ leave(Wait *w)
 {
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
-		EsRequest	req = {.type = ES_REQ_CLOSE,.id = w->ids[s]};
-		EsPart		part = {&req, sizeof(req)};
+		EsRequest req = {.type = ES_REQ_CLOSE, .id = w->ids[s]};
+		EsPart	  part = {&req, sizeof(req)};
 
 		if (w->ids[s] == 0)
 			continue;
@@ -85,8 +90,8 @@ static bool
 wait_for(Wait *w)
 {
 	static uint32 wait_event = 0;
-	int			waiting = 0;
-	bool		found = false;
+	int			  waiting = 0;
+	bool		  found = false;
 
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
@@ -126,27 +131,25 @@ wait_for(Wait *w)
 Datum
 es_wait_for_events(PG_FUNCTION_ARGS)
 {
-	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "event_store wait",
-												  ALLOCSET_SMALL_SIZES);
+	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "event_store wait", ALLOCSET_SMALL_SIZES);
 	MemoryContext old;
-	bool		nonatomic = fcinfo->context != NULL && IsA(fcinfo->context, CallContext) &&
-		!castNode(CallContext, fcinfo->context)->atomic;
-	Relation	rel;
-	TupleDesc	desc;
-	Wait	   *w;
-	Datum		value;
-	bool		null = false;
+	bool		  nonatomic = fcinfo->context != NULL && IsA(fcinfo->context, CallContext) &&
+					 !castNode(CallContext, fcinfo->context)->atomic;
+	Relation	  rel;
+	TupleDesc	  desc;
+	Wait		 *w;
+	Datum		  value;
+	bool		  null = false;
 	volatile bool found;
-	HeapTuple	tuple;
+	HeapTuple	  tuple;
 
 	if (!nonatomic)
 	{
 		MemoryContextDelete(context);
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_TRANSACTION_TERMINATION),
-				 errmsg("wait_for_events cannot run inside a transaction block"),
-				 errdetail("It ends its transaction, so that a waiting follower holds no snapshot."),
-				 errhint("CALL it outside of BEGIN … COMMIT.")));
+		ereport(ERROR, (errcode(ERRCODE_INVALID_TRANSACTION_TERMINATION),
+						errmsg("wait_for_events cannot run inside a transaction block"),
+						errdetail("It ends its transaction, so that a waiting follower holds no snapshot."),
+						errhint("CALL it outside of BEGIN … COMMIT.")));
 	}
 
 	PG_TRY();
@@ -173,9 +176,8 @@ es_wait_for_events(PG_FUNCTION_ARGS)
 			w->after = PG_GETARG_INT64(0) < 0 ? 0 : PG_GETARG_INT64(0);
 		w->deadline = PG_INT64_MAX;
 		if (!PG_ARGISNULL(2))
-			w->deadline = DatumGetTimestampTz(DirectFunctionCall2(timestamptz_pl_interval,
-																  TimestampTzGetDatum(GetCurrentTimestamp()),
-																  PG_GETARG_DATUM(2)));
+			w->deadline = DatumGetTimestampTz(DirectFunctionCall2(
+				timestamptz_pl_interval, TimestampTzGetDatum(GetCurrentTimestamp()), PG_GETARG_DATUM(2)));
 		table_close(rel, AccessShareLock);
 		MemoryContextSwitchTo(old);
 

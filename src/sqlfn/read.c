@@ -45,18 +45,18 @@ PG_FUNCTION_INFO_V1(es_horizon_fn);
 
 typedef struct ReadState
 {
-	Relation	rel;
-	EsReader   *reader;
+	Relation		rel;
+	EsReader	   *reader;
 	TupleTableSlot *slot;
-	EsEventMap	map;
-	TupleDesc	desc;
-	MemoryContext row_context;
+	EsEventMap		map;
+	TupleDesc		desc;
+	MemoryContext	row_context;
 } ReadState;
 
 static void
 close_read(Datum arg)
 {
-	ReadState  *state = (ReadState *) DatumGetPointer(arg);
+	ReadState *state = (ReadState *) DatumGetPointer(arg);
 
 	if (state->reader != NULL)
 		es_reader_end(state->reader);
@@ -74,7 +74,7 @@ begin_read(FunctionCallInfo fcinfo, FuncCallContext *funcctx, Relation rel, Snap
 		   const EsReaderSpec *spec)
 {
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
-	ReadState  *state = palloc0(sizeof(ReadState));
+	ReadState	  *state = palloc0(sizeof(ReadState));
 
 	if (get_call_result_type(fcinfo, NULL, &state->desc) != TYPEFUNC_COMPOSITE)
 		elog(ERROR, "return type must be a row type");
@@ -83,8 +83,8 @@ begin_read(FunctionCallInfo fcinfo, FuncCallContext *funcctx, Relation rel, Snap
 	es_event_map(rel, &state->map);
 	state->slot = table_slot_create(rel, NULL);
 	state->reader = es_reader_begin(rel, snapshot, spec);
-	state->row_context = AllocSetContextCreate(CurrentMemoryContext, "event_store row",
-											   ALLOCSET_DEFAULT_SIZES);
+	state->row_context =
+		AllocSetContextCreate(CurrentMemoryContext, "event_store row", ALLOCSET_DEFAULT_SIZES);
 	RegisterExprContextCallback(rsinfo->econtext, close_read, PointerGetDatum(state));
 	funcctx->user_fctx = state;
 	return state;
@@ -94,11 +94,11 @@ static Datum
 next_row(FunctionCallInfo fcinfo)
 {
 	FuncCallContext *funcctx = SRF_PERCALL_SETUP();
-	ReadState  *state = funcctx->user_fctx;
-	Datum		values[EVENT_COLUMNS];
-	bool		nulls[EVENT_COLUMNS];
-	MemoryContext old;
-	HeapTuple	tuple;
+	ReadState		*state = funcctx->user_fctx;
+	Datum			 values[EVENT_COLUMNS];
+	bool			 nulls[EVENT_COLUMNS];
+	MemoryContext	 old;
+	HeapTuple		 tuple;
 
 	if (state == NULL || !es_reader_next(state->reader, state->slot))
 	{
@@ -128,15 +128,15 @@ rls_applies(Relation rel)
 }
 
 static Datum
-read_by_query(FunctionCallInfo fcinfo, Relation rel, const char *where, const char *order,
-			  int64 max_count, bool read_only)
+read_by_query(FunctionCallInfo fcinfo, Relation rel, const char *where, const char *order, int64 max_count,
+			  bool read_only)
 {
-	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
-	StringInfoData sql;
-	EsEventMap	map;
+	ReturnSetInfo  *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+	StringInfoData	sql;
+	EsEventMap		map;
 	TupleTableSlot *slot;
-	Portal		portal;
-	SPIPlanPtr	plan;
+	Portal			portal;
+	SPIPlanPtr		plan;
 
 	InitMaterializedSRF(fcinfo, 0);
 	es_event_map(rel, &map);
@@ -161,11 +161,11 @@ read_by_query(FunctionCallInfo fcinfo, Relation rel, const char *where, const ch
 			break;
 		for (uint64 i = 0; i < SPI_processed; i++)
 		{
-			HeapTuple	row = SPI_tuptable->vals[i];
-			TupleDesc	desc = SPI_tuptable->tupdesc;
-			Datum		values[EVENT_COLUMNS];
-			bool		nulls[EVENT_COLUMNS];
-			int			col = 0;
+			HeapTuple row = SPI_tuptable->vals[i];
+			TupleDesc desc = SPI_tuptable->tupdesc;
+			Datum	  values[EVENT_COLUMNS];
+			bool	  nulls[EVENT_COLUMNS];
+			int		  col = 0;
 
 			/* SELECT * leaves dropped columns out */
 			ExecClearTuple(slot);
@@ -198,37 +198,34 @@ read_by_query(FunctionCallInfo fcinfo, Relation rel, const char *where, const ch
 typedef struct ReplayArgs
 {
 	char	   *context;
-	char	   *event_type;		/* NULL = any */
-	bool		has_from,
-				has_to,
-				has_since;
+	char	   *event_type; /* NULL = any */
+	bool		has_from, has_to, has_since;
 	int64		from_version;
 	int64		to_version;
 	TimestampTz since;
 	bool		backward;
-	int64		max_count;		/* -1 = all */
+	int64		max_count; /* -1 = all */
 	int			since_column;
 } ReplayArgs;
 
 static int64
 max_count_arg(FunctionCallInfo fcinfo, int arg)
 {
-	int64		n;
+	int64 n;
 
 	if (PG_ARGISNULL(arg))
 		return -1;
 	n = PG_GETARG_INT64(arg);
 	if (n < 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_ROW_COUNT_IN_LIMIT_CLAUSE),
-				 errmsg("max_count must not be negative")));
+		ereport(ERROR, (errcode(ERRCODE_INVALID_ROW_COUNT_IN_LIMIT_CLAUSE),
+						errmsg("max_count must not be negative")));
 	return n;
 }
 
 static void
 replay_args(FunctionCallInfo fcinfo, Relation rel, ReplayArgs *a)
 {
-	EsRoles		roles = es_table_info(rel)->roles;
+	EsRoles roles = es_table_info(rel)->roles;
 
 	memset(a, 0, sizeof(*a));
 	a->context = text_to_cstring(PG_GETARG_TEXT_PP(0));
@@ -244,29 +241,27 @@ replay_args(FunctionCallInfo fcinfo, Relation rel, ReplayArgs *a)
 	a->max_count = max_count_arg(fcinfo, 6);
 
 	if ((a->has_from || a->has_to) && roles.version == 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_COLUMN),
-				 errmsg("table \"%s\" has no column \"version\" of type bigint",
-						RelationGetRelationName(rel))));
+		ereport(ERROR, (errcode(ERRCODE_UNDEFINED_COLUMN),
+						errmsg("table \"%s\" has no column \"version\" of type bigint",
+							   RelationGetRelationName(rel))));
 	a->since_column = es_column_number(rel, "recorded_at");
 	if (a->has_since &&
 		(a->since_column == 0 ||
 		 TupleDescAttr(RelationGetDescr(rel), a->since_column - 1)->atttypid != TIMESTAMPTZOID))
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_COLUMN),
-				 errmsg("table \"%s\" has no column \"recorded_at\" of type timestamptz",
-						RelationGetRelationName(rel)),
-				 errhint("\"since\" needs it.")));
+		ereport(ERROR, (errcode(ERRCODE_UNDEFINED_COLUMN),
+						errmsg("table \"%s\" has no column \"recorded_at\" of type timestamptz",
+							   RelationGetRelationName(rel)),
+						errhint("\"since\" needs it.")));
 }
 
 static Datum
 replay_by_query(FunctionCallInfo fcinfo, Relation rel, const ReplayArgs *a)
 {
-	TupleDesc	desc = RelationGetDescr(rel);
-	EsRoles		roles = es_table_info(rel)->roles;
+	TupleDesc	   desc = RelationGetDescr(rel);
+	EsRoles		   roles = es_table_info(rel)->roles;
 	StringInfoData where;
 	StringInfoData order;
-	const char *direction = a->backward ? "DESC" : "ASC";
+	const char	  *direction = a->backward ? "DESC" : "ASC";
 
 	initStringInfo(&where);
 	appendStringInfo(&where, "%s = %s",
@@ -279,8 +274,7 @@ replay_by_query(FunctionCallInfo fcinfo, Relation rel, const ReplayArgs *a)
 	if (a->has_to)
 		appendStringInfo(&where, " AND version <= " INT64_FORMAT, a->to_version);
 	if (a->has_since)
-		appendStringInfo(&where, " AND recorded_at >= %s",
-						 quote_literal_cstr(timestamptz_to_str(a->since)));
+		appendStringInfo(&where, " AND recorded_at >= %s", quote_literal_cstr(timestamptz_to_str(a->since)));
 
 	/* without a position role the TID is the position */
 	initStringInfo(&order);
@@ -294,19 +288,17 @@ es_replay(PG_FUNCTION_ARGS)
 	if (SRF_IS_FIRSTCALL())
 	{
 		FuncCallContext *funcctx;
-		MemoryContext old;
-		Relation	rel;
-		EsRoles		roles;
-		ReplayArgs	a;
-		EsContextArg context;
-		EsReaderSpec spec;
-		StringInfoData filters;
-		bool		nothing = false;
+		MemoryContext	 old;
+		Relation		 rel;
+		EsRoles			 roles;
+		ReplayArgs		 a;
+		EsContextArg	 context;
+		EsReaderSpec	 spec;
+		StringInfoData	 filters;
+		bool			 nothing = false;
 
 		if (PG_ARGISNULL(0))
-			ereport(ERROR,
-					(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
-					 errmsg("context_id must not be NULL")));
+			ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("context_id must not be NULL")));
 		rel = es_open_store(fcinfo, 7, AccessShareLock, ACL_SELECT);
 		replay_args(fcinfo, rel, &a);
 		if (rls_applies(rel))
@@ -345,8 +337,8 @@ es_replay(PG_FUNCTION_ARGS)
 		if (a.event_type != NULL)
 		{
 			const void **values;
-			size_t	   *lens;
-			int			n = es_event_type_values(rel, NULL, PG_GETARG_DATUM(1), true, &values, &lens);
+			size_t		*lens;
+			int			 n = es_event_type_values(rel, NULL, PG_GETARG_DATUM(1), true, &values, &lens);
 
 			es_filter_bytes(&filters, roles.event_type - 1, values, lens, n);
 			spec.nfilters++;
@@ -371,17 +363,17 @@ es_read_all(PG_FUNCTION_ARGS)
 	if (SRF_IS_FIRSTCALL())
 	{
 		FuncCallContext *funcctx;
-		MemoryContext old;
-		Relation	rel;
-		EsTableKey	key;
-		EsRoles		roles;
-		EsReaderSpec spec;
-		Snapshot	snapshot;
-		EsPosition	horizon;
-		StringInfoData filters;
-		int64		after = PG_ARGISNULL(0) ? 0 : PG_GETARG_INT64(0);
-		int64		max_count = max_count_arg(fcinfo, 1);
-		bool		nothing;
+		MemoryContext	 old;
+		Relation		 rel;
+		EsTableKey		 key;
+		EsRoles			 roles;
+		EsReaderSpec	 spec;
+		Snapshot		 snapshot;
+		EsPosition		 horizon;
+		StringInfoData	 filters;
+		int64			 after = PG_ARGISNULL(0) ? 0 : PG_GETARG_INT64(0);
+		int64			 max_count = max_count_arg(fcinfo, 1);
+		bool			 nothing;
 
 		rel = es_open_store(fcinfo, 3, AccessShareLock, ACL_SELECT);
 		key = es_table_info(rel)->key;
@@ -396,9 +388,8 @@ es_read_all(PG_FUNCTION_ARGS)
 		if (!PG_ARGISNULL(2))
 		{
 			const void **values;
-			size_t	   *lens;
-			int			n = es_event_type_values(rel, PG_GETARG_ARRAYTYPE_P(2), (Datum) 0, false,
-												 &values, &lens);
+			size_t		*lens;
+			int n = es_event_type_values(rel, PG_GETARG_ARRAYTYPE_P(2), (Datum) 0, false, &values, &lens);
 
 			if (n == 0)
 				nothing = true;
@@ -427,10 +418,12 @@ es_read_all(PG_FUNCTION_ARGS)
 
 			MemoryContextSwitchTo(old);
 			if (roles.position == 0)
-				ereport(ERROR,
-						(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-						 errmsg("read_all() on table \"%s\" with row security needs a column \"position\" of type bigint",
-								RelationGetRelationName(rel))));
+				ereport(
+					ERROR,
+					(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+					 errmsg(
+						 "read_all() on table \"%s\" with row security needs a column \"position\" of type bigint",
+						 RelationGetRelationName(rel))));
 			initStringInfo(&where);
 			appendStringInfo(&where, "\"position\" > " INT64_FORMAT " AND \"position\" < " UINT64_FORMAT,
 							 after, horizon);
@@ -439,8 +432,8 @@ es_read_all(PG_FUNCTION_ARGS)
 								 quote_literal_cstr(OidOutputFunctionCall(F_ARRAY_OUT, PG_GETARG_DATUM(2))));
 			end_MultiFuncCall(fcinfo, funcctx);
 			/* not read-only: SPI then takes a new snapshot, which is behind the horizon's reading */
-			return read_by_query(fcinfo, rel, where.data, "ORDER BY \"position\"",
-								 nothing ? 0 : max_count, false);
+			return read_by_query(fcinfo, rel, where.data, "ORDER BY \"position\"", nothing ? 0 : max_count,
+								 false);
 		}
 
 		spec.order = ES_ORDER_POSITION;
@@ -463,9 +456,9 @@ es_read_all(PG_FUNCTION_ARGS)
 Datum
 es_horizon_fn(PG_FUNCTION_ARGS)
 {
-	Relation	rel = es_open_store(fcinfo, 0, AccessShareLock, ACL_SELECT);
-	EsTableKey	key = es_table_info(rel)->key;
-	EsPosition	horizon = es_horizon_of(GetActiveSnapshot(), key.storage_id);
+	Relation   rel = es_open_store(fcinfo, 0, AccessShareLock, ACL_SELECT);
+	EsTableKey key = es_table_info(rel)->key;
+	EsPosition horizon = es_horizon_of(GetActiveSnapshot(), key.storage_id);
 
 	table_close(rel, NoLock);
 	PG_RETURN_INT64((int64) horizon);

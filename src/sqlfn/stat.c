@@ -31,7 +31,7 @@ PG_FUNCTION_INFO_V1(es_stat_shards);
 PG_FUNCTION_INFO_V1(es_stat_tables);
 PG_FUNCTION_INFO_V1(es_stat_segments);
 
-#define SHARD_COLUMNS	50
+#define SHARD_COLUMNS 50
 
 static const char *
 state_name(uint32 state)
@@ -59,11 +59,12 @@ state_name(uint32 state)
 static Datum
 histogram_array(pg_atomic_uint64 *buckets, int n)
 {
-	Datum		elems[16];
+	Datum elems[16];
 
 	for (int i = 0; i < n; i++)
 		elems[i] = Int64GetDatum((int64) pg_atomic_read_u64(&buckets[i]));
-	return PointerGetDatum(construct_array(elems, n, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	return PointerGetDatum(
+		construct_array(elems, n, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
 }
 
 Datum
@@ -76,16 +77,16 @@ es_stat_shards(PG_FUNCTION_ARGS)
 		return (Datum) 0;
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
-		EsShardShared *shard = &es_shared->shards[s];
+		EsShardShared	*shard = &es_shared->shards[s];
 		EsShardCounters *c = &shard->counters;
-		Datum		values[SHARD_COLUMNS];
-		bool		nulls[SHARD_COLUMNS] = {false};
-		char		reason[sizeof(shard->reason)];
-		uint64		restart = pg_atomic_read_u64(&shard->restart_lsn);
-		uint32		state = pg_atomic_read_u32(&shard->state);
-		XLogRecPtr	insert = RecoveryInProgress() ? InvalidXLogRecPtr : GetXLogInsertRecPtr();
-		int			n = 0;
-		int			pid;
+		Datum			 values[SHARD_COLUMNS];
+		bool			 nulls[SHARD_COLUMNS] = {false};
+		char			 reason[sizeof(shard->reason)];
+		uint64			 restart = pg_atomic_read_u64(&shard->restart_lsn);
+		uint32			 state = pg_atomic_read_u32(&shard->state);
+		XLogRecPtr		 insert = RecoveryInProgress() ? InvalidXLogRecPtr : GetXLogInsertRecPtr();
+		int				 n = 0;
+		int				 pid;
 
 		SpinLockAcquire(&shard->mutex);
 		pid = shard->pid;
@@ -158,8 +159,8 @@ es_stat_shards(PG_FUNCTION_ARGS)
 static EsAnswer *
 ask(int shard, EsStatKind kind)
 {
-	EsStatRequest req = {.req = {.type = ES_REQ_STAT},.kind = kind};
-	EsPart		part = {&req, sizeof(req)};
+	EsStatRequest req = {.req = {.type = ES_REQ_STAT}, .kind = kind};
+	EsPart		  part = {&req, sizeof(req)};
 
 	if (pg_atomic_read_u32(&es_shared->shards[shard].state) != ES_SHARD_OPEN)
 		return NULL;
@@ -185,14 +186,14 @@ es_stat_tables(PG_FUNCTION_ARGS)
 	es_wait_store_ready();
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
-		EsAnswer   *answer = ask(s, ES_STAT_TABLES);
+		EsAnswer		  *answer = ask(s, ES_STAT_TABLES);
 		const EsTableStat *stat = (const EsTableStat *) (answer + 1);
-		uint64		n = answer ? (answer->len - sizeof(EsAnswer)) / sizeof(EsTableStat) : 0;
+		uint64			   n = answer ? (answer->len - sizeof(EsAnswer)) / sizeof(EsTableStat) : 0;
 
 		for (uint64 i = 0; i < n; i++)
 		{
-			Datum		values[13];
-			bool		nulls[13] = {false};
+			Datum values[13];
+			bool  nulls[13] = {false};
 
 			if (stat[i].table.database != MyDatabaseId)
 				continue;
@@ -225,14 +226,14 @@ es_stat_segments(PG_FUNCTION_ARGS)
 	es_wait_store_ready();
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
-		EsAnswer   *answer = ask(s, ES_STAT_SEGMENTS);
+		EsAnswer			*answer = ask(s, ES_STAT_SEGMENTS);
 		const EsSegmentStat *stat = (const EsSegmentStat *) (answer + 1);
-		uint64		n = answer ? (answer->len - sizeof(EsAnswer)) / sizeof(EsSegmentStat) : 0;
+		uint64				 n = answer ? (answer->len - sizeof(EsAnswer)) / sizeof(EsSegmentStat) : 0;
 
 		for (uint64 i = 0; i < n; i++)
 		{
-			Datum		values[12];
-			bool		nulls[12] = {false};
+			Datum values[12];
+			bool  nulls[12] = {false};
 
 			if (stat[i].table.database != MyDatabaseId)
 				continue;
@@ -246,8 +247,8 @@ es_stat_segments(PG_FUNCTION_ARGS)
 			values[7] = Int64GetDatum((int64) stat[i].bytes);
 			values[8] = Int64GetDatum((int64) stat[i].raw_bytes);
 			put_range(values, nulls, 9, stat[i].min_position, stat[i].max_position);
-			values[11] = BoolGetDatum((stat[i].flags & ES_SEGMENT_PENDING) != 0 &&
-									  (stat[i].flags & 0x100) == 0);
+			values[11] =
+				BoolGetDatum((stat[i].flags & ES_SEGMENT_PENDING) != 0 && (stat[i].flags & 0x100) == 0);
 			tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
 		}
 		if (answer)

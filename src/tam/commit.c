@@ -42,7 +42,7 @@
 typedef struct Prepared
 {
 	const EsPrepareTable *table;
-	const uint8 *not_taken;
+	const uint8			 *not_taken;
 	const EsFirstVersion *versions;
 } Prepared;
 
@@ -54,18 +54,14 @@ check_status(EsStatus status)
 	if (status == ES_OK)
 		return;
 	if (status == ES_ERR_TOO_LARGE)
-		ereport(ERROR,
-				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
-				 errmsg("transaction has too many events")));
-	ereport(ERROR,
-			(errcode(ERRCODE_OUT_OF_MEMORY),
-			 errmsg("out of memory")));
+		ereport(ERROR, (errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED), errmsg("transaction has too many events")));
+	ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 }
 
 static bool
 table_has_shard(EsXactTable *t, int shard)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &t->batches)
 	{
@@ -88,13 +84,13 @@ table_has_shard(EsXactTable *t, int shard)
 static void
 add_table(EsFinishBuilder *f, EsXactTable *t, int shard, const Prepared *prepared)
 {
-	EsLsn	   *starts;
-	EsPart	   *parts;
-	uint32		nstarts = 0;
-	uint32		nparts = 0;
-	uint64		nrows = 0;
-	uint32		flags = 0;
-	dlist_iter	iter;
+	EsLsn	  *starts;
+	EsPart	  *parts;
+	uint32	   nstarts = 0;
+	uint32	   nparts = 0;
+	uint64	   nrows = 0;
+	uint32	   flags = 0;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &t->batches)
 		nstarts++;
@@ -134,8 +130,7 @@ add_table(EsFinishBuilder *f, EsXactTable *t, int shard, const Prepared *prepare
 	if (prepared != NULL && prepared->not_taken != NULL)
 		flags |= ES_FINISH_NOT_TAKEN;
 
-	check_status(es_finish_add_table(f, &t->key, t->relid, flags, nrows,
-									 starts, nstarts, parts, nparts,
+	check_status(es_finish_add_table(f, &t->key, t->relid, flags, nrows, starts, nstarts, parts, nparts,
 									 prepared ? prepared->not_taken : NULL,
 									 prepared ? prepared->versions : NULL,
 									 prepared ? Min(prepared->table->nversions, ES_FINISH_MAX_VERSIONS) : 0));
@@ -181,7 +176,7 @@ build_sections(uint32 shards, bool only_locking, EsPosition base, uint64 npositi
 
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
-		dlist_iter	iter;
+		dlist_iter iter;
 
 		if ((shards & (UINT32_C(1) << s)) == 0)
 			continue;
@@ -189,8 +184,8 @@ build_sections(uint32 shards, bool only_locking, EsPosition base, uint64 npositi
 		dlist_foreach(iter, &es_xact->tables)
 		{
 			EsXactTable *t = dlist_container(EsXactTable, node, iter.cur);
-			Prepared	prepared;
-			bool		has = false;
+			Prepared	 prepared;
+			bool		 has = false;
 
 			if (!table_has_shard(t, s) || (only_locking && !t->locking))
 				continue;
@@ -214,8 +209,8 @@ prepare(uint32 shards, const EsPrepareAnswer **answers)
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
 		const EsSectionHeader *section = es_finish_section(payload, s);
-		EsPrepareRequest req = {.req = {.type = ES_REQ_PREPARE},.fxid = es_xact->fxid};
-		EsPart		parts[2] = {{&req, sizeof(req)}, {section, section ? section->len : 0}};
+		EsPrepareRequest	   req = {.req = {.type = ES_REQ_PREPARE}, .fxid = es_xact->fxid};
+		EsPart				   parts[2] = {{&req, sizeof(req)}, {section, section ? section->len : 0}};
 
 		answers[s] = NULL;
 		ids[s] = 0;
@@ -230,7 +225,7 @@ prepare(uint32 shards, const EsPrepareAnswer **answers)
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
 		const EsAnswer *answer;
-		EsAnswer   *copy;
+		EsAnswer	   *copy;
 
 		if (ids[s] == 0)
 			continue;
@@ -249,13 +244,13 @@ prepare(uint32 shards, const EsPrepareAnswer **answers)
 void
 es_check_given(const EsXactTable *t)
 {
-	EsPosition	highest = 0;
+	EsPosition highest = 0;
 
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
-		EsStatRequest req = {.req = {.type = ES_REQ_STAT},.table = t->key,.kind = ES_STAT_TABLE};
-		EsPart		part = {&req, sizeof(req)};
-		EsAnswer   *answer = es_channel_call(s, &req.req, &part, 1);
+		EsStatRequest	   req = {.req = {.type = ES_REQ_STAT}, .table = t->key, .kind = ES_STAT_TABLE};
+		EsPart			   part = {&req, sizeof(req)};
+		EsAnswer		  *answer = es_channel_call(s, &req.req, &part, 1);
 		const EsTableStat *stat = (const EsTableStat *) (answer + 1);
 
 		if (answer->len >= sizeof(EsAnswer) + sizeof(EsTableStat))
@@ -263,12 +258,15 @@ es_check_given(const EsXactTable *t)
 		pfree(answer);
 	}
 	if (t->given_lowest <= highest)
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("position " UINT64_FORMAT " is not above the last one of the table, " UINT64_FORMAT,
-						t->given_lowest, highest),
-				 errdetail("Positions can be given only to restore events into an empty table, or behind all that it holds."),
-				 errhint("Leave \"position\" out: the store fills it at commit.  Restore a dump made with --inserts in one transaction (psql -1).")));
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("position " UINT64_FORMAT " is not above the last one of the table, " UINT64_FORMAT,
+					t->given_lowest, highest),
+			 errdetail(
+				 "Positions can be given only to restore events into an empty table, or behind all that it holds."),
+			 errhint(
+				 "Leave \"position\" out: the store fills it at commit.  Restore a dump made with --inserts in one transaction (psql -1).")));
 }
 
 /*
@@ -277,13 +275,13 @@ es_check_given(const EsXactTable *t)
 static EsPosition
 reserve_positions(void)
 {
-	uint64		ids[ES_SLOT_TABLES];
-	uint32		nids = 0;
-	EsPosition	lowest = 0;
-	EsPosition	highest = 0;
-	bool		reserve = false;
-	EsPosition	base = 0;
-	dlist_iter	iter;
+	uint64	   ids[ES_SLOT_TABLES];
+	uint32	   nids = 0;
+	EsPosition lowest = 0;
+	EsPosition highest = 0;
+	bool	   reserve = false;
+	EsPosition base = 0;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &es_xact->tables)
 	{
@@ -314,14 +312,14 @@ reserve_positions(void)
 static void
 check_serializable(void)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	if (!IsolationIsSerializable())
 		return;
 	dlist_foreach(iter, &es_xact->tables)
 	{
 		EsXactTable *t = dlist_container(EsXactTable, node, iter.cur);
-		Relation	rel = try_relation_open(t->relid, NoLock);
+		Relation	 rel = try_relation_open(t->relid, NoLock);
 
 		/* gone if the transaction dropped it, or was a rewrite's transient table */
 		if (rel == NULL)
@@ -331,22 +329,21 @@ check_serializable(void)
 	}
 }
 
-static EsLsn finish_start,
-			finish_end;
+static EsLsn finish_start, finish_end;
 
 void
 es_xact_precommit(void)
 {
 	const EsPrepareAnswer *answers[ES_MAX_SHARDS] = {NULL};
-	EsXact	   *x = es_xact;
-	const void *payload;
-	size_t		len;
-	EsPart		part;
-	EsPosition	base;
-	uint32		live = 0;
-	uint32		check = 0;
-	bool		locking = false;
-	dlist_iter	iter;
+	EsXact				  *x = es_xact;
+	const void			  *payload;
+	size_t				   len;
+	EsPart				   part;
+	EsPosition			   base;
+	uint32				   live = 0;
+	uint32				   check = 0;
+	bool				   locking = false;
+	dlist_iter			   iter;
 
 	if (x == NULL || x->finished)
 		return;
@@ -422,8 +419,7 @@ es_xact_precommit(void)
 	es_floor_set();
 	part.data = payload;
 	part.len = len;
-	es_log_message(ES_MESSAGE_FINISH, x->fxid, ES_SHARD_NONE, &part, 1,
-				   &finish_start, &finish_end);
+	es_log_message(ES_MESSAGE_FINISH, x->fxid, ES_SHARD_NONE, &part, 1, &finish_start, &finish_end);
 	x->nunsent++;
 	x->finished = true;
 	ES_FAULT_ERROR("commit-after-log");
@@ -431,8 +427,9 @@ es_xact_precommit(void)
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
 		const EsSectionHeader *section = es_finish_section(payload, s);
-		EsFinishRequest req = {.req = {.type = ES_REQ_FINISH},.fxid = x->fxid,.start = finish_start,.end = finish_end};
-		EsPart		parts[2] = {{&req, sizeof(req)}, {section, section ? section->len : 0}};
+		EsFinishRequest		   req = {
+				   .req = {.type = ES_REQ_FINISH}, .fxid = x->fxid, .start = finish_start, .end = finish_end};
+		EsPart parts[2] = {{&req, sizeof(req)}, {section, section ? section->len : 0}};
 
 		if (section == NULL)
 			continue;
@@ -453,10 +450,12 @@ send_verdict(bool committed)
 {
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
-		EsResolveRequest req = {.req = {.type = ES_REQ_RESOLVE},.fxid = es_xact->fxid,
-		.commit_end = committed ? XactLastCommitEnd : 0,.committed = committed};
-		EsPart		part = {&req, sizeof(req)};
-		bool		wake;
+		EsResolveRequest req = {.req = {.type = ES_REQ_RESOLVE},
+								.fxid = es_xact->fxid,
+								.commit_end = committed ? XactLastCommitEnd : 0,
+								.committed = committed};
+		EsPart			 part = {&req, sizeof(req)};
+		bool			 wake;
 
 		if ((es_xact->shards_used & (UINT32_C(1) << s)) == 0)
 			continue;

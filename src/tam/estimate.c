@@ -24,12 +24,12 @@
 #include "tam/estimate.h"
 #include "tam/tam.h"
 
-#define CACHE_MS	1000
+#define CACHE_MS 1000
 
 typedef struct CachedTotals
 {
-	EsTableKey	key;
-	TimestampTz asked;
+	EsTableKey	  key;
+	TimestampTz	  asked;
 	EsTableTotals totals;
 } CachedTotals;
 
@@ -38,15 +38,15 @@ static HTAB *cache;
 void
 es_table_totals(Relation rel, EsTableTotals *totals)
 {
-	EsTableKey	key = es_table_info(rel)->key;
+	EsTableKey key = es_table_info(rel)->key;
 
 	memset(totals, 0, sizeof(*totals));
 	totals->bytes = (uint64) RelationGetNumberOfBlocks(rel) * BLCKSZ;
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
-		EsStatRequest req = {.req = {.type = ES_REQ_STAT},.table = key,.kind = ES_STAT_TABLE};
-		EsPart		part = {&req, sizeof(req)};
-		EsAnswer   *answer = es_channel_call(s, &req.req, &part, 1);
+		EsStatRequest	   req = {.req = {.type = ES_REQ_STAT}, .table = key, .kind = ES_STAT_TABLE};
+		EsPart			   part = {&req, sizeof(req)};
+		EsAnswer		  *answer = es_channel_call(s, &req.req, &part, 1);
 		const EsTableStat *stat = (const EsTableStat *) (answer + 1);
 
 		if (answer->len >= sizeof(EsAnswer) + sizeof(EsTableStat))
@@ -64,14 +64,14 @@ es_table_totals(Relation rel, EsTableTotals *totals)
 static void
 cached_totals(Relation rel, EsTableTotals *totals)
 {
-	EsTableKey	key = es_table_info(rel)->key;
-	TimestampTz now = GetCurrentTimestamp();
+	EsTableKey	  key = es_table_info(rel)->key;
+	TimestampTz	  now = GetCurrentTimestamp();
 	CachedTotals *entry;
-	bool		found;
+	bool		  found;
 
 	if (cache == NULL)
 	{
-		HASHCTL		ctl = {.keysize = sizeof(EsTableKey),.entrysize = sizeof(CachedTotals)};
+		HASHCTL ctl = {.keysize = sizeof(EsTableKey), .entrysize = sizeof(CachedTotals)};
 
 		cache = hash_create("event_store table sizes", 64, &ctl, HASH_ELEM | HASH_BLOBS);
 	}
@@ -94,8 +94,8 @@ cached_totals(Relation rel, EsTableTotals *totals)
 }
 
 void
-es_relation_estimate_size(Relation rel, int32 *attr_widths, BlockNumber *pages,
-						  double *tuples, double *allvisfrac)
+es_relation_estimate_size(Relation rel, int32 *attr_widths, BlockNumber *pages, double *tuples,
+						  double *allvisfrac)
 {
 	EsTableTotals totals;
 

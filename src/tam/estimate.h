@@ -15,17 +15,17 @@
 
 typedef struct EsTableTotals
 {
-	uint64		rows;			/* in segments and MemTables */
-	uint64		bytes;			/* of its segment files, the metapage and the MemTables' rows */
-	uint64		segment_bytes;
-	uint64		raw_bytes;		/* of the segments, uncompressed */
-	uint64		max_position;
+	uint64 rows;  /* in segments and MemTables */
+	uint64 bytes; /* of its segment files, the metapage and the MemTables' rows */
+	uint64 segment_bytes;
+	uint64 raw_bytes; /* of the segments, uncompressed */
+	uint64 max_position;
 } EsTableTotals;
 
 /* Asks all shards.  Waits for shards that start. */
 extern void es_table_totals(Relation rel, EsTableTotals *totals);
 
-extern void es_relation_estimate_size(Relation rel, int32 *attr_widths, BlockNumber *pages,
-									  double *tuples, double *allvisfrac);
+extern void es_relation_estimate_size(Relation rel, int32 *attr_widths, BlockNumber *pages, double *tuples,
+									  double *allvisfrac);
 
-#endif							/* ES_TAM_ESTIMATE_H */
+#endif /* ES_TAM_ESTIMATE_H */

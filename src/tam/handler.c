@@ -42,18 +42,17 @@
 
 PG_FUNCTION_INFO_V1(event_store_handler);
 
-pg_attribute_noreturn() static void
-refuse(Relation rel, const char *what, const char *hint)
+pg_attribute_noreturn() static void refuse(Relation rel, const char *what, const char *hint)
 {
-	ereport(ERROR,
-			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-			 errmsg("cannot %s event_store table \"%s\"", what, RelationGetRelationName(rel)),
-			 errhint("%s", hint)));
+	ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+					errmsg("cannot %s event_store table \"%s\"", what, RelationGetRelationName(rel)),
+					errhint("%s", hint)));
 	pg_unreachable();
 }
 
-#define HINT_IMMUTABLE	"Events are immutable: append an event that corrects the earlier one."
-#define HINT_INDEX		"Contexts are found without an index, and scans are columnar; keep unique keys in a heap table, or use \"event_id\" for idempotency within a context."
+#define HINT_IMMUTABLE "Events are immutable: append an event that corrects the earlier one."
+#define HINT_INDEX \
+	"Contexts are found without an index, and scans are columnar; keep unique keys in a heap table, or use \"event_id\" for idempotency within a context."
 
 static const TupleTableSlotOps *
 es_slot_callbacks(Relation rel)
@@ -80,8 +79,8 @@ es_index_fetch_end(IndexFetchTableData *data)
 }
 
 static bool
-es_index_fetch_tuple(IndexFetchTableData *data, ItemPointer tid, Snapshot snapshot,
-					 TupleTableSlot *slot, bool *call_again, bool *all_dead)
+es_index_fetch_tuple(IndexFetchTableData *data, ItemPointer tid, Snapshot snapshot, TupleTableSlot *slot,
+					 bool *call_again, bool *all_dead)
 {
 	refuse(data->rel, "use an index on", HINT_INDEX);
 }
@@ -93,18 +92,16 @@ es_index_delete_tuples(Relation rel, TM_IndexDeleteOp *delstate)
 }
 
 static double
-es_index_build_range_scan(Relation rel, Relation index_rel, IndexInfo *index_info,
-						  bool allow_sync, bool anyvisible, bool progress,
-						  BlockNumber start_blockno, BlockNumber numblocks,
-						  IndexBuildCallback callback, void *callback_state,
-						  TableScanDesc scan)
+es_index_build_range_scan(Relation rel, Relation index_rel, IndexInfo *index_info, bool allow_sync,
+						  bool anyvisible, bool progress, BlockNumber start_blockno, BlockNumber numblocks,
+						  IndexBuildCallback callback, void *callback_state, TableScanDesc scan)
 {
 	refuse(rel, "create an index on", HINT_INDEX);
 }
 
 static void
-es_index_validate_scan(Relation rel, Relation index_rel, IndexInfo *index_info,
-					   Snapshot snapshot, ValidateIndexState *state)
+es_index_validate_scan(Relation rel, Relation index_rel, IndexInfo *index_info, Snapshot snapshot,
+					   ValidateIndexState *state)
 {
 	refuse(rel, "create an index on", HINT_INDEX);
 }
@@ -134,8 +131,8 @@ es_tuple_satisfies_snapshot(Relation rel, TupleTableSlot *slot, Snapshot snapsho
 {
 	TupleTableSlot *copy = table_slot_create(rel, NULL);
 	ItemPointerData tid = slot->tts_tid;
-	bool		visible;
-	bool		own;
+	bool			visible;
+	bool			own;
 
 	(void) es_tid_decode(&tid, &own);
 	visible = own || es_fetch_row(rel, &tid, snapshot, copy);
@@ -164,34 +161,35 @@ static void
 es_tuple_insert_speculative(Relation rel, TupleTableSlot *slot, CommandId cid, int options,
 							struct BulkInsertStateData *bistate, uint32 token)
 {
-	refuse(rel, "use ON CONFLICT with", "Use \"event_id\": an event whose id is already in its context is not stored twice.");
+	refuse(rel, "use ON CONFLICT with",
+		   "Use \"event_id\": an event whose id is already in its context is not stored twice.");
 }
 
 static void
 es_tuple_complete_speculative(Relation rel, TupleTableSlot *slot, uint32 token, bool succeeded)
 {
-	refuse(rel, "use ON CONFLICT with", "Use \"event_id\": an event whose id is already in its context is not stored twice.");
+	refuse(rel, "use ON CONFLICT with",
+		   "Use \"event_id\": an event whose id is already in its context is not stored twice.");
 }
 
 static TM_Result
-es_tuple_delete(Relation rel, ItemPointer tid, CommandId cid, Snapshot snapshot,
-				Snapshot crosscheck, bool wait, TM_FailureData *tmfd, bool changing_part)
+es_tuple_delete(Relation rel, ItemPointer tid, CommandId cid, Snapshot snapshot, Snapshot crosscheck,
+				bool wait, TM_FailureData *tmfd, bool changing_part)
 {
 	refuse(rel, "delete from", HINT_IMMUTABLE);
 }
 
 static TM_Result
-es_tuple_update(Relation rel, ItemPointer otid, TupleTableSlot *slot, CommandId cid,
-				Snapshot snapshot, Snapshot crosscheck, bool wait, TM_FailureData *tmfd,
-				LockTupleMode *lockmode, EsUpdateIndexes *update_indexes)
+es_tuple_update(Relation rel, ItemPointer otid, TupleTableSlot *slot, CommandId cid, Snapshot snapshot,
+				Snapshot crosscheck, bool wait, TM_FailureData *tmfd, LockTupleMode *lockmode,
+				EsUpdateIndexes *update_indexes)
 {
 	refuse(rel, "update", HINT_IMMUTABLE);
 }
 
 static TM_Result
-es_tuple_lock(Relation rel, ItemPointer tid, Snapshot snapshot, TupleTableSlot *slot,
-			  CommandId cid, LockTupleMode mode, LockWaitPolicy wait_policy, uint8 flags,
-			  TM_FailureData *tmfd)
+es_tuple_lock(Relation rel, ItemPointer tid, Snapshot snapshot, TupleTableSlot *slot, CommandId cid,
+			  LockTupleMode mode, LockWaitPolicy wait_policy, uint8 flags, TM_FailureData *tmfd)
 {
 	/* what FOR KEY SHARE asks for holds for ever; foreign keys that point to a heap table do ask */
 	if (mode == LockTupleKeyShare)
@@ -199,7 +197,8 @@ es_tuple_lock(Relation rel, ItemPointer tid, Snapshot snapshot, TupleTableSlot *
 		tmfd->traversed = false;
 		return es_fetch_row(rel, tid, snapshot, slot) ? TM_Ok : TM_Deleted;
 	}
-	refuse(rel, "lock rows of", "Events are immutable; to serialise writers of a context use an expected version.");
+	refuse(rel, "lock rows of",
+		   "Events are immutable; to serialise writers of a context use an expected version.");
 }
 
 /* ---- storage ---- */
@@ -211,18 +210,16 @@ es_relation_set_new_filelocator(Relation rel, const RelFileLocator *newrlocator,
 	RelFileLocator locator = *newrlocator;
 
 	if (rel->rd_rel->relkind == RELKIND_MATVIEW)
-		ereport(ERROR,
-				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("materialized view \"%s\" cannot use access method event_store",
-						RelationGetRelationName(rel)),
-				 errhint("Create it USING heap.")));
+		ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+						errmsg("materialized view \"%s\" cannot use access method event_store",
+							   RelationGetRelationName(rel)),
+						errhint("Create it USING heap.")));
 	if (persistence != RELPERSISTENCE_PERMANENT)
-		ereport(ERROR,
-				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("%s table \"%s\" cannot use access method event_store",
-						persistence == RELPERSISTENCE_TEMP ? "temporary" : "unlogged",
-						RelationGetRelationName(rel)),
-				 errhint("Create it USING heap.")));
+		ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+						errmsg("%s table \"%s\" cannot use access method event_store",
+							   persistence == RELPERSISTENCE_TEMP ? "temporary" : "unlogged",
+							   RelationGetRelationName(rel)),
+						errhint("Create it USING heap.")));
 
 	*freezeXid = RecentXmin;
 	*minmulti = GetOldestMultiXactId();
@@ -244,7 +241,7 @@ es_relation_nontransactional_truncate(Relation rel)
 static void
 es_relation_copy_data(Relation rel, const RelFileLocator *newrlocator)
 {
-	SMgrRelation dst;
+	SMgrRelation   dst;
 	RelFileLocator locator = *newrlocator;
 
 	FlushRelationBuffers(rel);
@@ -256,15 +253,14 @@ es_relation_copy_data(Relation rel, const RelFileLocator *newrlocator)
 
 /* VACUUM FULL: every committed row with the position and version it has. */
 static void
-es_relation_copy_for_cluster(Relation old_table, Relation new_table, Relation old_index,
-							 bool use_sort, TransactionId oldest_xmin, TransactionId *xid_cutoff,
-							 MultiXactId *multi_cutoff, double *num_tuples,
-							 double *tups_vacuumed, double *tups_recently_dead)
+es_relation_copy_for_cluster(Relation old_table, Relation new_table, Relation old_index, bool use_sort,
+							 TransactionId oldest_xmin, TransactionId *xid_cutoff, MultiXactId *multi_cutoff,
+							 double *num_tuples, double *tups_vacuumed, double *tups_recently_dead)
 {
-	EsReaderSpec spec;
-	EsReader   *reader;
+	EsReaderSpec	spec;
+	EsReader	   *reader;
 	TupleTableSlot *slot = table_slot_create(old_table, NULL);
-	CommandId	cid = GetCurrentCommandId(true);
+	CommandId		cid = GetCurrentCommandId(true);
 
 	es_reader_spec_init(&spec);
 	reader = es_reader_begin(old_table, NULL, &spec);
@@ -291,7 +287,7 @@ es_relation_vacuum(Relation rel, EsVacuumParams params, BufferAccessStrategy bst
 static bool
 es_scan_analyze_next_block(TableScanDesc scan, ReadStream *stream)
 {
-	Buffer		buffer = read_stream_next_buffer(stream, NULL);
+	Buffer buffer = read_stream_next_buffer(stream, NULL);
 
 	if (!BufferIsValid(buffer))
 		return false;
@@ -307,8 +303,8 @@ es_scan_analyze_next_block(TableScanDesc scan, BlockNumber blockno, BufferAccess
 #endif
 
 static bool
-es_scan_analyze_next_tuple(TableScanDesc scan, TransactionId oldest_xmin, double *liverows,
-						   double *deadrows, TupleTableSlot *slot)
+es_scan_analyze_next_tuple(TableScanDesc scan, TransactionId oldest_xmin, double *liverows, double *deadrows,
+						   TupleTableSlot *slot)
 {
 	return es_analyze_next_tuple(scan, liverows, slot);
 }
@@ -322,60 +318,59 @@ es_relation_size_callback(Relation rel, ForkNumber fork)
 static bool
 es_relation_needs_toast_table(Relation rel)
 {
-	return false;				/* large values lie in the shards' files */
+	return false; /* large values lie in the shards' files */
 }
 
-static const TableAmRoutine es_routine = {
-	.type = T_TableAmRoutine,
+static const TableAmRoutine es_routine = {.type = T_TableAmRoutine,
 
-	.slot_callbacks = es_slot_callbacks,
+										  .slot_callbacks = es_slot_callbacks,
 
-	.scan_begin = es_scan_begin,
-	.scan_end = es_scan_end,
-	.scan_rescan = es_scan_rescan,
-	.scan_getnextslot = es_scan_getnextslot,
+										  .scan_begin = es_scan_begin,
+										  .scan_end = es_scan_end,
+										  .scan_rescan = es_scan_rescan,
+										  .scan_getnextslot = es_scan_getnextslot,
 
-	.parallelscan_estimate = es_parallelscan_estimate,
-	.parallelscan_initialize = es_parallelscan_initialize,
-	.parallelscan_reinitialize = es_parallelscan_reinitialize,
+										  .parallelscan_estimate = es_parallelscan_estimate,
+										  .parallelscan_initialize = es_parallelscan_initialize,
+										  .parallelscan_reinitialize = es_parallelscan_reinitialize,
 
-	.index_fetch_begin = es_index_fetch_begin,
-	.index_fetch_reset = es_index_fetch_reset,
-	.index_fetch_end = es_index_fetch_end,
-	.index_fetch_tuple = es_index_fetch_tuple,
+										  .index_fetch_begin = es_index_fetch_begin,
+										  .index_fetch_reset = es_index_fetch_reset,
+										  .index_fetch_end = es_index_fetch_end,
+										  .index_fetch_tuple = es_index_fetch_tuple,
 
-	.tuple_fetch_row_version = es_tuple_fetch_row_version,
-	.tuple_tid_valid = es_tuple_tid_valid,
-	.tuple_get_latest_tid = es_tuple_get_latest_tid,
-	.tuple_satisfies_snapshot = es_tuple_satisfies_snapshot,
-	.index_delete_tuples = es_index_delete_tuples,
+										  .tuple_fetch_row_version = es_tuple_fetch_row_version,
+										  .tuple_tid_valid = es_tuple_tid_valid,
+										  .tuple_get_latest_tid = es_tuple_get_latest_tid,
+										  .tuple_satisfies_snapshot = es_tuple_satisfies_snapshot,
+										  .index_delete_tuples = es_index_delete_tuples,
 
-	.tuple_insert = es_tuple_insert,
-	.tuple_insert_speculative = es_tuple_insert_speculative,
-	.tuple_complete_speculative = es_tuple_complete_speculative,
-	.multi_insert = es_multi_insert,
-	.tuple_delete = es_tuple_delete,
-	.tuple_update = es_tuple_update,
-	.tuple_lock = es_tuple_lock,
+										  .tuple_insert = es_tuple_insert,
+										  .tuple_insert_speculative = es_tuple_insert_speculative,
+										  .tuple_complete_speculative = es_tuple_complete_speculative,
+										  .multi_insert = es_multi_insert,
+										  .tuple_delete = es_tuple_delete,
+										  .tuple_update = es_tuple_update,
+										  .tuple_lock = es_tuple_lock,
 
-	.relation_set_new_filelocator = es_relation_set_new_filelocator,
-	.relation_nontransactional_truncate = es_relation_nontransactional_truncate,
-	.relation_copy_data = es_relation_copy_data,
-	.relation_copy_for_cluster = es_relation_copy_for_cluster,
-	.relation_vacuum = es_relation_vacuum,
-	.scan_analyze_next_block = es_scan_analyze_next_block,
-	.scan_analyze_next_tuple = es_scan_analyze_next_tuple,
-	.index_build_range_scan = es_index_build_range_scan,
-	.index_validate_scan = es_index_validate_scan,
+										  .relation_set_new_filelocator = es_relation_set_new_filelocator,
+										  .relation_nontransactional_truncate =
+											  es_relation_nontransactional_truncate,
+										  .relation_copy_data = es_relation_copy_data,
+										  .relation_copy_for_cluster = es_relation_copy_for_cluster,
+										  .relation_vacuum = es_relation_vacuum,
+										  .scan_analyze_next_block = es_scan_analyze_next_block,
+										  .scan_analyze_next_tuple = es_scan_analyze_next_tuple,
+										  .index_build_range_scan = es_index_build_range_scan,
+										  .index_validate_scan = es_index_validate_scan,
 
-	.relation_size = es_relation_size_callback,
-	.relation_needs_toast_table = es_relation_needs_toast_table,
+										  .relation_size = es_relation_size_callback,
+										  .relation_needs_toast_table = es_relation_needs_toast_table,
 
-	.relation_estimate_size = es_relation_estimate_size,
+										  .relation_estimate_size = es_relation_estimate_size,
 
-	.scan_sample_next_block = es_sample_next_block,
-	.scan_sample_next_tuple = es_sample_next_tuple
-};
+										  .scan_sample_next_block = es_sample_next_block,
+										  .scan_sample_next_tuple = es_sample_next_tuple};
 
 const TableAmRoutine *
 es_tam_routine(void)
@@ -387,9 +382,10 @@ Datum
 event_store_handler(PG_FUNCTION_ARGS)
 {
 	if (es_shared == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("event_store is not loaded"),
-				 errhint("Add event_store to shared_preload_libraries in postgresql.conf and restart the server.")));
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE), errmsg("event_store is not loaded"),
+			 errhint(
+				 "Add event_store to shared_preload_libraries in postgresql.conf and restart the server.")));
 	PG_RETURN_POINTER(&es_routine);
 }

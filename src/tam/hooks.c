@@ -48,30 +48,28 @@
 #include "tam/tam.h"
 #include "tam/xact.h"
 
-static ExecutorStart_hook_type previous_executor_start;
+static ExecutorStart_hook_type	previous_executor_start;
 static ProcessUtility_hook_type previous_process_utility;
-static object_access_hook_type previous_object_access;
+static object_access_hook_type	previous_object_access;
 
 /* ---- statements ---- */
 
-pg_attribute_noreturn() static void
-refuse(Oid relid, const char *what, const char *hint)
+pg_attribute_noreturn() static void refuse(Oid relid, const char *what, const char *hint)
 {
 	ereport(ERROR,
 			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-			 errmsg("cannot %s event_store table \"%s\"", what, get_rel_name(relid)),
-			 errhint("%s", hint)));
+			 errmsg("cannot %s event_store table \"%s\"", what, get_rel_name(relid)), errhint("%s", hint)));
 	pg_unreachable();
 }
 
 static bool
 merge_changes_rows(const ModifyTable *node)
 {
-	ListCell   *outer;
+	ListCell *outer;
 
 	foreach(outer, node->mergeActionLists)
 	{
-		ListCell   *inner;
+		ListCell *inner;
 
 		foreach(inner, (List *) lfirst(outer))
 		{
@@ -89,11 +87,11 @@ check_modify(const ModifyTable *node, List *rtable)
 {
 	static const char *const immutable =
 		"Events are immutable: append an event that corrects the earlier one.";
-	ListCell   *lc;
+	ListCell *lc;
 
 	foreach(lc, node->resultRelations)
 	{
-		Oid			relid = rt_fetch(lfirst_int(lc), rtable)->relid;
+		Oid relid = rt_fetch(lfirst_int(lc), rtable)->relid;
 
 		if (node->operation == CMD_INSERT && node->onConflictAction == ONCONFLICT_NONE)
 			continue;
@@ -120,13 +118,13 @@ static void
 es_executor_start(QueryDesc *query, int eflags)
 {
 	PlannedStmt *stmt = query->plannedstmt;
-	ListCell   *lc;
+	ListCell	*lc;
 
 	if (IsA(stmt->planTree, ModifyTable))
 		check_modify((ModifyTable *) stmt->planTree, stmt->rtable);
 	foreach(lc, stmt->subplans)
 	{
-		Plan	   *plan = lfirst(lc);
+		Plan *plan = lfirst(lc);
 
 		if (plan != NULL && IsA(plan, ModifyTable))
 			check_modify((ModifyTable *) plan, stmt->rtable);
@@ -134,7 +132,7 @@ es_executor_start(QueryDesc *query, int eflags)
 	foreach(lc, stmt->rowMarks)
 	{
 		PlanRowMark *mark = lfirst_node(PlanRowMark, lc);
-		Oid			relid;
+		Oid			 relid;
 
 		/* FOR KEY SHARE keeps others from deleting a row, which nobody can: foreign keys ask for it */
 		if (mark->isParent || mark->markType == ROW_MARK_KEYSHARE ||
@@ -161,8 +159,8 @@ static bool
 table_has_rows(Relation rel)
 {
 	EsReaderSpec spec;
-	EsReader   *reader;
-	bool		found;
+	EsReader	*reader;
+	bool		 found;
 
 	es_reader_spec_init(&spec);
 	spec.flags = ES_OPEN_COUNT_ONLY;
@@ -177,8 +175,8 @@ static void
 notice_plain(Relation rel, int attno, const char *role)
 {
 	ereport(NOTICE,
-			(errmsg("column \"%s\" of event_store table \"%s\" is a plain column",
-					role, RelationGetRelationName(rel)),
+			(errmsg("column \"%s\" of event_store table \"%s\" is a plain column", role,
+					RelationGetRelationName(rel)),
 			 errdetail("Roles are fixed when a table gets its first row, and it has rows."),
 			 errhint("A rewrite with the rows' own values, or a new table, gives the column its role.")));
 }
@@ -187,7 +185,7 @@ notice_plain(Relation rel, int attno, const char *role)
 static void
 role_changed(Relation rel, const char *role, int old_att, int new_att, bool rename)
 {
-	TupleDesc	desc = RelationGetDescr(rel);
+	TupleDesc desc = RelationGetDescr(rel);
 
 	if (old_att == new_att)
 		return;
@@ -195,11 +193,12 @@ role_changed(Relation rel, const char *role, int old_att, int new_att, bool rena
 	if (old_att != 0 && new_att == 0 && TupleDescAttr(desc, old_att - 1)->attisdropped)
 		return;
 	if (rename)
-		ereport(ERROR,
-				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("cannot rename a column from or to \"%s\" in event_store table \"%s\", which has rows",
-						role, RelationGetRelationName(rel)),
-				 errdetail("The name gives the column its role, and roles are fixed once there are rows.")));
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+			 errmsg("cannot rename a column from or to \"%s\" in event_store table \"%s\", which has rows",
+					role, RelationGetRelationName(rel)),
+			 errdetail("The name gives the column its role, and roles are fixed once there are rows.")));
 	if (new_att != 0)
 		notice_plain(rel, new_att, role);
 }
@@ -207,9 +206,9 @@ role_changed(Relation rel, const char *role, int old_att, int new_att, bool rena
 static void
 recheck_roles(Oid relid, bool rename)
 {
-	Relation	rel = try_relation_open(relid, NoLock);
-	EsRoles		roles;
-	EsRoles		old;
+	Relation rel = try_relation_open(relid, NoLock);
+	EsRoles	 roles;
+	EsRoles	 old;
 
 	if (rel == NULL)
 		return;
@@ -232,11 +231,13 @@ recheck_roles(Oid relid, bool rename)
 		else
 		{
 			if (old.context != roles.context)
-				ereport(ERROR,
-						(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-						 errmsg("cannot change which column is \"context_id\" in event_store table \"%s\", which has rows",
-								RelationGetRelationName(rel)),
-						 errdetail("The context routes rows to their shards.")));
+				ereport(
+					ERROR,
+					(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+					 errmsg(
+						 "cannot change which column is \"context_id\" in event_store table \"%s\", which has rows",
+						 RelationGetRelationName(rel)),
+					 errdetail("The context routes rows to their shards.")));
 			role_changed(rel, "position", old.position, roles.position, rename);
 			role_changed(rel, "version", old.version, roles.version, rename);
 			role_changed(rel, "event_id", old.event_id, roles.event_id, rename);
@@ -249,9 +250,9 @@ recheck_roles(Oid relid, bool rename)
 static void
 recheck_with_children(RangeVar *relation, bool rename)
 {
-	Oid			relid = RangeVarGetRelid(relation, NoLock, true);
-	List	   *relids;
-	ListCell   *lc;
+	Oid		  relid = RangeVarGetRelid(relation, NoLock, true);
+	List	 *relids;
+	ListCell *lc;
 
 	if (!OidIsValid(relid) ||
 		(get_rel_relkind(relid) != RELKIND_RELATION && get_rel_relkind(relid) != RELKIND_PARTITIONED_TABLE))
@@ -270,7 +271,7 @@ static void
 warn_about_publication(const char *name)
 {
 	StringInfoData query;
-	Oid			am = es_am_oid();
+	Oid			   am = es_am_oid();
 
 	if (!OidIsValid(am))
 		return;
@@ -285,12 +286,13 @@ warn_about_publication(const char *name)
 	SPI_connect();
 	if (SPI_execute(query.data, false, 1) == SPI_OK_SELECT && SPI_processed == 1)
 	{
-		bool		isnull;
-		int64		n = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
+		bool  isnull;
+		int64 n = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
 
 		if (n > 0)
 			ereport(WARNING,
-					(errmsg("publication \"%s\" contains event_store tables, and carries none of their rows", name),
+					(errmsg("publication \"%s\" contains event_store tables, and carries none of their rows",
+							name),
 					 errhint("Followers read events with event_store.read_all() and wait_for_events().")));
 	}
 	SPI_finish();
@@ -302,12 +304,12 @@ static void
 check_template(CreatedbStmt *stmt)
 {
 	const char *template = "template1";
-	Oid			dbid;
-	ListCell   *lc;
+	Oid		  dbid;
+	ListCell *lc;
 
 	foreach(lc, stmt->options)
 	{
-		DefElem    *def = lfirst_node(DefElem, lc);
+		DefElem *def = lfirst_node(DefElem, lc);
 
 		if (strcmp(def->defname, "template") == 0 && def->arg != NULL)
 			template = defGetString(def);
@@ -318,22 +320,24 @@ check_template(CreatedbStmt *stmt)
 
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
-		EsStatRequest req = {.req = {.type = ES_REQ_STAT},.kind = ES_STAT_TABLES};
-		EsPart		part = {&req, sizeof(req)};
-		EsAnswer   *answer = es_channel_call(s, &req.req, &part, 1);
+		EsStatRequest	   req = {.req = {.type = ES_REQ_STAT}, .kind = ES_STAT_TABLES};
+		EsPart			   part = {&req, sizeof(req)};
+		EsAnswer		  *answer = es_channel_call(s, &req.req, &part, 1);
 		const EsTableStat *stat = (const EsTableStat *) (answer + 1);
-		uint64		n = (answer->len - sizeof(EsAnswer)) / sizeof(EsTableStat);
+		uint64			   n = (answer->len - sizeof(EsAnswer)) / sizeof(EsTableStat);
 
 		for (uint64 i = 0; i < n; i++)
 		{
-			if (stat[i].table.database != dbid ||
-				stat[i].segment_rows + stat[i].memtable_rows == 0)
+			if (stat[i].table.database != dbid || stat[i].segment_rows + stat[i].memtable_rows == 0)
 				continue;
-			ereport(ERROR,
-					(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-					 errmsg("cannot create a database from template \"%s\", whose event_store tables hold rows", template),
-					 errdetail("Events lie outside the database's directory and would not be copied."),
-					 errhint("Copy it with pg_dump, or empty its event tables (rows of dropped tables count until they are collected).")));
+			ereport(
+				ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("cannot create a database from template \"%s\", whose event_store tables hold rows",
+						template),
+				 errdetail("Events lie outside the database's directory and would not be copied."),
+				 errhint(
+					 "Copy it with pg_dump, or empty its event tables (rows of dropped tables count until they are collected).")));
 		}
 		pfree(answer);
 	}
@@ -341,19 +345,19 @@ check_template(CreatedbStmt *stmt)
 
 static void
 es_process_utility(PlannedStmt *pstmt, const char *query_string, bool read_only,
-				   ProcessUtilityContext context, ParamListInfo params,
-				   QueryEnvironment *env, DestReceiver *dest, QueryCompletion *qc)
+				   ProcessUtilityContext context, ParamListInfo params, QueryEnvironment *env,
+				   DestReceiver *dest, QueryCompletion *qc)
 {
-	Node	   *node = pstmt->utilityStmt;
-	Node	   *copy = NULL;
+	Node *node = pstmt->utilityStmt;
+	Node *copy = NULL;
 
 	if (es_shared != NULL)
 	{
 		if (IsA(node, CreatedbStmt))
 			check_template((CreatedbStmt *) node);
 		/* the statement's own tree may be changed while it runs */
-		if (IsA(node, AlterTableStmt) || IsA(node, RenameStmt) ||
-			IsA(node, CreatePublicationStmt) || IsA(node, AlterPublicationStmt))
+		if (IsA(node, AlterTableStmt) || IsA(node, RenameStmt) || IsA(node, CreatePublicationStmt) ||
+			IsA(node, AlterPublicationStmt))
 			copy = copyObject(node);
 	}
 

@@ -23,30 +23,30 @@
 /* Where a row is; ordinals grow, so the array is sorted. */
 typedef struct KeptRow
 {
-	uint64		ordinal;
-	uint32		len;
-	int			fileno;
-	off_t		offset;
+	uint64 ordinal;
+	uint32 len;
+	int	   fileno;
+	off_t  offset;
 } KeptRow;
 
 typedef struct EsKeptRows
 {
-	BufFile    *file;
-	KeptRow    *rows;
-	uint64		nrows;
-	uint64		allocated;
-	int			end_fileno;		/* where the next row goes */
-	off_t		end_offset;
-	bool		positioned;		/* the file stands there */
+	BufFile *file;
+	KeptRow *rows;
+	uint64	 nrows;
+	uint64	 allocated;
+	int		 end_fileno; /* where the next row goes */
+	off_t	 end_offset;
+	bool	 positioned; /* the file stands there */
 } EsKeptRows;
 
 void
 es_kept_add(EsXactTable *t, uint64 ordinal, TupleTableSlot *slot)
 {
-	EsKeptRows *k = t->kept;
+	EsKeptRows	*k = t->kept;
 	MinimalTuple tuple;
-	bool		free_tuple;
-	KeptRow    *row;
+	bool		 free_tuple;
+	KeptRow		*row;
 
 	if (k == NULL)
 	{
@@ -67,9 +67,8 @@ es_kept_add(EsXactTable *t, uint64 ordinal, TupleTableSlot *slot)
 	if (!k->positioned)
 	{
 		if (BufFileSeek(k->file, k->end_fileno, k->end_offset, SEEK_SET) != 0)
-			ereport(ERROR,
-					(errcode_for_file_access(),
-					 errmsg("could not seek in temporary file of event_store: %m")));
+			ereport(ERROR, (errcode_for_file_access(),
+							errmsg("could not seek in temporary file of event_store: %m")));
 		k->positioned = true;
 	}
 	if (k->nrows == k->allocated)
@@ -94,15 +93,15 @@ es_kept_add(EsXactTable *t, uint64 ordinal, TupleTableSlot *slot)
 bool
 es_kept_fetch(EsXactTable *t, uint64 ordinal, TupleTableSlot *slot)
 {
-	EsKeptRows *k = t->kept;
-	uint64		lo = 0;
-	uint64		hi = k ? k->nrows : 0;
-	KeptRow    *row;
+	EsKeptRows	*k = t->kept;
+	uint64		 lo = 0;
+	uint64		 hi = k ? k->nrows : 0;
+	KeptRow		*row;
 	MinimalTuple tuple;
 
 	while (lo < hi)
 	{
-		uint64		mid = lo + (hi - lo) / 2;
+		uint64 mid = lo + (hi - lo) / 2;
 
 		if (k->rows[mid].ordinal < ordinal)
 			lo = mid + 1;
@@ -116,13 +115,11 @@ es_kept_fetch(EsXactTable *t, uint64 ordinal, TupleTableSlot *slot)
 	k->positioned = false;
 	if (BufFileSeek(k->file, row->fileno, row->offset, SEEK_SET) != 0)
 		ereport(ERROR,
-				(errcode_for_file_access(),
-				 errmsg("could not seek in temporary file of event_store: %m")));
+				(errcode_for_file_access(), errmsg("could not seek in temporary file of event_store: %m")));
 	tuple = palloc(row->len);
 	if (BufFileRead(k->file, tuple, row->len) != row->len)
 		ereport(ERROR,
-				(errcode_for_file_access(),
-				 errmsg("could not read temporary file of event_store: %m")));
+				(errcode_for_file_access(), errmsg("could not read temporary file of event_store: %m")));
 	ExecForceStoreMinimalTuple(tuple, slot, true);
 	slot->tts_tableOid = t->relid;
 	es_tid_encode(&slot->tts_tid, ordinal, true);

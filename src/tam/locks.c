@@ -30,7 +30,7 @@
 
 #include "tam/xact.h"
 
-#define BITMAP_WORDS	((ES_LOCK_SLOTS + 1 + 63) / 64)
+#define BITMAP_WORDS ((ES_LOCK_SLOTS + 1 + 63) / 64)
 
 uint16
 es_lock_slot_of(uint64 context_hash)
@@ -48,7 +48,7 @@ set_tag(LOCKTAG *tag, const EsXactTable *t, uint16 k)
 static void
 lock_slot(const EsXactTable *t, uint16 k, LOCKMODE mode)
 {
-	LOCKTAG		tag;
+	LOCKTAG tag;
 
 	set_tag(&tag, t, k);
 	(void) LockAcquire(&tag, mode, false, false);
@@ -57,7 +57,7 @@ lock_slot(const EsXactTable *t, uint16 k, LOCKMODE mode)
 static void
 unlock_slot(const EsXactTable *t, uint16 k, LOCKMODE mode)
 {
-	LOCKTAG		tag;
+	LOCKTAG tag;
 
 	set_tag(&tag, t, k);
 	LockRelease(&tag, mode, false);
@@ -108,7 +108,7 @@ es_note_context(EsXactTable *t, uint64 context_hash)
 bool
 es_lock_context(EsXactTable *t, uint64 context_hash)
 {
-	uint16		k = es_lock_slot_of(context_hash);
+	uint16 k = es_lock_slot_of(context_hash);
 
 	if (!has_slot(t, k) &&
 		(t->big || t->nslots == ES_TABLE_MAX_SLOTS || es_xact->nslots == ES_XACT_MAX_SLOTS))
@@ -133,10 +133,10 @@ compare_slots(const void *a, const void *b)
 static VirtualTransactionId
 slot_holder(const EsXactTable *t, uint16 k)
 {
-	VirtualTransactionId none;
+	VirtualTransactionId  none;
 	VirtualTransactionId *holders;
-	LOCKTAG		tag;
-	int			n;
+	LOCKTAG				  tag;
+	int					  n;
 
 	set_tag(&tag, t, k);
 	holders = GetLockConflicts(&tag, ExclusiveLock, &n);
@@ -161,7 +161,8 @@ lock_big(EsXactTable *t)
 			if (VirtualTransactionIdIsValid(holder))
 				break;
 		}
-		for (int w = 0; t->slot_bitmap != NULL && w < BITMAP_WORDS && !VirtualTransactionIdIsValid(holder); w++)
+		for (int w = 0; t->slot_bitmap != NULL && w < BITMAP_WORDS && !VirtualTransactionIdIsValid(holder);
+			 w++)
 		{
 			for (uint64 bits = t->slot_bitmap[w]; bits != 0; bits &= bits - 1)
 			{
@@ -191,8 +192,8 @@ void
 es_lock_precommit(void)
 {
 	EsXactTable **tables = palloc(sizeof(EsXactTable *) * Max(es_xact->ntables, 1));
-	uint32		n = 0;
-	dlist_iter	iter;
+	uint32		  n = 0;
+	dlist_iter	  iter;
 
 	dlist_foreach(iter, &es_xact->tables)
 	{

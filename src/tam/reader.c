@@ -37,28 +37,28 @@
 /* One shard's stream. */
 typedef struct Stream
 {
-	int			shard;
-	uint64		id;				/* request, 0 = closed */
+	int					shard;
+	uint64				id;		/* request, 0 = closed */
 	const EsDataAnswer *answer; /* current one */
-	EsBatchView view;
-	uint32		row;			/* next row of the view */
-	bool		last;			/* current answer is the last one */
+	EsBatchView			view;
+	uint32				row;  /* next row of the view */
+	bool				last; /* current answer is the last one */
 } Stream;
 
 struct EsReader
 {
-	Relation	rel;
-	MemoryContext context;
-	Snapshot	snapshot;		/* registered if it is ours */
-	bool		own_snapshot;
-	EsReaderSpec spec;
-	bool		serializable;
-	uint64		given_out;
-	int			nstreams;
-	int			current;		/* stream of the current row */
-	const EsBatchView *row_view;	/* of the current row */
-	uint32		row;
-	Stream		streams[ES_MAX_SHARDS];
+	Relation		   rel;
+	MemoryContext	   context;
+	Snapshot		   snapshot; /* registered if it is ours */
+	bool			   own_snapshot;
+	EsReaderSpec	   spec;
+	bool			   serializable;
+	uint64			   given_out;
+	int				   nstreams;
+	int				   current;	 /* stream of the current row */
+	const EsBatchView *row_view; /* of the current row */
+	uint32			   row;
+	Stream			   streams[ES_MAX_SHARDS];
 };
 
 void
@@ -71,8 +71,8 @@ es_reader_spec_init(EsReaderSpec *spec)
 static int
 compare_fxid(const void *a, const void *b)
 {
-	EsFxid		x = *(const EsFxid *) a;
-	EsFxid		y = *(const EsFxid *) b;
+	EsFxid x = *(const EsFxid *) a;
+	EsFxid y = *(const EsFxid *) b;
 
 	return x < y ? -1 : x > y;
 }
@@ -80,8 +80,8 @@ compare_fxid(const void *a, const void *b)
 void
 es_snapshot_fill(Snapshot snapshot, EsSnapshot *result)
 {
-	EsFxid		next = U64FromFullTransactionId(ReadNextFullTransactionId());
-	EsFxid	   *xip = palloc(sizeof(EsFxid) * Max(snapshot->xcnt, 1));
+	EsFxid	next = U64FromFullTransactionId(ReadNextFullTransactionId());
+	EsFxid *xip = palloc(sizeof(EsFxid) * Max(snapshot->xcnt, 1));
 
 	/* all xids of a snapshot are within 2^31 of the next one */
 	for (uint32 i = 0; i < snapshot->xcnt; i++)
@@ -97,23 +97,23 @@ es_snapshot_fill(Snapshot snapshot, EsSnapshot *result)
 }
 
 static void
-open_stream(EsReader *r, Stream *s, int shard, const EsTableInfo *info,
-			const EsSnapshot *snap, const EsDeadStarts *dead)
+open_stream(EsReader *r, Stream *s, int shard, const EsTableInfo *info, const EsSnapshot *snap,
+			const EsDeadStarts *dead)
 {
 	static const char zeros[8] = {0};
-	EsOpenRequest req;
-	EsPart		parts[8];
-	int			n = 0;
-	uint32		natts = info->natts;
-	Size		bitmap_len = MAXALIGN((natts + 7) / 8);
-	uint8	   *bitmap = palloc0(Max(bitmap_len, 8));
+	EsOpenRequest	  req;
+	EsPart			  parts[8];
+	int				  n = 0;
+	uint32			  natts = info->natts;
+	Size			  bitmap_len = MAXALIGN((natts + 7) / 8);
+	uint8			 *bitmap = palloc0(Max(bitmap_len, 8));
 
 	memset(&req, 0, sizeof(req));
 	req.req.type = ES_REQ_OPEN;
 	req.req.id = es_request_id();
 	req.table = info->key;
 	req.flags = r->spec.flags | (r->spec.has_context ? ES_OPEN_HAS_CONTEXT : 0) |
-		(r->serializable ? ES_OPEN_REPORT_SKIPPED : 0);
+				(r->serializable ? ES_OPEN_REPORT_SKIPPED : 0);
 	req.order = r->spec.order;
 	req.credit = 2;
 	req.xmin = snap->xmin;
@@ -138,13 +138,13 @@ open_stream(EsReader *r, Stream *s, int shard, const EsTableInfo *info,
 			bitmap[i / 8] |= 1 << (i % 8);
 	}
 
-	parts[n++] = (EsPart) {&req, sizeof(req)};
-	parts[n++] = (EsPart) {snap->xip, sizeof(EsFxid) * snap->nxip};
-	parts[n++] = (EsPart) {dead->starts[shard], sizeof(EsLsn) * dead->n[shard]};
-	parts[n++] = (EsPart) {bitmap, bitmap_len};
-	parts[n++] = (EsPart) {r->spec.filters, r->spec.filters_len};
-	parts[n++] = (EsPart) {r->spec.context, req.context_len};
-	parts[n++] = (EsPart) {zeros, MAXALIGN(req.context_len) - req.context_len};
+	parts[n++] = (EsPart){&req, sizeof(req)};
+	parts[n++] = (EsPart){snap->xip, sizeof(EsFxid) * snap->nxip};
+	parts[n++] = (EsPart){dead->starts[shard], sizeof(EsLsn) * dead->n[shard]};
+	parts[n++] = (EsPart){bitmap, bitmap_len};
+	parts[n++] = (EsPart){r->spec.filters, r->spec.filters_len};
+	parts[n++] = (EsPart){r->spec.context, req.context_len};
+	parts[n++] = (EsPart){zeros, MAXALIGN(req.context_len) - req.context_len};
 
 	req.req.len = 0;
 	for (int i = 0; i < n; i++)
@@ -161,13 +161,12 @@ open_stream(EsReader *r, Stream *s, int shard, const EsTableInfo *info,
 }
 
 EsReader *
-es_reader_begin_with(Relation rel, Snapshot snapshot, const EsReaderSpec *spec,
-					 const EsDeadStarts *dead)
+es_reader_begin_with(Relation rel, Snapshot snapshot, const EsReaderSpec *spec, const EsDeadStarts *dead)
 {
 	const EsTableInfo *info;
-	EsTableInfo *copy;
-	EsReader   *r = palloc0(sizeof(EsReader));
-	EsSnapshot	snap;
+	EsTableInfo		  *copy;
+	EsReader		  *r = palloc0(sizeof(EsReader));
+	EsSnapshot		   snap;
 
 	r->rel = rel;
 	r->context = CurrentMemoryContext;
@@ -216,7 +215,7 @@ EsReader *
 es_reader_begin(Relation rel, Snapshot snapshot, const EsReaderSpec *spec)
 {
 	EsDeadStarts dead = {{0}, {NULL}};
-	EsTableKey	key;
+	EsTableKey	 key;
 
 	es_wait_store_ready();
 	key = es_table_info(rel)->key;
@@ -250,8 +249,8 @@ stream_ready(EsReader *r, Stream *s)
 {
 	while (s->answer == NULL || s->row >= s->answer->nrows)
 	{
-		EsRequest	req = {.type = ES_REQ_FETCH,.id = s->id};
-		EsPart		part = {&req, sizeof(req)};
+		EsRequest req = {.type = ES_REQ_FETCH, .id = s->id};
+		EsPart	  part = {&req, sizeof(req)};
 
 		if (s->id == 0)
 			return false;
@@ -288,8 +287,8 @@ stream_own(const Stream *s)
 static bool
 stream_before(const EsReader *r, const Stream *a, const Stream *b)
 {
-	uint64		pa = a->view.positions[a->row] | (stream_own(a) ? UINT64CONST(1) << 63 : 0);
-	uint64		pb = b->view.positions[b->row] | (stream_own(b) ? UINT64CONST(1) << 63 : 0);
+	uint64 pa = a->view.positions[a->row] | (stream_own(a) ? UINT64CONST(1) << 63 : 0);
+	uint64 pb = b->view.positions[b->row] | (stream_own(b) ? UINT64CONST(1) << 63 : 0);
 
 	return r->spec.order == ES_ORDER_POSITION_DESC ? pa > pb : pa < pb;
 }
@@ -297,7 +296,7 @@ stream_before(const EsReader *r, const Stream *a, const Stream *b)
 static bool
 advance(EsReader *r)
 {
-	Stream	   *best = NULL;
+	Stream *best = NULL;
 
 	if (r->spec.max_rows > 0 && r->given_out >= r->spec.max_rows)
 		return false;
@@ -313,7 +312,7 @@ advance(EsReader *r)
 	{
 		for (int i = 0; i < r->nstreams; i++)
 		{
-			Stream	   *s = &r->streams[i];
+			Stream *s = &r->streams[i];
 
 			if (!stream_ready(r, s))
 				continue;
@@ -357,9 +356,9 @@ bool
 es_reader_next(EsReader *r, TupleTableSlot *slot)
 {
 	/* the slot's: ALTER TABLE reads with the columns as they were, when the catalog has the new ones */
-	TupleDesc	desc = slot->tts_tupleDescriptor;
+	TupleDesc		   desc = slot->tts_tupleDescriptor;
 	const EsBatchView *v;
-	uint32		row;
+	uint32			   row;
 
 	ExecClearTuple(slot);
 	if (!advance(r))
@@ -370,7 +369,7 @@ es_reader_next(EsReader *r, TupleTableSlot *slot)
 	for (int i = 0; i < desc->natts; i++)
 	{
 		Form_pg_attribute att = TupleDescAttr(desc, i);
-		const void *value;
+		const void		 *value;
 
 		if (i >= v->header->ncols)
 		{
@@ -396,8 +395,7 @@ es_reader_next(EsReader *r, TupleTableSlot *slot)
 	}
 
 	slot->tts_tableOid = RelationGetRelid(r->rel);
-	es_tid_encode(&slot->tts_tid, v->positions[row],
-				  (v->header->flags & ES_BATCH_OWN_ROWS) != 0);
+	es_tid_encode(&slot->tts_tid, v->positions[row], (v->header->flags & ES_BATCH_OWN_ROWS) != 0);
 	ExecStoreVirtualTuple(slot);
 	return true;
 }
@@ -407,9 +405,9 @@ es_reader_end(EsReader *r)
 {
 	for (int i = 0; i < r->nstreams; i++)
 	{
-		Stream	   *s = &r->streams[i];
-		EsRequest	req = {.type = ES_REQ_CLOSE,.id = s->id};
-		EsPart		part = {&req, sizeof(req)};
+		Stream	 *s = &r->streams[i];
+		EsRequest req = {.type = ES_REQ_CLOSE, .id = s->id};
+		EsPart	  part = {&req, sizeof(req)};
 
 		if (s->id == 0)
 			continue;

@@ -25,20 +25,20 @@
 typedef struct EsReaderSpec
 {
 	EsScanOrder order;
-	uint16		flags;			/* ES_OPEN_NO_OWN, ES_OPEN_COUNT_ONLY */
-	const bool *wanted;			/* natts, NULL = all columns */
+	uint16		flags;	/* ES_OPEN_NO_OWN, ES_OPEN_COUNT_ONLY */
+	const bool *wanted; /* natts, NULL = all columns */
 	EsPosition	after;
-	EsPosition	below;			/* 0 = no bound */
-	uint64		max_rows;		/* 0 = all; per reader */
+	EsPosition	below;	  /* 0 = no bound */
+	uint64		max_rows; /* 0 = all; per reader */
 	bool		has_context;
 	uint64		context_hash;
-	const void *context;		/* canonical bytes */
+	const void *context; /* canonical bytes */
 	uint32		context_len;
 	uint32		nfilters;
-	const void *filters;		/* EsFilter one behind the other */
+	const void *filters; /* EsFilter one behind the other */
 	uint32		filters_len;
-	uint64		batch_bytes;	/* 0 = default */
-	int			only_shard;		/* -1 = all, or the context's */
+	uint64		batch_bytes; /* 0 = default */
+	int			only_shard;	 /* -1 = all, or the context's */
 } EsReaderSpec;
 
 extern void es_reader_spec_init(EsReaderSpec *spec);
@@ -55,12 +55,12 @@ extern EsReader *es_reader_begin(Relation rel, Snapshot snapshot, const EsReader
 /* The same with dead batches of the own transaction given (parallel workers). */
 typedef struct EsDeadStarts
 {
-	uint32		n[ES_MAX_SHARDS];
-	EsLsn	   *starts[ES_MAX_SHARDS];
+	uint32 n[ES_MAX_SHARDS];
+	EsLsn *starts[ES_MAX_SHARDS];
 } EsDeadStarts;
 
-extern EsReader *es_reader_begin_with(Relation rel, Snapshot snapshot, const EsReaderSpec *spec,
-									  const EsDeadStarts *dead);
+extern EsReader *
+es_reader_begin_with(Relation rel, Snapshot snapshot, const EsReaderSpec *spec, const EsDeadStarts *dead);
 
 /* Next row into a virtual slot (all columns; columns not wanted are NULL), tts_tid set. */
 extern bool es_reader_next(EsReader *r, TupleTableSlot *slot);
@@ -70,11 +70,11 @@ extern bool es_reader_skip(EsReader *r, EsPosition *position);
 
 /* Of the row that next gave: position (0 = own, not committed) and version (0 = none). */
 extern EsPosition es_reader_position(const EsReader *r);
-extern int64 es_reader_version(const EsReader *r);
+extern int64	  es_reader_version(const EsReader *r);
 
 extern void es_reader_end(EsReader *r);
 
 /* Full xids of a snapshot (palloc'd xip, ascending). */
 extern void es_snapshot_fill(Snapshot snapshot, EsSnapshot *result);
 
-#endif							/* ES_TAM_READER_H */
+#endif /* ES_TAM_READER_H */

@@ -40,41 +40,41 @@
 #include "tam/scan.h"
 #include "tam/xact.h"
 
-#define SAMPLE_PAGE_ROWS	128 /* rows of a virtual page for TABLESAMPLE */
+#define SAMPLE_PAGE_ROWS 128 /* rows of a virtual page for TABLESAMPLE */
 
 /* Shared state of a parallel scan. */
 typedef struct EsParallelScanData
 {
 	ParallelTableScanDescData base;
-	pg_atomic_uint32 next_shard;
-	uint32		ndead[ES_MAX_SHARDS];
-	EsLsn		starts[FLEXIBLE_ARRAY_MEMBER];	/* shard by shard */
+	pg_atomic_uint32		  next_shard;
+	uint32					  ndead[ES_MAX_SHARDS];
+	EsLsn					  starts[FLEXIBLE_ARRAY_MEMBER]; /* shard by shard */
 } EsParallelScanData;
 
 typedef struct EsScanData
 {
 	TableScanDescData base;
-	MemoryContext context;
-	EsReader   *reader;
-	bool		done;			/* the reader has come to its end */
+	MemoryContext	  context;
+	EsReader		 *reader;
+	bool			  done; /* the reader has come to its end */
 
 	/* SCROLL */
-	bool		keep;
+	bool			 keep;
 	Tuplestorestate *store;
-	TupleTableSlot *store_slot; /* minimal: columns + TID as bigint */
-	TupleDesc	store_desc;
-	bool		at_end;			/* the scan stands behind its last row */
-	int64		kept;			/* rows in the store */
-	int64		at;				/* rows before the scan's position */
+	TupleTableSlot	*store_slot; /* minimal: columns + TID as bigint */
+	TupleDesc		 store_desc;
+	bool			 at_end; /* the scan stands behind its last row */
+	int64			 kept;	 /* rows in the store */
+	int64			 at;	 /* rows before the scan's position */
 
 	/* parallel */
 	EsDeadStarts dead;
 
 	/* ANALYZE, TABLESAMPLE */
-	bool		block_done;
-	uint64		sample_base;	/* number of the virtual page's first row */
-	uint64		sample_rows;	/* rows of the table */
-	uint64		sample_next;	/* number of the reader's next row */
+	bool   block_done;
+	uint64 sample_base; /* number of the virtual page's first row */
+	uint64 sample_rows; /* rows of the table */
+	uint64 sample_next; /* number of the reader's next row */
 } EsScanData;
 
 typedef EsScanData *EsScan;
@@ -89,7 +89,7 @@ TableScanDesc
 es_scan_begin(Relation rel, Snapshot snapshot, int nkeys, struct ScanKeyData *key,
 			  ParallelTableScanDesc pscan, uint32 flags)
 {
-	EsScan		scan = palloc0(sizeof(EsScanData));
+	EsScan scan = palloc0(sizeof(EsScanData));
 
 	RelationIncrementReferenceCount(rel);
 	scan->base.rs_rd = rel;
@@ -107,7 +107,7 @@ es_scan_begin(Relation rel, Snapshot snapshot, int nkeys, struct ScanKeyData *ke
 	if (pscan != NULL)
 	{
 		EsParallelScanData *shared = (EsParallelScanData *) pscan;
-		EsLsn	   *p = shared->starts;
+		EsLsn			   *p = shared->starts;
 
 		for (int s = 0; s < es_shared->nshards; s++)
 		{
@@ -141,7 +141,7 @@ close_store(EsScan scan)
 void
 es_scan_end(TableScanDesc sscan)
 {
-	EsScan		scan = (EsScan) sscan;
+	EsScan scan = (EsScan) sscan;
 
 	close_reader(scan);
 	close_store(scan);
@@ -154,10 +154,10 @@ es_scan_end(TableScanDesc sscan)
 }
 
 void
-es_scan_rescan(TableScanDesc sscan, struct ScanKeyData *key, bool set_params,
-			   bool allow_strat, bool allow_sync, bool allow_pagemode)
+es_scan_rescan(TableScanDesc sscan, struct ScanKeyData *key, bool set_params, bool allow_strat,
+			   bool allow_sync, bool allow_pagemode)
 {
-	EsScan		scan = (EsScan) sscan;
+	EsScan scan = (EsScan) sscan;
 
 	if (key != NULL && scan->base.rs_nkeys > 0)
 		memcpy(scan->base.rs_key, key, sizeof(ScanKeyData) * scan->base.rs_nkeys);
@@ -181,7 +181,7 @@ static bool
 open_reader(EsScan scan)
 {
 	MemoryContext old;
-	EsReaderSpec spec;
+	EsReaderSpec  spec;
 
 	if (scan->done)
 		return false;
@@ -190,13 +190,12 @@ open_reader(EsScan scan)
 	if (scan->base.rs_parallel != NULL)
 	{
 		EsParallelScanData *shared = (EsParallelScanData *) scan->base.rs_parallel;
-		uint32		shard = pg_atomic_fetch_add_u32(&shared->next_shard, 1);
+		uint32				shard = pg_atomic_fetch_add_u32(&shared->next_shard, 1);
 
 		if (shard < (uint32) es_shared->nshards)
 		{
 			spec.only_shard = shard;
-			scan->reader = es_reader_begin_with(scan->base.rs_rd, scan->base.rs_snapshot,
-												&spec, &scan->dead);
+			scan->reader = es_reader_begin_with(scan->base.rs_rd, scan->base.rs_snapshot, &spec, &scan->dead);
 		}
 		else
 			scan->done = true;
@@ -232,8 +231,8 @@ static void
 open_store(EsScan scan)
 {
 	MemoryContext old = MemoryContextSwitchTo(scan->context);
-	TupleDesc	desc = RelationGetDescr(scan->base.rs_rd);
-	TupleDesc	copy = CreateTemplateTupleDesc(desc->natts + 1);
+	TupleDesc	  desc = RelationGetDescr(scan->base.rs_rd);
+	TupleDesc	  copy = CreateTemplateTupleDesc(desc->natts + 1);
 
 	for (int i = 1; i <= desc->natts; i++)
 		TupleDescCopyEntry(copy, i, desc, i);
@@ -247,9 +246,9 @@ open_store(EsScan scan)
 static void
 keep_row(EsScan scan, TupleTableSlot *slot)
 {
-	int			natts = scan->store_desc->natts;
-	Datum	   *values = palloc(sizeof(Datum) * natts);
-	bool	   *isnull = palloc(sizeof(bool) * natts);
+	int	   natts = scan->store_desc->natts;
+	Datum *values = palloc(sizeof(Datum) * natts);
+	bool  *isnull = palloc(sizeof(bool) * natts);
 
 	memcpy(values, slot->tts_values, sizeof(Datum) * (natts - 1));
 	memcpy(isnull, slot->tts_isnull, sizeof(bool) * (natts - 1));
@@ -264,7 +263,7 @@ keep_row(EsScan scan, TupleTableSlot *slot)
 static bool
 kept_row(EsScan scan, bool forward, TupleTableSlot *slot)
 {
-	int			natts = scan->store_desc->natts;
+	int natts = scan->store_desc->natts;
 
 	ExecClearTuple(slot);
 	if (!tuplestore_gettupleslot(scan->store, forward, false, scan->store_slot))
@@ -341,14 +340,13 @@ scroll_row(EsScan scan, ScanDirection direction, TupleTableSlot *slot)
 bool
 es_scan_getnextslot(TableScanDesc sscan, ScanDirection direction, TupleTableSlot *slot)
 {
-	EsScan		scan = (EsScan) sscan;
+	EsScan scan = (EsScan) sscan;
 
 	if (scan->keep)
 		return scroll_row(scan, direction, slot);
 	if (!ScanDirectionIsForward(direction))
 		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("cursor can only scan forward"),
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE), errmsg("cursor can only scan forward"),
 				 errhint("Declare it with SCROLL option to enable backward scan.")));
 	return read_row(scan, slot);
 }
@@ -359,13 +357,13 @@ es_scan_getnextslot(TableScanDesc sscan, ScanDirection direction, TupleTableSlot
 static uint32
 collect_dead(Relation rel, uint32 *counts, EsLsn *starts)
 {
-	EsTableKey	key = es_table_info(rel)->key;
-	uint32		total = 0;
+	EsTableKey key = es_table_info(rel)->key;
+	uint32	   total = 0;
 
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
-		EsLsn	   *p;
-		uint32		n = es_xact_dead_starts(&key, s, &p);
+		EsLsn *p;
+		uint32 n = es_xact_dead_starts(&key, s, &p);
 
 		if (counts != NULL)
 		{
@@ -380,7 +378,7 @@ collect_dead(Relation rel, uint32 *counts, EsLsn *starts)
 Size
 es_parallelscan_estimate(Relation rel)
 {
-	EsTableKey	key = es_table_info(rel)->key;
+	EsTableKey key = es_table_info(rel)->key;
 
 	/* workers read what the leader has sent */
 	es_xact_send_table(&key);
@@ -391,7 +389,7 @@ Size
 es_parallelscan_initialize(Relation rel, ParallelTableScanDesc pscan)
 {
 	EsParallelScanData *shared = (EsParallelScanData *) pscan;
-	uint32		n;
+	uint32				n;
 
 	memset(shared->ndead, 0, sizeof(shared->ndead));
 #if PG_VERSION_NUM >= 180000
@@ -417,15 +415,16 @@ es_parallelscan_reinitialize(Relation rel, ParallelTableScanDesc pscan)
 static bool
 fetch_own_row(Relation rel, ItemPointer tid, TupleTableSlot *slot)
 {
-	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "event_store fetch", ALLOCSET_DEFAULT_SIZES);
-	MemoryContext old = MemoryContextSwitchTo(context);
+	MemoryContext context =
+		AllocSetContextCreate(CurrentMemoryContext, "event_store fetch", ALLOCSET_DEFAULT_SIZES);
+	MemoryContext	old = MemoryContextSwitchTo(context);
 	TupleTableSlot *row = MakeSingleTupleTableSlot(RelationGetDescr(rel), &TTSOpsVirtual);
-	EsReaderSpec spec;
-	EsReader   *reader;
-	bool		found = false;
+	EsReaderSpec	spec;
+	EsReader	   *reader;
+	bool			found = false;
 
 	es_reader_spec_init(&spec);
-	spec.order = ES_ORDER_POSITION_DESC;	/* own rows come first */
+	spec.order = ES_ORDER_POSITION_DESC; /* own rows come first */
 	reader = es_reader_begin(rel, NULL, &spec);
 	MemoryContextSwitchTo(old);
 	while (!found && es_reader_next(reader, row) && es_reader_position(reader) == 0)
@@ -445,19 +444,19 @@ fetch_own_row(Relation rel, ItemPointer tid, TupleTableSlot *slot)
 bool
 es_fetch_row(Relation rel, ItemPointer tid, Snapshot snapshot, TupleTableSlot *slot)
 {
-	EsReaderSpec spec;
-	EsReader   *reader;
+	EsReaderSpec	spec;
+	EsReader	   *reader;
 	TupleTableSlot *row;
-	MemoryContext old;
-	MemoryContext context;
-	bool		own;
-	uint64		n = es_tid_decode(tid, &own);
-	bool		found;
+	MemoryContext	old;
+	MemoryContext	context;
+	bool			own;
+	uint64			n = es_tid_decode(tid, &own);
+	bool			found;
 
 	ExecClearTuple(slot);
 	if (own)
 	{
-		EsTableKey	key = es_table_info(rel)->key;
+		EsTableKey	 key = es_table_info(rel)->key;
 		EsXactTable *t = es_xact_table(&key);
 
 		return t != NULL && (es_kept_fetch(t, n, slot) || fetch_own_row(rel, tid, slot));
@@ -497,7 +496,7 @@ es_fetch_row(Relation rel, ItemPointer tid, Snapshot snapshot, TupleTableSlot *s
 static HeapTuple
 copy_with_tid(TupleTableSlot *slot)
 {
-	HeapTuple	tuple = TTSOpsVirtual.copy_heap_tuple(slot);
+	HeapTuple tuple = TTSOpsVirtual.copy_heap_tuple(slot);
 
 	tuple->t_self = slot->tts_tid;
 	tuple->t_tableOid = slot->tts_tableOid;
@@ -519,7 +518,7 @@ keep_tid_in_copies(TupleTableSlot *slot)
 bool
 es_analyze_next_tuple(TableScanDesc sscan, double *liverows, TupleTableSlot *slot)
 {
-	EsScan		scan = (EsScan) sscan;
+	EsScan scan = (EsScan) sscan;
 
 	keep_tid_in_copies(slot);
 	if (!read_row(scan, slot))
@@ -535,7 +534,7 @@ es_analyze_next_tuple(TableScanDesc sscan, double *liverows, TupleTableSlot *slo
 bool
 es_analyze_take_block(TableScanDesc sscan)
 {
-	EsScan		scan = (EsScan) sscan;
+	EsScan scan = (EsScan) sscan;
 
 	if (scan->block_done)
 		return false;
@@ -557,7 +556,7 @@ es_sample_next_block(TableScanDesc sscan, struct SampleScanState *scanstate)
 	{
 		/* counts first: the methods want to know how many pages there are */
 		EsReaderSpec spec;
-		EsReader   *reader;
+		EsReader	*reader;
 
 		scan->block_done = true;
 		es_reader_spec_init(&spec);
@@ -569,7 +568,7 @@ es_sample_next_block(TableScanDesc sscan, struct SampleScanState *scanstate)
 		es_reader_end(reader);
 		scan->sample_next = 0;
 		scan->sample_base = 0;
-		scan->at = -1;			/* virtual page before the first */
+		scan->at = -1; /* virtual page before the first */
 	}
 
 	nblocks = (BlockNumber) ((scan->sample_rows + SAMPLE_PAGE_ROWS - 1) / SAMPLE_PAGE_ROWS);
@@ -595,9 +594,9 @@ es_sample_next_block(TableScanDesc sscan, struct SampleScanState *scanstate)
 bool
 es_sample_next_tuple(TableScanDesc sscan, struct SampleScanState *scanstate, TupleTableSlot *slot)
 {
-	EsScan		scan = (EsScan) sscan;
-	TsmRoutine *tsm = scanstate->tsmroutine;
-	uint64		left = scan->sample_rows - scan->sample_base;
+	EsScan		 scan = (EsScan) sscan;
+	TsmRoutine	*tsm = scanstate->tsmroutine;
+	uint64		 left = scan->sample_rows - scan->sample_base;
 	OffsetNumber max = (OffsetNumber) Min(left, SAMPLE_PAGE_ROWS);
 	OffsetNumber offset;
 

@@ -14,14 +14,12 @@
 
 struct SampleScanState;
 
-extern TableScanDesc es_scan_begin(Relation rel, Snapshot snapshot, int nkeys,
-								   struct ScanKeyData *key, ParallelTableScanDesc pscan,
-								   uint32 flags);
-extern void es_scan_end(TableScanDesc scan);
-extern void es_scan_rescan(TableScanDesc scan, struct ScanKeyData *key, bool set_params,
-						   bool allow_strat, bool allow_sync, bool allow_pagemode);
-extern bool es_scan_getnextslot(TableScanDesc scan, ScanDirection direction,
-								TupleTableSlot *slot);
+extern TableScanDesc es_scan_begin(Relation rel, Snapshot snapshot, int nkeys, struct ScanKeyData *key,
+								   ParallelTableScanDesc pscan, uint32 flags);
+extern void			 es_scan_end(TableScanDesc scan);
+extern void es_scan_rescan(TableScanDesc scan, struct ScanKeyData *key, bool set_params, bool allow_strat,
+						   bool allow_sync, bool allow_pagemode);
+extern bool es_scan_getnextslot(TableScanDesc scan, ScanDirection direction, TupleTableSlot *slot);
 
 extern Size es_parallelscan_estimate(Relation rel);
 extern Size es_parallelscan_initialize(Relation rel, ParallelTableScanDesc pscan);
@@ -34,7 +32,6 @@ extern bool es_analyze_take_block(TableScanDesc scan);
 extern bool es_analyze_next_tuple(TableScanDesc scan, double *liverows, TupleTableSlot *slot);
 
 extern bool es_sample_next_block(TableScanDesc scan, struct SampleScanState *scanstate);
-extern bool es_sample_next_tuple(TableScanDesc scan, struct SampleScanState *scanstate,
-								 TupleTableSlot *slot);
+extern bool es_sample_next_tuple(TableScanDesc scan, struct SampleScanState *scanstate, TupleTableSlot *slot);
 
-#endif							/* ES_TAM_SCAN_H */
+#endif /* ES_TAM_SCAN_H */

@@ -55,9 +55,9 @@ es_floor_clear(void)
 void
 es_close_builder(EsXactTable *t, int shard)
 {
-	EsBatchBuilder *builder = t->builders[shard];
-	EsBatchMeta meta = {.table = t->key};
-	EsXactBatch *b;
+	EsBatchBuilder		*builder = t->builders[shard];
+	EsBatchMeta			 meta = {.table = t->key};
+	EsXactBatch			*b;
 	const EsBatchHeader *header;
 
 	if (builder == NULL || es_batch_nrows(builder) == 0)
@@ -67,9 +67,7 @@ es_close_builder(EsXactTable *t, int shard)
 	b->size = es_batch_size(builder);
 	b->bytes = MemoryContextAllocHuge(es_xact->context, b->size);
 	if (es_batch_finish(builder, b->bytes, b->size) != ES_OK)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory")));
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 	header = (const EsBatchHeader *) b->bytes;
 	b->subid = t->builder_subids[shard];
 	b->shard = shard;
@@ -85,8 +83,9 @@ es_close_builder(EsXactTable *t, int shard)
 static void
 queue_batch(EsXactTable *t, EsXactBatch *b)
 {
-	EsBatchRequest req = {.req = {.type = ES_REQ_BATCH},.fxid = es_xact->fxid,.start = b->start,.end = b->end};
-	EsPart		parts[2] = {{&req, sizeof(req)}, {b->bytes, b->size}};
+	EsBatchRequest req = {
+		.req = {.type = ES_REQ_BATCH}, .fxid = es_xact->fxid, .start = b->start, .end = b->end};
+	EsPart parts[2] = {{&req, sizeof(req)}, {b->bytes, b->size}};
 
 	es_channel_send(b->shard, &req.req, parts, 2, false);
 	b->sent = true;
@@ -101,14 +100,14 @@ queue_batch(EsXactTable *t, EsXactBatch *b)
 void
 es_send_unsent(void)
 {
-	dlist_iter	titer;
+	dlist_iter titer;
 
 	if (es_xact == NULL || es_xact->nunsent == 0)
 		return;
 	dlist_foreach(titer, &es_xact->tables)
 	{
 		EsXactTable *t = dlist_container(EsXactTable, node, titer.cur);
-		dlist_iter	biter;
+		dlist_iter	 biter;
 
 		dlist_foreach(biter, &t->batches)
 		{
@@ -139,18 +138,17 @@ es_send_wait_writable(int shard)
 	if (err != 0)
 	{
 		errno = err;
-		ereport(ERROR,
-				(errcode(err == ENOSPC || err == EDQUOT ? ERRCODE_DISK_FULL : ERRCODE_IO_ERROR),
-				 errmsg("shard %d cannot write its files: %m", shard),
-				 errdetail("It tries again each second; reads go on."),
-				 errhint("Free disk space, or check the device, of the data directory.")));
+		ereport(ERROR, (errcode(err == ENOSPC || err == EDQUOT ? ERRCODE_DISK_FULL : ERRCODE_IO_ERROR),
+						errmsg("shard %d cannot write its files: %m", shard),
+						errdetail("It tries again each second; reads go on."),
+						errhint("Free disk space, or check the device, of the data directory.")));
 	}
 	if (max_slot_wal_keep_size_mb < 0)
 		return;
 	for (;;)
 	{
-		uint64		restart = pg_atomic_read_u64(&es_shared->shards[shard].restart_lsn);
-		uint64		limit = (uint64) max_slot_wal_keep_size_mb * 1024 * 1024 / 2;
+		uint64 restart = pg_atomic_read_u64(&es_shared->shards[shard].restart_lsn);
+		uint64 limit = (uint64) max_slot_wal_keep_size_mb * 1024 * 1024 / 2;
 
 		if (restart == 0 || GetXLogInsertRecPtr() < restart + limit)
 			return;
@@ -158,12 +156,15 @@ es_send_wait_writable(int shard)
 			start = GetCurrentTimestamp();
 		else if (es_guc_enqueue_timeout > 0 &&
 				 TimestampDifferenceExceeds(start, GetCurrentTimestamp(), es_guc_enqueue_timeout))
-			ereport(ERROR,
-					(errcode(ERRCODE_INSUFFICIENT_RESOURCES),
-					 errmsg("shard %d is too far behind to take more events", shard),
-					 errdetail("It needs PostgreSQL's WAL from %X/%X on, and half of max_slot_wal_keep_size is used up.",
-							   LSN_FORMAT_ARGS(restart)),
-					 errhint("See event_store.stat_shards for what holds the shard up, or raise max_slot_wal_keep_size.")));
+			ereport(
+				ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_RESOURCES),
+				 errmsg("shard %d is too far behind to take more events", shard),
+				 errdetail(
+					 "It needs PostgreSQL's WAL from %X/%X on, and half of max_slot_wal_keep_size is used up.",
+					 LSN_FORMAT_ARGS(restart)),
+				 errhint(
+					 "See event_store.stat_shards for what holds the shard up, or raise max_slot_wal_keep_size.")));
 		pg_atomic_fetch_add_u32(&es_shared->shards[shard].sync_request, 1);
 		es_wake_shard(shard);
 		CHECK_FOR_INTERRUPTS();
@@ -174,7 +175,7 @@ es_send_wait_writable(int shard)
 static void
 send_batch(EsXactTable *t, EsXactBatch *b)
 {
-	EsPart		part = {b->bytes, b->size};
+	EsPart part = {b->bytes, b->size};
 
 	Assert(!b->logged && !b->dead);
 	es_channel_connect(b->shard);
@@ -228,7 +229,7 @@ es_xact_send_table(const EsTableKey *key)
 void
 es_xact_send_all(void)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	if (es_xact == NULL)
 		return;

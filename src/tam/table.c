@@ -44,16 +44,15 @@
 #include "ipc/shmem.h"
 #include "tam/tam.h"
 
-#define ROWS_PER_BLOCK	65535
-#define OWN_BLOCK		UINT32_C(0x80000000)
+#define ROWS_PER_BLOCK 65535
+#define OWN_BLOCK	   UINT32_C(0x80000000)
 
 void
 es_tid_encode(ItemPointer tid, uint64 n, bool own)
 {
 	BlockNumber block = (BlockNumber) (n / ROWS_PER_BLOCK);
 
-	ItemPointerSet(tid, own ? (block | OWN_BLOCK) : block,
-				   (OffsetNumber) (n % ROWS_PER_BLOCK + 1));
+	ItemPointerSet(tid, own ? (block | OWN_BLOCK) : block, (OffsetNumber) (n % ROWS_PER_BLOCK + 1));
 }
 
 uint64
@@ -87,7 +86,7 @@ es_column_desc(Form_pg_attribute att)
 			break;
 	}
 	d.flags = (att->attbyval ? ES_COLUMN_BYVAL : 0) | (att->attisdropped ? ES_COLUMN_DROPPED : 0) |
-		(att->attlen == -1 && att->attstorage == TYPSTORAGE_PLAIN ? ES_COLUMN_PLAIN : 0);
+			  (att->attlen == -1 && att->attstorage == TYPSTORAGE_PLAIN ? ES_COLUMN_PLAIN : 0);
 	return d;
 }
 
@@ -125,22 +124,26 @@ context_class(Oid type)
 static void
 check_context_column(Form_pg_attribute att, EsRoles *roles)
 {
-	Oid			type = getBaseType(att->atttypid);
+	Oid type = getBaseType(att->atttypid);
 
 	roles->context_class = context_class(type);
 	if (roles->context_class == 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("column \"context_id\" of an event_store table cannot have type %s",
-						format_type_be(att->atttypid)),
-				 errdetail("A context is the bytes of its value: text, varchar, name, bytea, uuid, integers, date, timestamptz, bool and enums are possible."),
-				 errhint("Cast it, for example to text.")));
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+			 errmsg("column \"context_id\" of an event_store table cannot have type %s",
+					format_type_be(att->atttypid)),
+			 errdetail(
+				 "A context is the bytes of its value: text, varchar, name, bytea, uuid, integers, date, timestamptz, bool and enums are possible."),
+			 errhint("Cast it, for example to text.")));
 	if (OidIsValid(att->attcollation) && !get_collation_isdeterministic(att->attcollation))
-		ereport(ERROR,
-				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("column \"context_id\" of an event_store table cannot have the nondeterministic collation \"%s\"",
-						get_collation_name(att->attcollation)),
-				 errhint("Use COLLATE \"C\".")));
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+			 errmsg(
+				 "column \"context_id\" of an event_store table cannot have the nondeterministic collation \"%s\"",
+				 get_collation_name(att->attcollation)),
+			 errhint("Use COLLATE \"C\".")));
 }
 
 /* The roles that the columns' names and types give. */
@@ -151,7 +154,7 @@ es_roles_from_desc(TupleDesc desc, EsRoles *roles)
 	for (int i = 0; i < desc->natts; i++)
 	{
 		Form_pg_attribute att = TupleDescAttr(desc, i);
-		const char *name = NameStr(att->attname);
+		const char		 *name = NameStr(att->attname);
 
 		if (att->attisdropped)
 			continue;
@@ -166,22 +169,23 @@ es_roles_from_desc(TupleDesc desc, EsRoles *roles)
 			roles->version = i + 1;
 		else if (strcmp(name, "event_id") == 0 && att->atttypid == UUIDOID)
 			roles->event_id = i + 1;
-		else if (strcmp(name, "event_type") == 0 &&
-				 (att->atttypid == TEXTOID || type_is_enum(att->atttypid)))
+		else if (strcmp(name, "event_type") == 0 && (att->atttypid == TEXTOID || type_is_enum(att->atttypid)))
 			roles->event_type = i + 1;
 	}
 	if (roles->context == 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_TABLE_DEFINITION),
-				 errmsg("an event_store table needs a column \"context_id\""),
-				 errhint("It names the stream, aggregate or case that an event belongs to: for example context_id text.")));
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_INVALID_TABLE_DEFINITION),
+			 errmsg("an event_store table needs a column \"context_id\""),
+			 errhint(
+				 "It names the stream, aggregate or case that an event belongs to: for example context_id text.")));
 }
 
 /* position and version are filled at commit, so they are NULL when constraints are checked. */
 void
 es_check_not_null(TupleDesc desc, const EsRoles *roles)
 {
-	int			atts[2] = {roles->position, roles->version};
+	int atts[2] = {roles->position, roles->version};
 
 	for (int i = 0; i < 2; i++)
 	{
@@ -191,27 +195,26 @@ es_check_not_null(TupleDesc desc, const EsRoles *roles)
 			continue;
 		att = TupleDescAttr(desc, atts[i] - 1);
 		if (att->attnotnull && !att->attisdropped)
-			ereport(ERROR,
-					(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-					 errmsg("column \"%s\" of an event_store table cannot be NOT NULL",
-							NameStr(att->attname)),
-					 errdetail("The store fills it at commit, after constraints were checked."),
-					 errhint("Leave NOT NULL out: committed events always have it.")));
+			ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+							errmsg("column \"%s\" of an event_store table cannot be NOT NULL",
+								   NameStr(att->attname)),
+							errdetail("The store fills it at commit, after constraints were checked."),
+							errhint("Leave NOT NULL out: committed events always have it.")));
 	}
 }
 
 /* ---- metapage ---- */
 
-bool		es_storages_changed = false;
+bool es_storages_changed = false;
 
 void
 es_metapage_create(Relation rel, void *newrlocator, char persistence)
 {
 	RelFileLocator *locator = newrlocator;
-	SMgrRelation srel;
-	PGAlignedBlock block;
-	Page		page = (Page) block.data;
-	EsMetapage	meta;
+	SMgrRelation	srel;
+	PGAlignedBlock	block;
+	Page			page = (Page) block.data;
+	EsMetapage		meta;
 
 	memset(&meta, 0, sizeof(meta));
 	es_roles_from_desc(RelationGetDescr(rel), &meta.roles);
@@ -242,10 +245,10 @@ es_metapage_create(Relation rel, void *newrlocator, char persistence)
 void
 es_metapage_renew(Relation rel)
 {
-	EsMetapage	meta;
+	EsMetapage		  meta;
 	GenericXLogState *state;
-	Buffer		buffer;
-	Page		page;
+	Buffer			  buffer;
+	Page			  page;
 
 	memset(&meta, 0, sizeof(meta));
 	es_roles_from_desc(RelationGetDescr(rel), &meta.roles);
@@ -271,15 +274,14 @@ es_metapage_renew(Relation rel)
 static void
 read_metapage(Relation rel, EsMetapage *meta)
 {
-	Buffer		buffer;
-	EsError		err;
-	EsStatus	status;
+	Buffer	 buffer;
+	EsError	 err;
+	EsStatus status;
 
 	if (RelationGetNumberOfBlocks(rel) == 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("table \"%s\" has no metapage", RelationGetRelationName(rel)),
-				 errdetail("Its file is empty.")));
+		ereport(ERROR, (errcode(ERRCODE_DATA_CORRUPTED),
+						errmsg("table \"%s\" has no metapage", RelationGetRelationName(rel)),
+						errdetail("Its file is empty.")));
 	buffer = ReadBuffer(rel, 0);
 	LockBuffer(buffer, BUFFER_LOCK_SHARE);
 	status = es_metapage_decode(PageGetContents(BufferGetPage(buffer)),
@@ -288,15 +290,13 @@ read_metapage(Relation rel, EsMetapage *meta)
 	if (status != ES_OK)
 		ereport(ERROR,
 				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("metapage of table \"%s\" is damaged: %s",
-						RelationGetRelationName(rel), err.what),
+				 errmsg("metapage of table \"%s\" is damaged: %s", RelationGetRelationName(rel), err.what),
 				 errdetail("Expected checksum %08x, found %08x.", err.expected_crc, err.found_crc)));
 	es_wait_store_ready();
 	if (memcmp(meta->store_uuid, es_shared->store_uuid, ES_UUID_LEN) != 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("table \"%s\" belongs to another event store", RelationGetRelationName(rel)),
-				 errdetail("Its metapage names a store that is not this cluster's.")));
+		ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+						errmsg("table \"%s\" belongs to another event store", RelationGetRelationName(rel)),
+						errdetail("Its metapage names a store that is not this cluster's.")));
 }
 
 /* A default that may give another value for the same event: not part of its content. */
@@ -304,7 +304,7 @@ static bool
 has_mutable_default(TupleDesc desc, int attno)
 {
 	Form_pg_attribute att = TupleDescAttr(desc, attno - 1);
-	TupleConstr *constr = desc->constr;
+	TupleConstr		 *constr = desc->constr;
 
 	if (att->attidentity != '\0')
 		return true;
@@ -322,20 +322,20 @@ static bool
 is_role(const EsRoles *roles, int attno)
 {
 	return attno == roles->context || attno == roles->position || attno == roles->version ||
-		attno == roles->event_id;
+		   attno == roles->event_id;
 }
 
 const EsTableInfo *
 es_table_info(Relation rel)
 {
-	TupleDesc	desc = RelationGetDescr(rel);
+	TupleDesc	 desc = RelationGetDescr(rel);
 	EsTableInfo *info = rel->rd_amcache;
-	EsMetapage	meta;
-	bool	   *hashed;
-	bool		has_hash;
-	int			natts = desc->natts;
-	int			ncols;
-	Size		size;
+	EsMetapage	 meta;
+	bool		*hashed;
+	bool		 has_hash;
+	int			 natts = desc->natts;
+	int			 ncols;
+	Size		 size;
 
 	if (info != NULL && info->natts == natts)
 		return info;
@@ -343,13 +343,17 @@ es_table_info(Relation rel)
 	read_metapage(rel, &meta);
 
 	/* a dropped column has no role any more */
-	if (meta.roles.position > natts || (meta.roles.position && TupleDescAttr(desc, meta.roles.position - 1)->attisdropped))
+	if (meta.roles.position > natts ||
+		(meta.roles.position && TupleDescAttr(desc, meta.roles.position - 1)->attisdropped))
 		meta.roles.position = 0;
-	if (meta.roles.version > natts || (meta.roles.version && TupleDescAttr(desc, meta.roles.version - 1)->attisdropped))
+	if (meta.roles.version > natts ||
+		(meta.roles.version && TupleDescAttr(desc, meta.roles.version - 1)->attisdropped))
 		meta.roles.version = 0;
-	if (meta.roles.event_id > natts || (meta.roles.event_id && TupleDescAttr(desc, meta.roles.event_id - 1)->attisdropped))
+	if (meta.roles.event_id > natts ||
+		(meta.roles.event_id && TupleDescAttr(desc, meta.roles.event_id - 1)->attisdropped))
 		meta.roles.event_id = 0;
-	if (meta.roles.event_type > natts || (meta.roles.event_type && TupleDescAttr(desc, meta.roles.event_type - 1)->attisdropped))
+	if (meta.roles.event_type > natts ||
+		(meta.roles.event_type && TupleDescAttr(desc, meta.roles.event_type - 1)->attisdropped))
 		meta.roles.event_type = 0;
 
 	has_hash = meta.roles.event_id != 0;
@@ -370,8 +374,8 @@ es_table_info(Relation rel)
 
 		info->columns[i] = es_column_desc(att);
 		if (has_hash)
-			hashed[i] = !att->attisdropped && !is_role(&meta.roles, i + 1) &&
-				!has_mutable_default(desc, i + 1);
+			hashed[i] =
+				!att->attisdropped && !is_role(&meta.roles, i + 1) && !has_mutable_default(desc, i + 1);
 	}
 	if (has_hash)
 	{
@@ -405,15 +409,14 @@ es_am_oid(void)
 bool
 es_relid_is_event_table(Oid relid)
 {
-	HeapTuple	tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
-	bool		result = false;
+	HeapTuple tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
+	bool	  result = false;
 
 	if (HeapTupleIsValid(tuple))
 	{
 		Form_pg_class form = (Form_pg_class) GETSTRUCT(tuple);
 
-		result = form->relkind == RELKIND_RELATION && OidIsValid(form->relam) &&
-			form->relam == es_am_oid();
+		result = form->relkind == RELKIND_RELATION && OidIsValid(form->relam) && form->relam == es_am_oid();
 		ReleaseSysCache(tuple);
 	}
 	return result;
@@ -422,12 +425,11 @@ es_relid_is_event_table(Oid relid)
 Relation
 es_table_open(Oid relid, LOCKMODE lockmode)
 {
-	Relation	rel = table_open(relid, lockmode);
+	Relation rel = table_open(relid, lockmode);
 
 	if (!es_is_event_table(rel))
-		ereport(ERROR,
-				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
-				 errmsg("\"%s\" is not an event_store table", RelationGetRelationName(rel)),
-				 errhint("CREATE TABLE … USING event_store makes one.")));
+		ereport(ERROR, (errcode(ERRCODE_WRONG_OBJECT_TYPE),
+						errmsg("\"%s\" is not an event_store table", RelationGetRelationName(rel)),
+						errhint("CREATE TABLE … USING event_store makes one.")));
 	return rel;
 }

@@ -24,13 +24,13 @@
  */
 typedef struct EsTableInfo
 {
-	EsTableKey	key;
-	EsRoles		roles;
-	bool		has_content_hash;	/* there is an event_id: hidden column behind the last */
-	bool		keep_rows;		/* AFTER ROW triggers refetch rows: the backend keeps its own */
-	int			natts;
-	int			ncols;			/* natts, + 1 with the hidden column */
-	EsColumnDesc columns[FLEXIBLE_ARRAY_MEMBER];	/* ncols; then natts booleans: hashed */
+	EsTableKey	 key;
+	EsRoles		 roles;
+	bool		 has_content_hash; /* there is an event_id: hidden column behind the last */
+	bool		 keep_rows;		   /* AFTER ROW triggers refetch rows: the backend keeps its own */
+	int			 natts;
+	int			 ncols;							 /* natts, + 1 with the hidden column */
+	EsColumnDesc columns[FLEXIBLE_ARRAY_MEMBER]; /* ncols; then natts booleans: hashed */
 } EsTableInfo;
 
 /* Is the column part of the content hash?  (Not: roles, dropped, non-immutable defaults.) */
@@ -46,7 +46,7 @@ extern bool es_is_event_table(Relation rel);
 extern bool es_relid_is_event_table(Oid relid);
 
 /* OID of the access method; InvalidOid if the extension is not in this database. */
-extern Oid	es_am_oid(void);
+extern Oid es_am_oid(void);
 
 /* Opens a table by OID and makes sure that it is an event_store table (42809 otherwise). */
 extern Relation es_table_open(Oid relid, LOCKMODE lockmode);
@@ -68,13 +68,13 @@ extern void es_metapage_renew(Relation rel);
 
 /* Positions to TIDs and back: block = n / 65535, offset = n % 65535 + 1; the block's
  * top bit marks a row of the own transaction, n is its ordinal then. */
-extern void es_tid_encode(ItemPointer tid, uint64 n, bool own);
+extern void	  es_tid_encode(ItemPointer tid, uint64 n, bool own);
 extern uint64 es_tid_decode(const ItemPointerData *tid, bool *own);
 
 /* Physical description of an attribute. */
 extern EsColumnDesc es_column_desc(Form_pg_attribute att);
 
-extern void es_tam_init(void);
+extern void					 es_tam_init(void);
 extern const TableAmRoutine *es_tam_routine(void);
 
-#endif							/* ES_TAM_TAM_H */
+#endif /* ES_TAM_TAM_H */

@@ -33,12 +33,12 @@
 EsFxid
 es_oldest_undecided(void)
 {
-	EsFxid		oldest = U64FromFullTransactionId(ReadNextFullTransactionId());
+	EsFxid oldest = U64FromFullTransactionId(ReadNextFullTransactionId());
 
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
-		EsRequest	req = {.type = ES_REQ_UNDECIDED};
-		EsPart		part = {&req, sizeof(req)};
+		EsRequest		   req = {.type = ES_REQ_UNDECIDED};
+		EsPart			   part = {&req, sizeof(req)};
 		EsUndecidedAnswer *answer;
 
 		answer = (EsUndecidedAnswer *) es_channel_call(s, &req, &part, 1);
@@ -53,9 +53,9 @@ es_vacuum(Relation rel)
 {
 	TransactionId frozen;
 	TransactionId oldest_xmin;
-	MultiXactId minmulti = GetOldestMultiXactId();
+	MultiXactId	  minmulti = GetOldestMultiXactId();
 	EsTableTotals totals;
-	EsFxid		undecided;
+	EsFxid		  undecided;
 
 	es_wait_store_ready();
 	oldest_xmin = GetOldestNonRemovableTransactionId(rel);
@@ -65,7 +65,6 @@ es_vacuum(Relation rel)
 		frozen = oldest_xmin;
 
 	es_table_totals(rel, &totals);
-	es_vac_update_relstats(rel, RelationGetNumberOfBlocks(rel), (double) totals.rows,
-						   frozen, minmulti);
+	es_vac_update_relstats(rel, RelationGetNumberOfBlocks(rel), (double) totals.rows, frozen, minmulti);
 	es_pgstat_report_vacuum(rel, (int64) totals.rows);
 }

@@ -19,4 +19,4 @@ extern void es_vacuum(Relation rel);
 /* Oldest full xid without durable verdict over all shards. */
 extern EsFxid es_oldest_undecided(void);
 
-#endif							/* ES_TAM_VACUUM_H */
+#endif /* ES_TAM_VACUUM_H */

@@ -37,22 +37,22 @@
 #include "tam/tam.h"
 #include "tam/xact.h"
 
-#define BUILDER_CACHE_SIZE	16
+#define BUILDER_CACHE_SIZE 16
 
-EsXact	   *es_xact = NULL;
-EsPromise	es_promise;
-uint64		es_last_content_hash[2];
+EsXact	 *es_xact = NULL;
+EsPromise es_promise;
+uint64	  es_last_content_hash[2];
 
 /* Builders that no transaction uses, for the next one that has the same columns. */
 typedef struct CachedBuilder
 {
 	EsBatchBuilder *builder;
-	int			ncols;
-	EsColumnDesc *columns;		/* malloc'd copy */
+	int				ncols;
+	EsColumnDesc   *columns; /* malloc'd copy */
 } CachedBuilder;
 
 static CachedBuilder builder_cache[BUILDER_CACHE_SIZE];
-static int	builder_cache_next;
+static int			 builder_cache_next;
 
 /* Detoasted values of the row being inserted. */
 static MemoryContext row_context;
@@ -77,9 +77,7 @@ take_builder(const EsColumnDesc *columns, int ncols)
 
 	b = es_batch_create(columns, ncols, NULL);
 	if (b == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory")));
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 	return b;
 }
 
@@ -87,11 +85,10 @@ static void
 give_builder(EsBatchBuilder *b, const EsColumnDesc *columns, int ncols)
 {
 	CachedBuilder *c = &builder_cache[builder_cache_next];
-	EsColumnDesc *copy;
+	EsColumnDesc  *copy;
 
 	/* a builder that grew with a bulk load is not worth keeping */
-	copy = es_batch_size(b) > 2 * ES_BATCH_TARGET ? NULL :
-		malloc(sizeof(EsColumnDesc) * Max(ncols, 1));
+	copy = es_batch_size(b) > 2 * ES_BATCH_TARGET ? NULL : malloc(sizeof(EsColumnDesc) * Max(ncols, 1));
 	if (copy == NULL)
 	{
 		es_batch_free(b);
@@ -113,10 +110,9 @@ xact_get(void)
 {
 	if (es_xact == NULL)
 	{
-		MemoryContext context = AllocSetContextCreate(TopTransactionContext,
-													  "event_store transaction",
-													  ALLOCSET_SMALL_SIZES);
-		EsXact	   *x = MemoryContextAllocZero(context, sizeof(EsXact));
+		MemoryContext context =
+			AllocSetContextCreate(TopTransactionContext, "event_store transaction", ALLOCSET_SMALL_SIZES);
+		EsXact *x = MemoryContextAllocZero(context, sizeof(EsXact));
 
 		x->context = context;
 		dlist_init(&x->tables);
@@ -128,7 +124,7 @@ xact_get(void)
 EsXactTable *
 es_xact_table(const EsTableKey *key)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	if (es_xact == NULL)
 		return NULL;
@@ -164,8 +160,8 @@ EsXactTable *
 es_xact_table_get(Relation rel)
 {
 	const EsTableInfo *info = es_table_info(rel);
-	EsXact	   *x = xact_get();
-	EsXactTable *t = es_xact_table(&info->key);
+	EsXact			  *x = xact_get();
+	EsXactTable		  *t = es_xact_table(&info->key);
 
 	if (t == NULL)
 	{
@@ -175,10 +171,8 @@ es_xact_table_get(Relation rel)
 		t->roles = info->roles;
 		t->created = GetCurrentSubTransactionId();
 		t->locking = info->roles.version != 0 || info->roles.event_id != 0;
-		t->builders = MemoryContextAllocZero(x->context,
-											 sizeof(EsBatchBuilder *) * es_shared->nshards);
-		t->builder_subids = MemoryContextAllocZero(x->context,
-												   sizeof(SubTransactionId) * es_shared->nshards);
+		t->builders = MemoryContextAllocZero(x->context, sizeof(EsBatchBuilder *) * es_shared->nshards);
+		t->builder_subids = MemoryContextAllocZero(x->context, sizeof(SubTransactionId) * es_shared->nshards);
 		t->ndead = MemoryContextAllocZero(x->context, sizeof(uint32) * es_shared->nshards);
 		dlist_init(&t->pending);
 		dlist_init(&t->batches);
@@ -218,7 +212,7 @@ es_xact_context(EsXactTable *t, uint64 hash)
 uint32
 es_own_rows(const EsOwnContext *c)
 {
-	uint32		rows = 0;
+	uint32 rows = 0;
 
 	for (uint32 i = 0; i < c->ncounts; i++)
 		rows += c->counts[i].rows;
@@ -231,7 +225,7 @@ count_own_row(EsXactTable *t, uint64 hash, SubTransactionId subid)
 	EsOwnContext *c = es_xact_context(t, hash);
 
 	if (c == NULL)
-		return;					/* beyond the limit nobody asks */
+		return; /* beyond the limit nobody asks */
 	if (c->ncounts > 0 && c->counts[c->ncounts - 1].subid == subid)
 	{
 		c->counts[c->ncounts - 1].rows++;
@@ -240,9 +234,9 @@ count_own_row(EsXactTable *t, uint64 hash, SubTransactionId subid)
 	if (c->ncounts == c->allocated)
 	{
 		c->allocated = Max(4, c->allocated * 2);
-		c->counts = c->counts == NULL ?
-			MemoryContextAlloc(es_xact->context, c->allocated * sizeof(EsOwnCount)) :
-			repalloc(c->counts, c->allocated * sizeof(EsOwnCount));
+		c->counts = c->counts == NULL
+						? MemoryContextAlloc(es_xact->context, c->allocated * sizeof(EsOwnCount))
+						: repalloc(c->counts, c->allocated * sizeof(EsOwnCount));
 	}
 	c->counts[c->ncounts].subid = subid;
 	c->counts[c->ncounts].rows = 1;
@@ -254,8 +248,8 @@ count_own_row(EsXactTable *t, uint64 hash, SubTransactionId subid)
  * hash_bytes_extended with different seeds, chained from column to column.
  */
 static void
-content_hash(const EsTableInfo *info, const EsColumnDesc *columns,
-			 const void *const *values, uint64 result[2])
+content_hash(const EsTableInfo *info, const EsColumnDesc *columns, const void *const *values,
+			 uint64 result[2])
 {
 	const bool *hashed = es_table_hashed(info);
 
@@ -296,7 +290,7 @@ row_values(TupleTableSlot *slot, const EsColumnDesc *columns, int natts, const v
 		else if (columns[i].len == -1)
 			values[i] = PG_DETOAST_DATUM_PACKED(slot->tts_values[i]);
 		else if (columns[i].flags & ES_COLUMN_BYVAL)
-			values[i] = &slot->tts_values[i];	/* little-endian: the low bytes come first */
+			values[i] = &slot->tts_values[i]; /* little-endian: the low bytes come first */
 		else
 			values[i] = DatumGetPointer(slot->tts_values[i]);
 	}
@@ -306,7 +300,7 @@ void
 es_content_hash(Relation rel, TupleTableSlot *slot, uint64 result[2])
 {
 	const EsTableInfo *info = es_table_info(rel);
-	const void **values = palloc(sizeof(void *) * Max(info->natts, 1));
+	const void		 **values = palloc(sizeof(void *) * Max(info->natts, 1));
 
 	row_values(slot, info->columns, info->natts, values);
 	content_hash(info, info->columns, values, result);
@@ -317,14 +311,11 @@ static void
 batch_failed(EsStatus status, Relation rel)
 {
 	if (status == ES_ERR_TOO_LARGE)
-		ereport(ERROR,
-				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
-				 errmsg("row is too large for table \"%s\"", RelationGetRelationName(rel)),
-				 errdetail("A row of an event_store table can have up to %u bytes.",
-						   (unsigned) ES_BATCH_MAX_BYTES / 2)));
-	ereport(ERROR,
-			(errcode(ERRCODE_OUT_OF_MEMORY),
-			 errmsg("out of memory")));
+		ereport(ERROR, (errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+						errmsg("row is too large for table \"%s\"", RelationGetRelationName(rel)),
+						errdetail("A row of an event_store table can have up to %u bytes.",
+								  (unsigned) ES_BATCH_MAX_BYTES / 2)));
+	ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 }
 
 /*
@@ -341,11 +332,10 @@ note_position(EsXactTable *t, bool is_null, int64 position)
 		return;
 	}
 	if (position < 1)
-		ereport(ERROR,
-				(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
-				 errmsg("position " INT64_FORMAT " is out of range", position),
-				 errdetail("Positions begin with 1."),
-				 errhint("Leave \"position\" out: the store fills it at commit.")));
+		ereport(ERROR, (errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
+						errmsg("position " INT64_FORMAT " is out of range", position),
+						errdetail("Positions begin with 1."),
+						errhint("Leave \"position\" out: the store fills it at commit.")));
 	if (!t->given)
 	{
 		t->given_lowest = t->given_highest = position;
@@ -361,38 +351,39 @@ note_position(EsXactTable *t, bool is_null, int64 position)
 uint64
 es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked)
 {
-	TupleDesc	desc = RelationGetDescr(rel);
-	SubTransactionId subid = GetCurrentSubTransactionId();
-	const void *values[ES_MAX_COLUMNS + 1];
-	uint64		hash_value[2];
+	TupleDesc		   desc = RelationGetDescr(rel);
+	SubTransactionId   subid = GetCurrentSubTransactionId();
+	const void		  *values[ES_MAX_COLUMNS + 1];
+	uint64			   hash_value[2];
 	const EsTableInfo *info;
-	EsXactTable *t;
-	EsXact	   *x;
-	EsBatchBuilder *b;
-	MemoryContext old;
-	const void *bytes;
-	size_t		len;
-	int64		scratch;
-	uint64		hash;
-	uint64		ordinal;
-	uint16		flags = 0;
-	int			shard;
-	EsStatus	status;
+	EsXactTable		  *t;
+	EsXact			  *x;
+	EsBatchBuilder	  *b;
+	MemoryContext	   old;
+	const void		  *bytes;
+	size_t			   len;
+	int64			   scratch;
+	uint64			   hash;
+	uint64			   ordinal;
+	uint16			   flags = 0;
+	int				   shard;
+	EsStatus		   status;
 
 	if (IsParallelWorker())
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_TRANSACTION_STATE),
-				 errmsg("cannot insert tuples in a parallel worker")));
+		ereport(ERROR, (errcode(ERRCODE_INVALID_TRANSACTION_STATE),
+						errmsg("cannot insert tuples in a parallel worker")));
 
 	es_wait_store_ready();
 	t = es_xact_table_get(rel);
 	x = es_xact;
 	if (x->finished)
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_TRANSACTION_STATE),
-				 errmsg("cannot insert into table \"%s\" while the transaction commits",
-						RelationGetRelationName(rel)),
-				 errdetail("A commit callback of another library inserted events after event_store had finished the transaction.")));
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_INVALID_TRANSACTION_STATE),
+			 errmsg("cannot insert into table \"%s\" while the transaction commits",
+					RelationGetRelationName(rel)),
+			 errdetail(
+				 "A commit callback of another library inserted events after event_store had finished the transaction.")));
 
 	CheckForSerializableConflictIn(rel, NULL, InvalidBlockNumber);
 
@@ -400,13 +391,11 @@ es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked)
 	row_values(slot, t->columns, t->natts, values);
 
 	if (values[t->roles.context - 1] == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_NOT_NULL_VIOLATION),
-				 errmsg("null value in column \"%s\" of relation \"%s\" violates not-null constraint",
-						NameStr(TupleDescAttr(desc, t->roles.context - 1)->attname),
-						RelationGetRelationName(rel)),
-				 errdetail("The context routes an event to its shard."),
-				 errtable(rel)));
+		ereport(ERROR, (errcode(ERRCODE_NOT_NULL_VIOLATION),
+						errmsg("null value in column \"%s\" of relation \"%s\" violates not-null constraint",
+							   NameStr(TupleDescAttr(desc, t->roles.context - 1)->attname),
+							   RelationGetRelationName(rel)),
+						errdetail("The context routes an event to its shard."), errtable(rel)));
 	es_context_bytes(t->roles.context_class, t->columns[t->roles.context - 1].len,
 					 values[t->roles.context - 1], &scratch, &bytes, &len);
 	hash = es_context_hash(t->roles.context_class, bytes, len);
@@ -414,7 +403,7 @@ es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked)
 
 	if (t->roles.position != 0)
 	{
-		int			att = t->roles.position - 1;
+		int att = t->roles.position - 1;
 
 		note_position(t, slot->tts_isnull[att], DatumGetInt64(slot->tts_values[att]));
 		if (!slot->tts_isnull[att])
@@ -425,12 +414,10 @@ es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked)
 	if (t->roles.version != 0 && values[t->roles.version - 1] != NULL)
 	{
 		if (DatumGetInt64(slot->tts_values[t->roles.version - 1]) < 1)
-			ereport(ERROR,
-					(errcode(ERRCODE_UNIQUE_VIOLATION),
-					 errmsg("version " INT64_FORMAT " cannot be the next version of a context",
-							DatumGetInt64(slot->tts_values[t->roles.version - 1])),
-					 errdetail("Versions begin with 1."),
-					 errtable(rel)));
+			ereport(ERROR, (errcode(ERRCODE_UNIQUE_VIOLATION),
+							errmsg("version " INT64_FORMAT " cannot be the next version of a context",
+								   DatumGetInt64(slot->tts_values[t->roles.version - 1])),
+							errdetail("Versions begin with 1."), errtable(rel)));
 		flags |= ES_BATCH_GIVEN_VERSIONS;
 	}
 
@@ -455,14 +442,12 @@ es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked)
 		es_close_builder(t, shard); /* does nothing if it is empty */
 	if (t->builder_subids[shard] != subid)
 	{
-		EsBatchMeta meta = {
-			.table = t->key,
-			.roles = t->roles,
-			.relid = RelationGetRelid(rel),
-			.subid = subid,
-			.flags = t->ncols > t->natts ? ES_BATCH_HAS_CONTENT_HASH : 0,
-			.with_positions = false
-		};
+		EsBatchMeta meta = {.table = t->key,
+							.roles = t->roles,
+							.relid = RelationGetRelid(rel),
+							.subid = subid,
+							.flags = t->ncols > t->natts ? ES_BATCH_HAS_CONTENT_HASH : 0,
+							.with_positions = false};
 
 		es_batch_reset(b, &meta);
 		t->builder_subids[shard] = subid;
@@ -520,8 +505,8 @@ uint32
 es_xact_dead_starts(const EsTableKey *key, int shard, EsLsn **starts)
 {
 	EsXactTable *t = es_xact_table(key);
-	uint32		n = 0;
-	dlist_iter	iter;
+	uint32		 n = 0;
+	dlist_iter	 iter;
 
 	*starts = NULL;
 	if (t == NULL || t->ndead[shard] == 0)
@@ -550,21 +535,20 @@ drop_batch(EsXactBatch *b)
 static void
 subxact_abort(SubTransactionId subid)
 {
-	dlist_iter	titer;
+	dlist_iter titer;
 
 	if (es_xact == NULL)
 		return;
 	dlist_foreach(titer, &es_xact->tables)
 	{
-		EsXactTable *t = dlist_container(EsXactTable, node, titer.cur);
+		EsXactTable		  *t = dlist_container(EsXactTable, node, titer.cur);
 		dlist_mutable_iter biter;
 
 		for (int s = 0; s < es_shared->nshards; s++)
 		{
 			EsBatchMeta meta = {.table = t->key};
 
-			if (t->builders[s] != NULL && es_batch_nrows(t->builders[s]) > 0 &&
-				t->builder_subids[s] >= subid)
+			if (t->builders[s] != NULL && es_batch_nrows(t->builders[s]) > 0 && t->builder_subids[s] >= subid)
 			{
 				es_batch_reset(t->builders[s], &meta);
 				t->builder_subids[s] = InvalidSubTransactionId;
@@ -616,7 +600,7 @@ subxact_abort(SubTransactionId subid)
 static void
 xact_forget(void)
 {
-	dlist_iter	iter;
+	dlist_iter iter;
 
 	if (es_xact == NULL)
 		return;
@@ -685,8 +669,7 @@ xact_callback(XactEvent event, void *arg)
 }
 
 static void
-subxact_callback(SubXactEvent event, SubTransactionId subid,
-				 SubTransactionId parent, void *arg)
+subxact_callback(SubXactEvent event, SubTransactionId subid, SubTransactionId parent, void *arg)
 {
 	if (event == SUBXACT_EVENT_ABORT_SUB)
 		subxact_abort(subid);
@@ -695,8 +678,7 @@ subxact_callback(SubXactEvent event, SubTransactionId subid,
 void
 es_xact_init(void)
 {
-	row_context = AllocSetContextCreate(TopMemoryContext, "event_store row",
-										ALLOCSET_DEFAULT_SIZES);
+	row_context = AllocSetContextCreate(TopMemoryContext, "event_store row", ALLOCSET_DEFAULT_SIZES);
 	RegisterXactCallback(xact_callback, NULL);
 	RegisterSubXactCallback(subxact_callback, NULL);
 }

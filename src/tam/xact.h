@@ -25,42 +25,42 @@
 #include "ipc/protocol.h"
 #include "tam/tam.h"
 
-#define ES_BATCH_TARGET		(48 * 1024) /* bytes at which a batch leaves the backend */
-#define ES_INLINE_LIMIT		(64 * 1024) /* bytes of batches that FINISH carries itself */
-#define ES_LOCK_SLOTS		16383	/* context lock slots 1 … 16383; 0 is the gate */
-#define ES_TABLE_MAX_SLOTS	16
-#define ES_XACT_MAX_SLOTS	256
+#define ES_BATCH_TARGET	   (48 * 1024) /* bytes at which a batch leaves the backend */
+#define ES_INLINE_LIMIT	   (64 * 1024) /* bytes of batches that FINISH carries itself */
+#define ES_LOCK_SLOTS	   16383	   /* context lock slots 1 … 16383; 0 is the gate */
+#define ES_TABLE_MAX_SLOTS 16
+#define ES_XACT_MAX_SLOTS  256
 
 /* A batch that left its builder. */
 typedef struct EsXactBatch
 {
-	dlist_node	node;			/* in EsXactTable.pending, then .batches; in both in the order of
+	dlist_node		 node; /* in EsXactTable.pending, then .batches; in both in the order of
 								 * ordinals per shard */
 	SubTransactionId subid;
-	int			shard;
-	uint32		nrows;
-	uint16		flags;			/* of the batch header */
-	bool		dead;			/* its subtransaction was rolled back */
-	bool		logged;
-	bool		sent;
-	EsLsn		start;			/* if logged */
-	EsLsn		end;
-	char	   *bytes;			/* until it is sent */
-	Size		size;
+	int				 shard;
+	uint32			 nrows;
+	uint16			 flags; /* of the batch header */
+	bool			 dead;	/* its subtransaction was rolled back */
+	bool			 logged;
+	bool			 sent;
+	EsLsn			 start; /* if logged */
+	EsLsn			 end;
+	char			*bytes; /* until it is sent */
+	Size			 size;
 } EsXactBatch;
 
 /* Rows of the own transaction in a context, for versions that append() promises. */
 typedef struct EsOwnCount
 {
 	SubTransactionId subid;
-	uint32		rows;
+	uint32			 rows;
 } EsOwnCount;
 
 typedef struct EsOwnContext
 {
 	uint64		hash;
-	bool		head_known;		/* locked and asked by append(): */
-	int64		head;			/* committed version under the lock */
+	bool		head_known; /* locked and asked by append(): */
+	int64		head;		/* committed version under the lock */
 	uint32		ncounts;
 	uint32		allocated;
 	EsOwnCount *counts;
@@ -69,56 +69,56 @@ typedef struct EsOwnContext
 /* A storage that the transaction has inserted into. */
 typedef struct EsXactTable
 {
-	dlist_node	node;
-	EsTableKey	key;
-	Oid			relid;
-	EsRoles		roles;
-	int			natts;
-	int			ncols;
-	EsColumnDesc *columns;
-	SubTransactionId created;	/* subtransaction of its first row (for nothing but debugging) */
+	dlist_node		 node;
+	EsTableKey		 key;
+	Oid				 relid;
+	EsRoles			 roles;
+	int				 natts;
+	int				 ncols;
+	EsColumnDesc	*columns;
+	SubTransactionId created; /* subtransaction of its first row (for nothing but debugging) */
 
-	EsBatchBuilder **builders;	/* per shard; NULL = never used */
+	EsBatchBuilder	**builders; /* per shard; NULL = never used */
 	SubTransactionId *builder_subids;
-	dlist_head	pending;		/* EsXactBatch: closed, not logged */
-	dlist_head	batches;		/* EsXactBatch: logged */
-	uint32	   *ndead;			/* per shard: dead batches that were sent */
+	dlist_head		  pending; /* EsXactBatch: closed, not logged */
+	dlist_head		  batches; /* EsXactBatch: logged */
+	uint32			 *ndead;   /* per shard: dead batches that were sent */
 
-	bool		given;			/* some rows come with positions (restore, rewrite) */
-	bool		assigned;		/* some do not */
-	EsPosition	given_lowest;
-	EsPosition	given_highest;
-	bool		unchecked;		/* some row has an expected version or an event id that no
+	bool	   given;	 /* some rows come with positions (restore, rewrite) */
+	bool	   assigned; /* some do not */
+	EsPosition given_lowest;
+	EsPosition given_highest;
+	bool	   unchecked; /* some row has an expected version or an event id that no
 								 * append() has checked under the lock */
 
 	/* context locks, for tables with version or event_id */
-	bool		locking;
-	bool		big;			/* more contexts than slots: takes the gate instead */
-	uint64	   *slot_bitmap;	/* ES_LOCK_SLOTS + 1 bits */
-	uint32		nslots;
-	uint16		slots[ES_TABLE_MAX_SLOTS];
-	uint32		ncontexts;
+	bool		 locking;
+	bool		 big;		  /* more contexts than slots: takes the gate instead */
+	uint64		*slot_bitmap; /* ES_LOCK_SLOTS + 1 bits */
+	uint32		 nslots;
+	uint16		 slots[ES_TABLE_MAX_SLOTS];
+	uint32		 ncontexts;
 	EsOwnContext contexts[ES_TABLE_MAX_SLOTS];
 
-	struct EsKeptRows *kept;	/* rows for AFTER ROW triggers (kept.c), or NULL */
+	struct EsKeptRows *kept; /* rows for AFTER ROW triggers (kept.c), or NULL */
 } EsXactTable;
 
 typedef struct EsXact
 {
 	MemoryContext context;
-	EsFxid		fxid;
-	uint64		next_ordinal;
-	dlist_head	tables;
-	uint32		ntables;
-	Size		pending_bytes;	/* batches that are closed and not logged */
-	uint32		nunsent;		/* logged and not sent */
-	uint32		nslots;			/* context slots in all tables */
-	uint32		shards_used;	/* bit = something was sent there */
-	bool		finished;		/* FINISH is logged: no more inserts */
-	bool		has_slot;		/* horizon slot is published */
+	EsFxid		  fxid;
+	uint64		  next_ordinal;
+	dlist_head	  tables;
+	uint32		  ntables;
+	Size		  pending_bytes; /* batches that are closed and not logged */
+	uint32		  nunsent;		 /* logged and not sent */
+	uint32		  nslots;		 /* context slots in all tables */
+	uint32		  shards_used;	 /* bit = something was sent there */
+	bool		  finished;		 /* FINISH is logged: no more inserts */
+	bool		  has_slot;		 /* horizon slot is published */
 } EsXact;
 
-extern EsXact *es_xact;			/* NULL = no events in this transaction */
+extern EsXact *es_xact; /* NULL = no events in this transaction */
 
 /* ---- xact.c ---- */
 
@@ -130,11 +130,11 @@ extern void es_xact_init(void); /* callbacks; from es_tam_init */
  */
 typedef struct EsPromise
 {
-	bool		active;
-	Oid			relid;
-	uint64		hash;
-	int64		version;		/* 0 = the table has no versions */
-	uint64		inserted;		/* rows that used the promise */
+	bool   active;
+	Oid	   relid;
+	uint64 hash;
+	int64  version;	 /* 0 = the table has no versions */
+	uint64 inserted; /* rows that used the promise */
 } EsPromise;
 
 extern EsPromise es_promise;
@@ -149,10 +149,10 @@ extern void es_content_hash(Relation rel, TupleTableSlot *slot, uint64 result[2]
 /* Content hash of the last row with an event id that this backend inserted. */
 extern uint64 es_last_content_hash[2];
 
-extern EsXactTable *es_xact_table(const EsTableKey *key);	/* NULL if nothing was inserted */
-extern EsXactTable *es_xact_table_get(Relation rel);
-extern EsOwnContext *es_xact_context(EsXactTable *t, uint64 hash);	/* NULL: beyond the limit */
-extern uint32 es_own_rows(const EsOwnContext *c);
+extern EsXactTable	*es_xact_table(const EsTableKey *key); /* NULL if nothing was inserted */
+extern EsXactTable	*es_xact_table_get(Relation rel);
+extern EsOwnContext *es_xact_context(EsXactTable *t, uint64 hash); /* NULL: beyond the limit */
+extern uint32		 es_own_rows(const EsOwnContext *c);
 
 /* Full xid of the own transaction if it has events, else 0 (for scans); works in
  * parallel workers too. */
@@ -170,10 +170,10 @@ extern uint32 es_xact_dead_starts(const EsTableKey *key, int shard, EsLsn **star
 
 /* ---- send.c ---- */
 
-extern void es_close_builder(EsXactTable *t, int shard);	/* builder -> EsXactBatch */
-extern void es_send_shard(EsXactTable *t, int shard);	/* all that is pending for it */
-extern void es_send_unsent(void);	/* logged ones that an ERROR kept from being sent */
-extern void es_send_wait_writable(int shard);	/* before anything is logged for it */
+extern void es_close_builder(EsXactTable *t, int shard); /* builder -> EsXactBatch */
+extern void es_send_shard(EsXactTable *t, int shard);	 /* all that is pending for it */
+extern void es_send_unsent(void);						 /* logged ones that an ERROR kept from being sent */
+extern void es_send_wait_writable(int shard);			 /* before anything is logged for it */
 extern void es_floor_set(void);
 extern void es_floor_clear(void);
 
@@ -186,8 +186,8 @@ extern uint16 es_lock_slot_of(uint64 context_hash); /* 1 … ES_LOCK_SLOTS */
  * meanwhile).  False if the transaction has too many contexts: the check is made at COMMIT.
  */
 extern bool es_lock_context(EsXactTable *t, uint64 context_hash);
-extern void es_note_context(EsXactTable *t, uint64 context_hash);	/* at insert */
-extern void es_lock_precommit(void);	/* all contexts of the transaction */
+extern void es_note_context(EsXactTable *t, uint64 context_hash); /* at insert */
+extern void es_lock_precommit(void);							  /* all contexts of the transaction */
 
 /* ---- commit.c ---- */
 
@@ -203,4 +203,4 @@ extern void es_kept_add(EsXactTable *t, uint64 ordinal, TupleTableSlot *slot);
 extern bool es_kept_fetch(EsXactTable *t, uint64 ordinal, TupleTableSlot *slot);
 extern void es_kept_free(EsXactTable *t);
 
-#endif							/* ES_TAM_XACT_H */
+#endif /* ES_TAM_XACT_H */

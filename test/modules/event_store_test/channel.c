@@ -32,8 +32,8 @@ PG_FUNCTION_INFO_V1(est_shard_counter);
 static char *
 make_body(Size len)
 {
-	char	   *body = MemoryContextAllocHuge(CurrentMemoryContext, Max(len, 1));
-	uint32		x = 2463534242u;
+	char  *body = MemoryContextAllocHuge(CurrentMemoryContext, Max(len, 1));
+	uint32 x = 2463534242u;
 
 	for (Size i = 0; i < len; i++)
 	{
@@ -57,8 +57,8 @@ check_echo(const EsAnswer *answer, const char *body, Size len)
 static uint64
 send_echo(int shard, const char *body, Size len)
 {
-	EsRequest	req = {.type = ES_REQ_ECHO,.id = es_request_id()};
-	EsPart		parts[2] = {{&req, sizeof(req)}, {body, len}};
+	EsRequest req = {.type = ES_REQ_ECHO, .id = es_request_id()};
+	EsPart	  parts[2] = {{&req, sizeof(req)}, {body, len}};
 
 	es_channel_expect(shard, req.id);
 	es_channel_wait_room(shard, sizeof(req) + len);
@@ -69,7 +69,7 @@ send_echo(int shard, const char *body, Size len)
 static double
 seconds_since(instr_time start)
 {
-	instr_time	now;
+	instr_time now;
 
 	INSTR_TIME_SET_CURRENT(now);
 	INSTR_TIME_SUBTRACT(now, start);
@@ -79,17 +79,17 @@ seconds_since(instr_time start)
 Datum
 est_echo(PG_FUNCTION_ARGS)
 {
-	int			shard = est_shard(PG_GETARG_INT32(0));
-	Size		len = PG_GETARG_INT64(1);
-	int			times = PG_GETARG_INT32(2);
-	char	   *body = make_body(len);
-	instr_time	start;
+	int		   shard = est_shard(PG_GETARG_INT32(0));
+	Size	   len = PG_GETARG_INT64(1);
+	int		   times = PG_GETARG_INT32(2);
+	char	  *body = make_body(len);
+	instr_time start;
 
 	es_channel_connect(shard);
 	INSTR_TIME_SET_CURRENT(start);
 	for (int i = 0; i < times; i++)
 	{
-		uint64		id = send_echo(shard, body, len);
+		uint64 id = send_echo(shard, body, len);
 
 		check_echo(es_channel_answer(shard, id), body, len);
 		es_channel_forget(shard, id);
@@ -100,20 +100,20 @@ est_echo(PG_FUNCTION_ARGS)
 Datum
 est_echo_window(PG_FUNCTION_ARGS)
 {
-	int			shard = est_shard(PG_GETARG_INT32(0));
-	Size		len = PG_GETARG_INT64(1);
-	int			times = PG_GETARG_INT32(2);
-	int			window = Max(PG_GETARG_INT32(3), 1);
-	uint64	   *ids = palloc(sizeof(uint64) * window);
-	char	   *body = make_body(len);
-	instr_time	start;
-	int			received = 0;
+	int		   shard = est_shard(PG_GETARG_INT32(0));
+	Size	   len = PG_GETARG_INT64(1);
+	int		   times = PG_GETARG_INT32(2);
+	int		   window = Max(PG_GETARG_INT32(3), 1);
+	uint64	  *ids = palloc(sizeof(uint64) * window);
+	char	  *body = make_body(len);
+	instr_time start;
+	int		   received = 0;
 
 	es_channel_connect(shard);
 	INSTR_TIME_SET_CURRENT(start);
 	for (int sent = 0; received < times;)
 	{
-		uint64		id;
+		uint64 id;
 
 		if (sent < times && sent - received < window)
 		{
@@ -135,8 +135,8 @@ send_many(int shard, const char *body, Size len, int times)
 {
 	for (int i = 0; i < times; i++)
 	{
-		EsRequest	req = {.type = ES_REQ_FETCH,.id = es_request_id()};
-		EsPart		parts[2] = {{&req, sizeof(req)}, {body, len}};
+		EsRequest req = {.type = ES_REQ_FETCH, .id = es_request_id()};
+		EsPart	  parts[2] = {{&req, sizeof(req)}, {body, len}};
 
 		es_channel_wait_room(shard, sizeof(req) + len);
 		es_channel_send(shard, &req, parts, 2, true);
@@ -146,12 +146,12 @@ send_many(int shard, const char *body, Size len, int times)
 Datum
 est_send_only(PG_FUNCTION_ARGS)
 {
-	int			shard = est_shard(PG_GETARG_INT32(0));
-	Size		len = PG_GETARG_INT64(1);
-	int			times = PG_GETARG_INT32(2);
-	char	   *body = make_body(len);
-	instr_time	start;
-	uint64		id;
+	int		   shard = est_shard(PG_GETARG_INT32(0));
+	Size	   len = PG_GETARG_INT64(1);
+	int		   times = PG_GETARG_INT32(2);
+	char	  *body = make_body(len);
+	instr_time start;
+	uint64	   id;
 
 	es_channel_connect(shard);
 	INSTR_TIME_SET_CURRENT(start);
@@ -166,8 +166,8 @@ est_send_only(PG_FUNCTION_ARGS)
 Datum
 est_send_without_waiting(PG_FUNCTION_ARGS)
 {
-	int			shard = est_shard(PG_GETARG_INT32(0));
-	Size		len = PG_GETARG_INT64(1);
+	int	 shard = est_shard(PG_GETARG_INT32(0));
+	Size len = PG_GETARG_INT64(1);
 
 	send_many(shard, make_body(len), len, PG_GETARG_INT32(2));
 	PG_RETURN_VOID();
@@ -176,7 +176,7 @@ est_send_without_waiting(PG_FUNCTION_ARGS)
 Datum
 est_hint(PG_FUNCTION_ARGS)
 {
-	EsRequest	req = {.type = ES_REQ_FETCH,.id = es_request_id()};
+	EsRequest req = {.type = ES_REQ_FETCH, .id = es_request_id()};
 
 	PG_RETURN_BOOL(es_channel_hint(est_shard(PG_GETARG_INT32(0)), &req, NULL, 0, true));
 }
@@ -184,8 +184,8 @@ est_hint(PG_FUNCTION_ARGS)
 Datum
 est_reconnect(PG_FUNCTION_ARGS)
 {
-	int			shard = est_shard(PG_GETARG_INT32(0));
-	EsChannel  *ch = es_channel_get(shard);
+	int		   shard = est_shard(PG_GETARG_INT32(0));
+	EsChannel *ch = es_channel_get(shard);
 
 	ch->broken = true;
 	es_channel_connect(shard);
@@ -195,10 +195,10 @@ est_reconnect(PG_FUNCTION_ARGS)
 Datum
 est_channel(PG_FUNCTION_ARGS)
 {
-	EsChannel  *ch = es_channel_get(est_shard(PG_GETARG_INT32(0)));
-	TupleDesc	desc;
-	Datum		values[10];
-	bool		nulls[10] = {false};
+	EsChannel *ch = es_channel_get(est_shard(PG_GETARG_INT32(0)));
+	TupleDesc  desc;
+	Datum	   values[10];
+	bool	   nulls[10] = {false};
 
 	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
 		elog(ERROR, "return type must be a row type");
@@ -218,7 +218,7 @@ est_channel(PG_FUNCTION_ARGS)
 Datum
 est_pause_shard(PG_FUNCTION_ARGS)
 {
-	int			shard = est_shard(PG_GETARG_INT32(0));
+	int shard = est_shard(PG_GETARG_INT32(0));
 
 	pg_atomic_write_u32(&es_shared->shards[shard].paused, PG_GETARG_BOOL(1));
 	es_wake_shard(shard);
@@ -229,7 +229,7 @@ Datum
 est_shard_pid(PG_FUNCTION_ARGS)
 {
 	EsShardShared *s = &es_shared->shards[est_shard(PG_GETARG_INT32(0))];
-	int			pid;
+	int			   pid;
 
 	SpinLockAcquire(&s->mutex);
 	pid = s->pid;
@@ -241,26 +241,22 @@ Datum
 est_shard_counter(PG_FUNCTION_ARGS)
 {
 	EsShardCounters *counters = &es_shared->shards[est_shard(PG_GETARG_INT32(0))].counters;
-	char	   *name = text_to_cstring(PG_GETARG_TEXT_PP(1));
+	char			*name = text_to_cstring(PG_GETARG_TEXT_PP(1));
 	const struct
 	{
-		const char *name;
+		const char		 *name;
 		pg_atomic_uint64 *counter;
-	}			known[] = {
-		{"messages", &counters->messages},
-		{"queue_depth", &counters->queue_depth},
-		{"queue_high_water", &counters->queue_high_water},
-		{"queue_full_waits", &counters->queue_full_waits},
-		{"queue_full_wait_us", &counters->queue_full_wait_us},
-		{"queue_timeouts", &counters->queue_timeouts}
-	};
+	} known[] = {{"messages", &counters->messages},
+				 {"queue_depth", &counters->queue_depth},
+				 {"queue_high_water", &counters->queue_high_water},
+				 {"queue_full_waits", &counters->queue_full_waits},
+				 {"queue_full_wait_us", &counters->queue_full_wait_us},
+				 {"queue_timeouts", &counters->queue_timeouts}};
 
 	for (int i = 0; i < (int) lengthof(known); i++)
 	{
 		if (strcmp(known[i].name, name) == 0)
 			PG_RETURN_INT64((int64) pg_atomic_read_u64(known[i].counter));
 	}
-	ereport(ERROR,
-			(errcode(ERRCODE_UNDEFINED_OBJECT),
-			 errmsg("there is no counter \"%s\"", name)));
+	ereport(ERROR, (errcode(ERRCODE_UNDEFINED_OBJECT), errmsg("there is no counter \"%s\"", name)));
 }

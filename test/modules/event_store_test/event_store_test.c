@@ -29,8 +29,7 @@ est_check(void)
 {
 	if (!superuser())
 		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("event_store_test is for superusers only")));
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE), errmsg("event_store_test is for superusers only")));
 	es_require_preload();
 }
 
@@ -39,9 +38,7 @@ est_shard(int32 shard)
 {
 	est_check();
 	if (shard < 0 || shard >= es_shared->nshards)
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("there is no shard %d", shard)));
+		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("there is no shard %d", shard)));
 	return shard;
 }
 
@@ -61,8 +58,8 @@ Datum
 est_inject_fault(PG_FUNCTION_ARGS)
 {
 	est_check();
-	es_fault_arm(text_to_cstring(PG_GETARG_TEXT_PP(0)),
-				 text_to_cstring(PG_GETARG_TEXT_PP(1)), PG_GETARG_INT32(2));
+	es_fault_arm(text_to_cstring(PG_GETARG_TEXT_PP(0)), text_to_cstring(PG_GETARG_TEXT_PP(1)),
+				 PG_GETARG_INT32(2));
 	PG_RETURN_VOID();
 }
 
@@ -83,8 +80,8 @@ est_fault_points(PG_FUNCTION_ARGS)
 	InitMaterializedSRF(fcinfo, MAT_SRF_USE_EXPECTED_DESC);
 	for (const EsFaultPoint *p = es_fault_points; p->name != NULL; p++)
 	{
-		Datum		value = CStringGetTextDatum(p->name);
-		bool		null = false;
+		Datum value = CStringGetTextDatum(p->name);
+		bool  null = false;
 
 		tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, &value, &null);
 	}
@@ -100,8 +97,8 @@ est_fault_point_info(PG_FUNCTION_ARGS)
 	InitMaterializedSRF(fcinfo, 0);
 	for (const EsFaultPoint *p = es_fault_points; p->name != NULL; p++)
 	{
-		Datum		values[4];
-		bool		nulls[4] = {false};
+		Datum values[4];
+		bool  nulls[4] = {false};
 
 		values[0] = CStringGetTextDatum(p->name);
 		values[1] = BoolGetDatum((p->flags & ES_FAULT_MAY_THROW) != 0);
@@ -125,8 +122,7 @@ static Datum
 no_fault_points(void)
 {
 	ereport(ERROR,
-			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-			 errmsg("event_store was built without fault points"),
+			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED), errmsg("event_store was built without fault points"),
 			 errhint("Build with \"make FAULTS=1\".")));
 	return (Datum) 0;
 }

@@ -16,6 +16,6 @@
 extern void est_check(void);
 
 /* The same, and the shard exists. */
-extern int	est_shard(int32 shard);
+extern int est_shard(int32 shard);
 
-#endif							/* EVENT_STORE_TEST_H */
+#endif /* EVENT_STORE_TEST_H */

@@ -63,9 +63,9 @@ begin(ArrayType *array, Datum **tables, int *ntables)
 Datum
 est_reserve_positions(PG_FUNCTION_ARGS)
 {
-	Datum	   *tables;
-	int			ntables;
-	EsFxid		fxid = begin(PG_GETARG_ARRAYTYPE_P(1), &tables, &ntables);
+	Datum *tables;
+	int	   ntables;
+	EsFxid fxid = begin(PG_GETARG_ARRAYTYPE_P(1), &tables, &ntables);
 
 	PG_RETURN_INT64((int64) es_positions_reserve(PG_GETARG_INT64(0), (uint64 *) tables, ntables, fxid));
 }
@@ -73,9 +73,9 @@ est_reserve_positions(PG_FUNCTION_ARGS)
 Datum
 est_given_positions(PG_FUNCTION_ARGS)
 {
-	Datum	   *tables;
-	int			ntables;
-	EsFxid		fxid = begin(PG_GETARG_ARRAYTYPE_P(2), &tables, &ntables);
+	Datum *tables;
+	int	   ntables;
+	EsFxid fxid = begin(PG_GETARG_ARRAYTYPE_P(2), &tables, &ntables);
 
 	es_positions_given(PG_GETARG_INT64(0), PG_GETARG_INT64(1), (uint64 *) tables, ntables, fxid);
 	PG_RETURN_VOID();
@@ -99,9 +99,9 @@ est_newest_horizon(PG_FUNCTION_ARGS)
 Datum
 est_position_state(PG_FUNCTION_ARGS)
 {
-	TupleDesc	desc;
-	Datum		values[5];
-	bool		nulls[5] = {false};
+	TupleDesc desc;
+	Datum	  values[5];
+	bool	  nulls[5] = {false};
 
 	est_check();
 	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
@@ -119,13 +119,13 @@ est_position_state(PG_FUNCTION_ARGS)
 Datum
 est_log_message(PG_FUNCTION_ARGS)
 {
-	Size		len = PG_GETARG_INT64(0);
-	TupleDesc	desc;
-	Datum		values[2];
-	bool		nulls[2] = {false};
-	EsPart		part;
-	EsLsn		start;
-	EsLsn		end;
+	Size	  len = PG_GETARG_INT64(0);
+	TupleDesc desc;
+	Datum	  values[2];
+	bool	  nulls[2] = {false};
+	EsPart	  part;
+	EsLsn	  start;
+	EsLsn	  end;
 
 	est_check();
 	es_wait_store_ready();
@@ -134,9 +134,9 @@ est_log_message(PG_FUNCTION_ARGS)
 	part.data = MemoryContextAllocHuge(CurrentMemoryContext, len);
 	part.len = len;
 	for (Size i = 0; i < len; i++)
-		((char *) part.data)[i] = (char) (random() >> 8);	/* does not compress */
-	es_log_message(ES_MESSAGE_BATCH, U64FromFullTransactionId(GetTopFullTransactionId()), 0,
-				   &part, 1, &start, &end);
+		((char *) part.data)[i] = (char) (random() >> 8); /* does not compress */
+	es_log_message(ES_MESSAGE_BATCH, U64FromFullTransactionId(GetTopFullTransactionId()), 0, &part, 1, &start,
+				   &end);
 	values[0] = LSNGetDatum(start);
 	values[1] = LSNGetDatum(end);
 	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
