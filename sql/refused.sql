@@ -8,7 +8,10 @@ SELECT * FROM refuse_me FOR SHARE;
 CREATE INDEX ON refuse_me (n);
 CREATE UNIQUE INDEX ON refuse_me (n);
 ALTER TABLE refuse_me ADD PRIMARY KEY (context_id);
+-- (its message names a transient table)
+\set VERBOSITY sqlstate
 ALTER TABLE refuse_me SET UNLOGGED;
+\set VERBOSITY default
 ALTER TABLE refuse_me ALTER COLUMN position SET NOT NULL;
 ALTER TABLE refuse_me ALTER COLUMN version SET NOT NULL;
 ALTER TABLE refuse_me DROP COLUMN context_id;

@@ -139,7 +139,7 @@ foreach my $point (points_that_need('lost_slot'))
 	my $killed = 0;
 	foreach (1 .. 8)
 	{
-		try_sql($node, q{CREATE TABLE IF NOT EXISTS ballast (v text);
+		try_sql($node, q{CREATE TABLE IF NOT EXISTS ballast (v text); ALTER TABLE ballast ALTER v SET STORAGE external;
 			INSERT INTO ballast SELECT repeat(md5(g::text), 100) FROM generate_series(1, 2000) g; SELECT pg_switch_wal(); CHECKPOINT});
 		sleep 0.3;
 		$killed = slurp_file($node->logfile, $offset) =~ /terminated by signal 9/;

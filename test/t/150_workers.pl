@@ -215,7 +215,7 @@ $clients->drain(seconds => 60);
 sleep 1.5;
 my $held = sql($node, q{SELECT pg_current_wal_lsn() - restart_lsn FROM pg_replication_slots WHERE slot_name = 'event_store'});
 cmp_ok($held, '<', 1024 * 1024, "a second after the load $held bytes are held");
-sql($node, q{CREATE TABLE ballast (v text); INSERT INTO ballast SELECT repeat(md5(g::text), 60) FROM generate_series(1, 30000) g});
+sql($node, q{CREATE TABLE ballast (v text); ALTER TABLE ballast ALTER v SET STORAGE external; INSERT INTO ballast SELECT repeat(md5(g::text), 60) FROM generate_series(1, 30000) g});
 $held = 1e12;
 foreach (1 .. 100)
 {
