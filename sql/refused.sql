@@ -32,7 +32,9 @@ DELETE FROM refuse_me;
 ALTER TABLE refuse_me RENAME COLUMN version TO v;
 ALTER TABLE refuse_me RENAME COLUMN n TO m;
 -- positions only above what is there
+\set VERBOSITY sqlstate
 INSERT INTO refuse_me (context_id, position) SELECT 'b', max(position) FROM refuse_me;
+\set VERBOSITY default
 BEGIN;
 INSERT INTO refuse_me (context_id, m) VALUES ('a', 2);
 PREPARE TRANSACTION 'p';
