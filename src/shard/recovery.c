@@ -204,6 +204,23 @@ own_frame(const EsFrameHeader *h, const void *payload, EsOwnLsn end)
 	MemoryContextSwitchTo(old);
 }
 
+/*
+ * The verdict, before a FINISH is applied.  One that CLOG has forgotten is legal only if VACUUM did not have to
+ * ask us, because the table is dropped; say so, in case that it is not.
+ */
+static EsVerdict
+finish_verdict(EsTxn *txn, EsLsn start)
+{
+	EsVerdict verdict = es_txn_verdict(txn);
+
+	if (txn->forgotten && !txn->finished)
+		ereport(LOG, (errmsg("shard %d leaves out transaction %llu, which is older than the commit log",
+							 es_shard_id, (unsigned long long) txn->fxid),
+					  errdetail("Its FINISH is at %X/%X. The tables that it wrote to have been dropped.",
+								LSN_FORMAT_ARGS(start))));
+	return verdict;
+}
+
 static int
 compare_held(const void *a, const void *b)
 {
@@ -237,7 +254,7 @@ apply_held(bool lossy)
 		if (held_done > 0 && f->start == held[held_done - 1].start)
 			continue;
 		txn = es_txn_get(f->fxid);
-		if (es_txn_verdict(txn) != ES_VERDICT_ABORTED && !txn->finished &&
+		if (finish_verdict(txn, f->start) != ES_VERDICT_ABORTED && !txn->finished &&
 			!es_finish_complete(txn, f->section, f->len))
 		{
 			if (!lossy)
@@ -311,7 +328,7 @@ pg_message(void *arg, const EsMessageHeader *h, const void *payload, size_t len,
 			section = es_finish_section(payload, (uint16) es_shard_id);
 			if (section == NULL || known_lookup(known, start) != NULL)
 				break;
-			es_txn_verdict(es_txn_get(h->fxid));
+			finish_verdict(es_txn_get(h->fxid), start);
 			while (!es_apply_finish(h->fxid, start, end, section, section->len, false))
 				es_worker_make_room();
 			break;

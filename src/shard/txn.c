@@ -199,7 +199,10 @@ es_txn_verdict(EsTxn *txn)
 
 	LWLockAcquire(XactTruncationLock, LW_SHARED);
 	if (clog_forgot(txn->fxid))
+	{
 		txn->verdict = ES_VERDICT_ABORTED;
+		txn->forgotten = true;
+	}
 	else if (TransactionIdDidCommit(xid))
 	{
 		txn->verdict = ES_VERDICT_COMMITTED;

@@ -89,6 +89,7 @@ typedef struct EsTxn
 	bool   counted;		  /* in staged_transactions */
 	uint64 finish_ticket; /* of the FINISH frame in own WAL; 0 = none */
 	uint64 commit_drain;  /* committed, not finished: complete drains until then */
+	bool   forgotten;	  /* older than what CLOG has: aborted, or of a storage that is dead */
 } EsTxn;
 
 extern void	  es_txn_init(void);

@@ -1,0 +1,179 @@
+# Locks of contexts never make a writer wait for one who is idle without need, never deadlock silently and never give a version
+# twice; partitions, parallel readers and serializable transactions see what they must.
+
+use strict;
+use warnings;
+use EventStore::Clients;
+use EventStore::Server qw(new_server crash_restart wait_open sql try_sql);
+use IPC::Run;
+use Test::More;
+use Time::HiRes qw(sleep time);
+
+my $node = new_server('concurrency', 'event_store.shards = 3', 'event_store.spill_after = 64kB');
+sql($node, <<'SQL');
+CREATE TABLE ev (position bigint, context_id text, version bigint, n int) USING event_store;
+CREATE TABLE doctors (position bigint, context_id text, version bigint, on_call int) USING event_store;
+SQL
+
+# psql with a script, in the background at once; $r->finish and the texts in @$r later.
+sub start_psql
+{
+	my ($sql) = @_;
+	my $file = PostgreSQL::Test::Utils::tempdir() . '/script.sql';
+	my %r = (out => '', err => '');
+
+	PostgreSQL::Test::Utils::append_to_file($file, $sql);
+	$r{run} = IPC::Run::start([ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres'), '-f', $file ],
+		'<', '/dev/null', '>', \$r{out}, '2>', \$r{err}, IPC::Run::timeout(120));
+	return \%r;
+}
+
+sub gaps
+{
+	my ($table) = @_;
+	return sql($node, "SELECT count(*) FROM (SELECT version, row_number() OVER (PARTITION BY context_id ORDER BY position) AS n FROM $table) x WHERE n IS DISTINCT FROM version");
+}
+
+# ---- two transactions of 100 contexts each by append(): other contexts, the same in the same order, the same in reverse
+
+sub hundred
+{
+	my ($prefix, $reverse) = @_;
+	my $order = $reverse ? 'DESC' : 'ASC';
+	return join(';', map { "SELECT version FROM event_store.append('$prefix' || $_, 't', '{}')" } $reverse ? reverse(1 .. 100) : 1 .. 100) . ';';
+}
+
+foreach my $case ([ 'other contexts', 'a', 'b', 0 ], [ 'the same contexts', 'c', 'c', 0 ], [ 'the same, in reverse', 'd', 'd', 1 ])
+{
+	my ($name, $first, $second, $reverse) = @$case;
+	my $begin = time();
+	my @runs = map { start_psql('BEGIN;' . hundred($_ ? $second : $first, $_ && $reverse) . 'COMMIT;') } (0, 1);
+	$_->{run}->finish foreach @runs;
+	my @out = map { $_->{out} } @runs;
+	my @err = map { $_->{err} } @runs;
+	cmp_ok(time() - $begin, '<', 20, "$name: two transactions of 100 contexts end");
+	my $failed = grep { $_ ne '' } @err;
+	my $deadlocks = grep { /deadlock detected/ } @err;
+	is($failed, $deadlocks, "$name: whoever fails does so by a deadlock that was detected") or diag(@err);
+	is($failed, 0, "$name: nobody fails") if !$reverse && $first ne $second;
+	cmp_ok($failed, '<', 2, "$name: one at least gets through");
+	is( sql($node, "SELECT count(*), count(DISTINCT context_id) FROM event_store.events WHERE context_id ~ '^[$first$second]'"),
+		(200 - 100 * $failed) . '|' . ($first eq $second ? 100 : 200), "$name: all events are there");
+	# the first sixteen contexts have their versions at once, the rest at COMMIT
+	my @versions = split /\n/, $out[0] // '';
+	is(join(' ', map { $_ eq '' ? 'null' : 'known' } @versions[ 0 .. 15 ]), join(' ', ('known') x 16), "$name: versions of the first 16 contexts are told")
+	  if $err[0] eq '';
+}
+is(gaps('event_store.events'), '0', 'versions have no gap');
+
+# ---- a COPY of many contexts against an idle append
+
+my $idle = $node->background_psql('postgres', on_error_stop => 0);
+$idle->query_safe('BEGIN');
+is($idle->query_safe(q{SELECT version FROM event_store.append('idle', 't', '{}')}), '1', 'append() in a transaction that goes on');
+my $copy = 'COPY event_store.events (context_id, event_type) FROM STDIN;' . "\n" . join('', map { "many$_\tt\n" } 1 .. 1000) . "\\.\n";
+my $begin = time();
+my ($status, $out, $err) = try_sql($node, $copy, psql => { timeout => 60 });
+is($err, '', 'a COPY of 1000 other contexts does not wait for it');
+cmp_ok(time() - $begin, '<', 10, 'but is done at once');
+(undef, undef, $err) = try_sql($node, q{SELECT version FROM event_store.append('another', 't', '{}')});
+is($err, '', 'nor does an append to another context');
+(undef, undef, $err) = try_sql($node, q{SET lock_timeout = '300ms'; SELECT version FROM event_store.append('idle', 't', '{}')});
+like($err, qr/55P03/, 'who wants the same context waits: lock_timeout');
+
+# a COPY with that context waits for it, and nobody waits behind the COPY but those who want its contexts
+my $with_idle = 'COPY event_store.events (context_id, event_type) FROM STDIN;' . "\n" . join('', map { "many$_\tt\n" } 1 .. 500) . "idle\tt\n\\.\n";
+my $waiting = start_psql($with_idle);
+ok($node->poll_query_until('postgres', q{SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'COPY%'}), 'a COPY that has that context waits');
+(undef, undef, $err) = try_sql($node, q{SET lock_timeout = '3s'; SELECT version FROM event_store.append('yet another', 't', '{}')});
+is($err, '', 'and an append to a third context does not wait behind the two');
+$idle->query_safe('COMMIT');
+$waiting->{run}->finish;
+is($waiting->{err}, '', 'the COPY goes on when the append has committed');
+is(sql($node, q{SELECT string_agg(version::text, ',' ORDER BY position) FROM event_store.events WHERE context_id = 'idle'}), '1,2', 'and has the next version');
+is(gaps('event_store.events'), '0', 'versions have no gap');
+is(sql($node, q{SELECT count(*) FROM pg_locks WHERE locktype = 'object' AND objid = 'event_store.events'::regclass}), '0', 'no lock is left');
+
+# ---- COPY into 100 partitions
+
+sql($node, q{CREATE TABLE parts (context_id int, p int, position bigint, version bigint, v text) PARTITION BY LIST (p)});
+sql($node, join(';', map { "CREATE TABLE part_$_ PARTITION OF parts FOR VALUES IN ($_) USING event_store" } 0 .. 99));
+my $data = join('', map { ($_ % 50) . "\t" . ($_ % 100) . "\tv$_\n" } 1 .. 20000);
+(undef, undef, $err) = try_sql($node, "COPY parts (context_id, p, v) FROM STDIN;\n$data\\.\n");
+is($err, '', 'COPY into 100 partitions');
+my $parts = q{SELECT count(*), count(DISTINCT position), count(DISTINCT part), min(n), max(n), bool_and(n = v) FROM
+	(SELECT position, tableoid AS part, count(*) OVER w AS n, max(version) OVER w AS v FROM parts WINDOW w AS (PARTITION BY tableoid, context_id)) x};
+is(sql($node, $parts), '20000|20000|100|200|200|t', 'all rows are there, each partition with versions of its own');
+(undef, undef, $err) = try_sql($node, "BEGIN; COPY parts (context_id, p, v) FROM STDIN;\n$data\\.\nROLLBACK;");
+is(sql($node, $parts), '20000|20000|100|200|200|t', 'and none of a COPY that was rolled back');
+crash_restart($node);
+is(sql($node, $parts), '20000|20000|100|200|200|t', 'also after a crash');
+
+# ---- write skew
+
+sql($node, q{INSERT INTO doctors (context_id, on_call) VALUES ('alice', 1), ('bob', 1)});
+foreach my $level ('REPEATABLE READ', 'SERIALIZABLE')
+{
+	foreach my $how ('scan', 'replay', 'aggregate')
+	{
+		my @s = map { $node->background_psql('postgres', on_error_stop => 0) } 1, 2;
+		my $look = $how eq 'scan' ? 'SELECT context_id FROM doctors'
+		  : $how eq 'aggregate' ? 'SELECT sum(on_call) FROM doctors'
+		  : q{SELECT count(*) FROM event_store.replay('alice', store => 'doctors') a, event_store.replay('bob', store => 'doctors') b};
+		my @failed;
+		foreach my $i (0, 1)
+		{
+			$s[$i]->query_safe("BEGIN ISOLATION LEVEL $level");
+			$s[$i]->query_safe($look);
+		}
+		$s[0]->query_safe(q{INSERT INTO doctors (context_id, on_call) VALUES ('alice', -1)});
+		$s[1]->query(q{INSERT INTO doctors (context_id, on_call) VALUES ('bob', -1)});
+		foreach my $i (0, 1)
+		{
+			$s[$i]->query('COMMIT');
+			push @failed, $i if $s[$i]->{stderr} =~ /could not serialize access/;
+			$s[$i]->{stderr} = '';
+			$s[$i]->quit;
+		}
+		is(scalar(@failed), $level eq 'SERIALIZABLE' ? 1 : 0, "write skew by $how, $level");
+	}
+}
+is(gaps('doctors'), '0', 'versions have no gap');
+
+# ---- a parallel SELECT in a savepoint, after INSERTs in this transaction
+
+sql($node, 'INSERT INTO ev (context_id, n) SELECT g % 100, g FROM generate_series(1, 20000) g; ANALYZE ev');
+my $parallel = join(' ', map { "SET $_;" } 'max_parallel_workers_per_gather = 2', 'parallel_setup_cost = 0', 'parallel_tuple_cost = 0',
+	'min_parallel_table_scan_size = 0', 'parallel_leader_participation = off');
+my $plan = sql($node, "$parallel EXPLAIN SELECT count(*), sum(n) FROM ev");
+note($plan);
+$out = sql($node, "$parallel BEGIN; INSERT INTO ev (context_id, n) VALUES ('own', 1); SELECT count(*), sum(n) FROM ev; "
+	  . "SAVEPOINT a; INSERT INTO ev (context_id, n) VALUES ('own', 2); SELECT count(*), sum(n) FROM ev; "
+	  . "SAVEPOINT b; INSERT INTO ev (context_id, n) VALUES ('own', 3); ROLLBACK TO b; SELECT count(*), sum(n) FROM ev; "
+	  . "INSERT INTO ev (context_id, n) SELECT 'own' || g, 4 FROM generate_series(1, 3000) g; SELECT count(*), sum(n) FROM ev; ROLLBACK TO a; "
+	  . "SELECT count(*), sum(n) FROM ev; COMMIT; SELECT count(*), sum(n) FROM ev");
+my $base = 20000 * 20001 / 2;
+is($out, join("\n", map { (20000 + $_->[0]) . '|' . ($base + $_->[1]) } [ 1, 1 ], [ 2, 3 ], [ 2, 3 ], [ 3002, 12003 ], [ 1, 1 ], [ 1, 1 ]),
+	'parallel SELECTs in savepoints see what was inserted before, and no more');
+$out = sql($node, "$parallel CREATE TABLE copied USING event_store AS SELECT context_id, n FROM ev; SELECT count(*), sum(n) FROM copied");
+is($out, '20001|' . ($base + 1), 'CREATE TABLE AS from a parallel plan');
+
+# ---- 32 writers of one context: each wants the next version
+
+my %state = (won => 0, refused => 0, other => 0);
+my $race = EventStore::Clients->new(node => $node, n => 32,
+	next => sub { return { sql => "SELECT 'WON' FROM coalesce((SELECT max(version) FROM event_store.replay('race', backward => true, max_count => 1)), 0) AS head, "
+				. "LATERAL event_store.append('race', 't', '{}', expected_version => head);" } },
+	done => sub {
+		my ($c, $unit) = @_;
+		if (grep { $_ eq 'WON' } @{ $unit->{lines} }) { $state{won}++; }
+		elsif (grep { /23505/ } @{ $unit->{lines} }) { $state{refused}++; }
+		else { $state{other}++; diag(@{ $unit->{lines} }); }
+	});
+$race->run(seconds => 3);
+$race->drain;
+is($state{other}, 0, "$state{won} writers got the version that they expected, $state{refused} were refused, none failed otherwise");
+is(sql($node, q{SELECT count(*), max(version), count(DISTINCT version) FROM event_store.events WHERE context_id = 'race'}), "$state{won}|$state{won}|$state{won}",
+	'each version was given once');
+$node->stop;
+done_testing();
