@@ -63,7 +63,7 @@ typedef struct IntSetting
 
 static const IntSetting int_settings[] = {
 	{"event_store.cache_size", "Memory of each shard for decoded pages of segments.", NULL,
-	 &es_guc_cache_size, 64 * 1024, 0, INT_MAX / 2, PGC_SIGHUP, GUC_UNIT_KB},
+	 &es_guc_cache_size, 256 * 1024, 0, INT_MAX / 2, PGC_SIGHUP, GUC_UNIT_KB},
 	{"event_store.enqueue_timeout", "How long a statement waits for room in a shard's queue.",
 	 "Zero waits until the statement is cancelled.", &es_guc_enqueue_timeout, 30000, 0, INT_MAX, PGC_USERSET,
 	 GUC_UNIT_MS},
