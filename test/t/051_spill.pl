@@ -52,8 +52,9 @@ $session->query_safe('BEGIN');
 $session->query_safe("INSERT INTO plain SELECT NULL, 'a' || g % 20, g, repeat('x', 80) FROM generate_series(1, $big) g");
 $session->query_safe(q{DECLARE before CURSOR FOR SELECT count(*) FROM plain});
 $session->query_safe("INSERT INTO plain SELECT NULL, 'b' || g % 20, g, repeat('x', 80) FROM generate_series(1, $big) g");
-ok($node->poll_query_until('postgres', 'SELECT sum(pending_segments) > 0 FROM event_store.stat_shards'),
-	'a large transaction has pending segments before it ends');
+ok($node->poll_query_until('postgres',
+	"SELECT sum(pending_segments) > 0 AND sum(staged_rows) < $big / 4 FROM event_store.stat_shards"),
+	'a large transaction has most of its rows in pending segments before it ends');
 is($session->query_safe('SELECT count(*), count(position), sum(n) FROM plain'),
 	2 * $big . '|0|' . $big * ($big + 1), 'it sees its own rows, without positions');
 is($session->query_safe('FETCH ALL FROM before'), $big, 'a cursor does not see what was inserted behind it');
