@@ -213,7 +213,9 @@ sub at_start
 	my $died = 0;
 
 	$node->append_conf('postgresql.conf', 'restart_after_crash = off');
-	$node->start(fail_ok => 1);
+	# not $node->start: it gives up when the server is gone before it has looked for its pid
+	PostgreSQL::Test::Utils::system_log('pg_ctl', '-W', '-D', $node->data_dir, '-l', $node->logfile,
+		'-o', '--cluster-name=' . $node->name, 'start');
 	while (time() < $end && !$died)
 	{
 		$died = PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset) =~ /terminated by signal 9/;
@@ -223,7 +225,11 @@ sub at_start
 	$end = time() + 30;
 	my $pid_file = $node->data_dir . '/postmaster.pid';
 	sleep 0.05 while $died && -e $pid_file && time() < $end;
-	if (!$died && $node->{_pid}) { kill_all($node); }
+	if (!$died && -e $pid_file)
+	{
+		($node->{_pid}) = PostgreSQL::Test::Utils::slurp_file($pid_file) =~ /^(\d+)/;
+		kill_all($node) if $node->{_pid};
+	}
 	$node->{_pid} = undef;
 	$node->append_conf('postgresql.conf', 'restart_after_crash = on');
 	return $died;

@@ -48,6 +48,17 @@ sub escape
 	return $text;
 }
 
+sub run_script
+{
+	my ($node, $script) = @_;
+	my ($out, $err) = ('', '');
+
+	IPC::Run::run([ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres'), '-f', $script ], '<', '/dev/null', '>', \$out, '2>', \$err)
+	  or die "psql: $err";
+	unlink($script);
+	return;
+}
+
 # Loads lines [from, to) through a staging table into event_store.events in their order.
 sub load
 {
@@ -60,9 +71,7 @@ sub load
 	print $out "\\.\nINSERT INTO event_store.events (context_id, event_type, recorded_at, payload, metadata)\n"
 	  . "SELECT doc->>'context_id', doc->>'event_type', (doc->>'time')::timestamptz, doc->'data', doc->'meta' FROM line ORDER BY n;\nCOMMIT;\n";
 	close($out);
-	IPC::Run::run([ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres'), '-f', $script ], '>', \my $text, '2>', \my $err)
-	  or die "loading: $err";
-	unlink($script);
+	run_script($node, $script);
 	return;
 }
 
@@ -83,9 +92,7 @@ CREATE INDEX ON per_context (context_id);
 ANALYZE expected, per_context;
 SQL
 	close($out);
-	IPC::Run::run([ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres'), '-f', $script ], '>', \my $text, '2>', \my $err)
-	  or die "expected: $err";
-	unlink($script);
+	run_script($node, $script);
 	return;
 }
 
@@ -119,7 +126,7 @@ sub run
 	my ($lines, $contexts) = read_file($file);
 	my $n = @$lines;
 	my $half = int($n / 2);
-	my $node = new_server('log', 'event_store.shards = 2', 'event_store.memtable_age = 0', 'event_store.memtable_size = 256MB', 'autovacuum = off',
+	my $node = new_server("log_$name", 'event_store.shards = 2', 'event_store.memtable_age = 0', 'event_store.memtable_size = 256MB', 'autovacuum = off',
 		'max_wal_size = 4GB');
 	my $is = sub {
 		my ($limit, $where) = @_;
