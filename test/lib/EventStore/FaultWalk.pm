@@ -218,7 +218,8 @@ sub at_start
 		'-o', '--cluster-name=' . $node->name, 'start');
 	while (time() < $end && !$died)
 	{
-		$died = PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset) =~ /terminated by signal 9/;
+		$died = -e $node->logfile
+		  && PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset) =~ /terminated by signal 9/;
 		sleep 0.05 unless $died;
 	}
 	# the postmaster ends by itself
