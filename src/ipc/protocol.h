@@ -141,8 +141,8 @@ typedef struct EsFilter
 	uint8  op;
 	uint8  kind;
 	uint32 nvalues;
-	uint64 len; /* bytes, header included, multiple of 8 */
-				/* INT64: int64 values[]; BYTES: per value uint64 length, bytes padded to 8 */
+	/* bytes, header included, multiple of 8 */
+	uint64 len;
 } EsFilter;
 
 typedef struct EsOpenRequest
