@@ -134,7 +134,8 @@ typedef enum EsFilterKind
 
 /* A conjunct; rows for which it is not true are left out.  On the position and version
  * roles it sees the assigned values.  A column that was added after a row was written is NULL to
- * it: no filters on columns with a missing value (atthasmissing). */
+ * it: no filters on columns with a missing value (atthasmissing).  Values follow: INT64: int64[]; BYTES: per
+ * value uint64 length, bytes padded to 8. */
 typedef struct EsFilter
 {
 	uint16 column; /* from 0 */

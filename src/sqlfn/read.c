@@ -301,7 +301,9 @@ es_replay(PG_FUNCTION_ARGS)
 			ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("context_id must not be NULL")));
 		rel = es_open_store(fcinfo, 7, AccessShareLock, ACL_SELECT);
 		replay_args(fcinfo, rel, &a);
-		if (rls_applies(rel))
+		/* shards do not know the value that an added column has in older rows */
+		if (rls_applies(rel) ||
+			(a.has_since && TupleDescAttr(RelationGetDescr(rel), a.since_column - 1)->atthasmissing))
 			return replay_by_query(fcinfo, rel, &a);
 
 		funcctx = SRF_FIRSTCALL_INIT();
