@@ -15,11 +15,8 @@
  * certainly published.  Only for a sender who waits for room do we look at an empty
  * queue (the second rule): each look that publishes wakes the sender.
  *
- * Held requests.  See server.h for why.  A held message stays where it is, in the ring
- * or in shm_mq's buffer, and so its queue is not touched until it is delivered.  One
- * round of a drain: those held so far are due; the bitmap is taken and what it shows is
- * delivered up to the next request that must be held; then the due ones are delivered,
- * and their queues go on likewise.
+ * Messages of one connection are delivered in the order in which they were sent; what that
+ * says about those of different ones is for the caller to find out (server.h).
  *
  *-------------------------------------------------------------------------
  */
@@ -34,17 +31,12 @@
 #include "ipc/fault.h"
 #include "ipc/server_internal.h"
 
-/* Rounds of one drain; what is left then waits for the next. */
-#define MAX_ROUNDS 4
-
 int			  es_server_shard = -1;
 MemoryContext es_server_context = NULL;
 
 static EsShardShared	*shard_shared;
 static EsServerCallbacks callbacks;
 static EsConnection	   **connections; /* by slot number; NULL = none */
-
-static dlist_head held_list = DLIST_STATIC_INIT(held_list);
 
 void
 es_server_wake(const EsConnection *c)
@@ -216,8 +208,6 @@ close_connection(EsConnection *c)
 
 	callbacks.closed(&c->conn);
 	connections[slot] = NULL;
-	if (c->held != NULL)
-		dlist_delete(&c->held_node);
 	es_join_reset(&c->join);
 	es_server_drop_parked(c);
 	shm_mq_detach(c->requests);
@@ -228,24 +218,6 @@ close_connection(EsConnection *c)
 }
 
 /* ---- taking messages ---- */
-
-/* Must everything that was sent before by anybody be delivered before this one? */
-static bool
-is_ordered(uint16 type)
-{
-	switch (type)
-	{
-		case ES_REQ_BATCH:
-		case ES_REQ_FINISH:
-		case ES_REQ_RESOLVE:
-		case ES_REQ_FETCH:
-		case ES_REQ_CLOSE:
-		case ES_REQ_ECHO:
-			return false;
-		default:
-			return true;
-	}
-}
 
 /* One shm_mq message, or false if there is none. */
 static bool
@@ -287,7 +259,7 @@ deliver(EsConnection *c, const EsRequest *req, Size len)
 }
 
 /*
- * Takes one message and delivers it, or holds it.  Returns how many were delivered.
+ * Takes one message and delivers it.  Returns how many were delivered.
  * Sets *more to whether the queue may be asked for another one.
  */
 static int
@@ -320,14 +292,6 @@ take_one(EsConnection *c, bool *more)
 		len = c->join.total;
 	}
 
-	if (is_ordered(((EsRequest *) data)->type))
-	{
-		c->held = data;
-		c->held_len = len;
-		dlist_push_tail(&held_list, &c->held_node);
-		*more = false;
-		return 0;
-	}
 	deliver(c, data, len);
 	if (data == c->join.data)
 		es_join_reset(&c->join);
@@ -341,7 +305,7 @@ give_room(EsConnection *c, int *count)
 	bool wanted = pg_atomic_read_u32(&c->shared->room_wanted) != 0;
 
 	/* look at the empty queue, so that shm_mq publishes all; a racing message is taken as well */
-	while (wanted && c->unpublished > 0 && c->held == NULL && !c->failed)
+	while (wanted && c->unpublished > 0 && !c->failed)
 	{
 		bool more;
 
@@ -363,8 +327,8 @@ give_room(EsConnection *c, int *count)
 }
 
 /*
- * Takes what the queue holds now, up to a request that must be held.  May close the
- * connection.  Returns the number of messages delivered.
+ * Takes what the queue holds now.  May close the connection.  Returns the number of
+ * messages delivered.
  */
 static int
 take_messages(EsConnection *c)
@@ -381,7 +345,7 @@ take_messages(EsConnection *c)
 	while (more && !c->failed && c->taken_messages < limit)
 		count += take_one(c, &more);
 
-	if (c->failed || (detached && c->held == NULL))
+	if (c->failed || detached)
 	{
 		close_connection(c);
 		return count;
@@ -389,7 +353,7 @@ take_messages(EsConnection *c)
 	give_room(c, &count);
 
 	/* its sender has announced it and is about to flush it, which sets our latch */
-	if (c->held == NULL && c->taken_messages < limit)
+	if (c->taken_messages < limit)
 		es_set_ready(es_server_shard, c->conn.slot);
 	return count;
 }
@@ -403,13 +367,13 @@ visit(int slot)
 
 	if (c == NULL)
 		c = open_connection(slot);
-	if (c != NULL && c->held == NULL)
+	if (c != NULL)
 		count = take_messages(c);
 	return count;
 }
 
-static int
-take_bitmap(void)
+int
+es_server_take(void)
 {
 	int count = 0;
 
@@ -426,65 +390,6 @@ take_bitmap(void)
 		for (; bits != 0; bits &= bits - 1)
 			count += visit(w * 64 + __builtin_ctzll(bits));
 	}
-	return count;
-}
-
-/* Delivers the first `due` held requests, and what follows them in their queues. */
-static int
-deliver_due(int due)
-{
-	int count = 0;
-
-	while (due-- > 0 && !dlist_is_empty(&held_list))
-	{
-		EsConnection	*c = dlist_container(EsConnection, held_node, dlist_pop_head_node(&held_list));
-		const EsRequest *req = c->held;
-
-		c->held = NULL;
-		deliver(c, req, c->held_len);
-		count++;
-		if ((const char *) req == c->join.data)
-			es_join_reset(&c->join);
-		count += take_messages(c);
-	}
-	return count;
-}
-
-static int
-count_held(void)
-{
-	dlist_iter iter;
-	int		   n = 0;
-
-	dlist_foreach(iter, &held_list)
-		n++;
-	return n;
-}
-
-int
-es_server_drain(bool *complete)
-{
-	int count = 0;
-
-	*complete = true;
-	if (pg_atomic_read_u32(&shard_shared->paused) != 0)
-	{
-		*complete = false;
-		return 0;
-	}
-	for (int round = 0; round < MAX_ROUNDS; round++)
-	{
-		int due = count_held();
-
-		/* the bitmap is read after the due requests were: theirs came with barriers */
-		count += take_bitmap();
-		count += deliver_due(due);
-		if (dlist_is_empty(&held_list))
-			break;
-	}
-	if (!dlist_is_empty(&held_list))
-		SetLatch(MyLatch);
-	es_counter_set(shard_shared->counters.queue_depth, count);
 	if (count > 0)
 		es_counter_add(shard_shared->counters.messages, count);
 	return count;
@@ -500,7 +405,8 @@ es_server_sweep(void)
 	for (int i = 0; i < es_shared->nslots; i++)
 		count += visit(i);
 	if (count > 0)
+	{
 		es_counter_add(shard_shared->counters.messages, count);
-	if (!dlist_is_empty(&held_list))
 		SetLatch(MyLatch);
+	}
 }

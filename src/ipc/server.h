@@ -7,11 +7,11 @@
  * parked in the shard's memory and go on when the reader has made room (its
  * reading sets the shard's latch).
  *
- * Order.  Requests that look at the state of the shard (PREPARE, HEAD, OPEN, WAIT,
- * FLUSH, SYNC, STAT, UNDECIDED, DROP_STORAGE, VERIFY) are held back in their queue until
- * everything that any backend had sent before them was delivered: the ready bitmap is taken
- * once more after they were found, and what it shows is delivered first (PROTOCOL.md 2.3).  So
- * the engine may act on them at once.
+ * Order.  Whoever sends a message sets his ready bit before anybody can know that he did.  So
+ * when the bitmap has been taken and what it shows was delivered, everything is delivered that was
+ * sent before any message of an *earlier* es_server_take; of what the same call delivers, one
+ * message may be there without another that came before it by a different queue (its
+ * sender's part of the bitmap had been taken already).  shard/collect.c builds on it.
  *
  *-------------------------------------------------------------------------
  */
@@ -51,19 +51,20 @@ typedef struct EsServerCallbacks
 extern void es_server_init(int shard, const EsServerCallbacks *callbacks);
 
 /*
- * Takes the ready bitmap and delivers what every queue that it shows held
+ * Takes the ready bitmap once and delivers what every queue that it shows held
  * (whole messages: sent_messages), calling back for each.  Connects new backends,
- * notices those that are gone.  Returns the number of messages (the counters
- * `messages` and `queue_depth` are kept here).
+ * notices those that are gone.  Returns the number of messages (and keeps the
+ * counter `messages`).
  *
- * *complete is false if not everything could be taken that was there: the shard is
- * paused.  A message that is only partly there (its sender streams it) does not count:
- * nobody's commit can rest on it, and its sender may take for ever.  If requests are
- * left for another round, the latch is set.
+ * A message that is only partly there (its sender streams it) is not waited for: nobody's
+ * commit can rest on it, and its sender may take for ever.
  */
-extern int es_server_drain(bool *complete);
+extern int es_server_take(void);
 
-/* Looks at all connections, not only the ready ones, for backends that are gone. */
+/*
+ * Looks at all connections, not only the ready ones, for backends that are gone.  What it finds in
+ * their queues it delivers, in no order that says anything, and sets the latch.
+ */
 extern void es_server_sweep(void);
 
 /* Sends or parks an answer; parts are copied if need be. */

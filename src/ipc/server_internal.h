@@ -28,14 +28,11 @@ typedef struct EsConnection
 	bool			 failed; /* to be closed when it is visited next */
 
 	/* requests */
-	uint64			 taken_messages; /* pieces */
-	uint64			 published;		 /* ring bytes that shm_mq has certainly given back */
-	uint64			 published_told; /* and what taken_bytes says */
-	uint64			 unpublished;	 /* consumed, but not given back */
-	EsJoin			 join;
-	const EsRequest *held; /* NULL = none */
-	Size			 held_len;
-	dlist_node		 held_node; /* in held_list, if held */
+	uint64 taken_messages; /* pieces */
+	uint64 published;	   /* ring bytes that shm_mq has certainly given back */
+	uint64 published_told; /* and what taken_bytes says */
+	uint64 unpublished;	   /* consumed, but not given back */
+	EsJoin join;
 
 	/* answers */
 	uint64	   answers_sent; /* pieces */

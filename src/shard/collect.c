@@ -3,18 +3,28 @@
  * collect.c
  *	  What a drain of the queues brings, handled in the order that the protocol wants.
  *
- *	 1. BATCHes are staged during the drain, straight from the queue.
- *	 2. FINISHes are copied aside and applied after it, sorted by start.  Two FINISHes
- *		of one context come by different queues, and the bitmap may show the later
- *		one first; by the time the later one was logged the earlier was in its queue
- *		with the ready bit set, so a drain that finds the later finds both.
- *	 3. RESOLVEs.
- *	 4. All other requests, in the order in which they came, and only if the
- *		drain was complete: a reader who saw a commit has its rows (PROTOCOL.md 2.3).
+ * A drain takes the ready bitmap until a pass brings nothing that depends on what others have
+ * sent.  What comes is handled so:
  *
- * Otherwise they wait, together with what came later, for the next drain.  When the
- * arena has no memory for a BATCH or FINISH, everything from there on waits
- * and no more is taken from the queues until it was applied.
+ *	 1. BATCHes are staged at once, straight from the queue.
+ *	 2. FINISHes are copied aside and applied after the passes, sorted by start.  Two FINISHes
+ *		of one context come by different queues, and a pass may bring the later one alone
+ *		(server.h).  When it was sent, the earlier was in its queue with the ready bit set, so
+ *		the next pass brings it; the same holds for whatever starts below the later one.  So
+ *		after each pass all FINISHes up to the highest start that was known before the pass are
+ *		complete (finish_bound), and no other is applied.
+ *	 3. RESOLVEs, when their FINISH was applied.
+ *	 4. All other requests, in the order in which they came, when the bitmap was taken once
+ *		more since and no FINISH is left: a reader who saw a commit has its rows, and who asks for
+ *		a version gets the one behind the last committed (PROTOCOL.md 2.3).
+ *
+ * So FINISH and BATCH overtake requests of their own connection.  That does no harm: a request that is
+ * not answered yet when its transaction commits has nobody who waits for it, and rows
+ * of later commands are told by their command ids.
+ *
+ * What is left when the passes do not come to an end waits for the next drain, and so does
+ * everything from a BATCH or FINISH on for which the arena has no memory; nothing
+ * more is taken from the queues until that was applied.
  *
  * Copies of each kind lie in a buffer that grows and is used again; entries refer to it
  * by offset.  Requests have askers that wait, so that what is kept of
@@ -25,6 +35,8 @@
 #include "postgres.h"
 
 #include "access/xlog.h"
+#include "miscadmin.h"
+#include "storage/latch.h"
 #include "utils/memutils.h"
 
 #include "ipc/fault.h"
@@ -36,6 +48,9 @@
 
 /* A buffer that grew beyond this is given back when it is empty. */
 #define KEEP_BUFFER (4 * 1024 * 1024)
+
+/* Passes of one drain. */
+#define MAX_PASSES 8
 
 typedef struct Entry
 {
@@ -73,7 +88,10 @@ static Entries finishes;
 static Entries resolves;
 static Entries requests;
 
-static bool complete = true; /* the last drain was */
+static EsLsn  finish_seen;	   /* highest start of a FINISH that was taken */
+static EsLsn  finish_bound;	   /* FINISHes with starts up to here are complete */
+static uint32 requests_due;	   /* of requests: since they came the bitmap was taken once more */
+static bool	  complete = true; /* the last drain was: the shard is not paused */
 
 static SyncRequest *syncs;
 static int			nsyncs;
@@ -164,6 +182,7 @@ on_message(EsConn *conn, const EsRequest *req, Size len)
 			if (r->end <= es_recovery_end)
 				return;
 			keep(&finishes, conn, req, len, r->start);
+			finish_seen = Max(finish_seen, r->start);
 			return;
 		}
 		case ES_REQ_RESOLVE:
@@ -343,14 +362,33 @@ compare_starts(const void *a, const void *b)
 	return x < y ? -1 : x > y;
 }
 
-bool
-es_collect_apply(void)
+/* Has the transaction a FINISH that was taken, but not applied? */
+static bool
+finish_waits(EsFxid fxid)
 {
-	for (; batches.done < batches.n; batches.done++)
-		if (!stage(content(&batches, batches.done), batches.array[batches.done].len))
-			return false;
-	reset(&batches);
+	for (uint32 i = finishes.done; i < finishes.n; i++)
+		if (((const EsFinishRequest *) content(&finishes, i))->fxid == fxid)
+			return true;
+	return false;
+}
 
+/* Leaves only what is not handled, so that the buffer does not grow while there always is something. */
+static void
+compact(Entries *e)
+{
+	Entries left = {0};
+
+	for (uint32 i = e->done; i < e->n; i++)
+		keep(&left, e->array[i].conn, content(e, i), e->array[i].len, e->array[i].start);
+	pfree(e->array);
+	pfree(e->buffer);
+	*e = left;
+}
+
+/* False: not all of them. */
+static bool
+apply_finishes(void)
+{
 	if (!finishes.sorted && finishes.n - finishes.done > 1)
 		qsort(finishes.array + finishes.done, finishes.n - finishes.done, sizeof(Entry), compare_starts);
 	finishes.sorted = true;
@@ -358,43 +396,104 @@ es_collect_apply(void)
 	{
 		const EsFinishRequest *r = content(&finishes, finishes.done);
 
+		if (r->start > finish_bound)
+		{
+			if (finishes.done > 0)
+				compact(&finishes);
+			return false;
+		}
 		if (!es_apply_finish(r->fxid, r->start, r->end, (const EsSectionHeader *) (r + 1),
 							 finishes.array[finishes.done].len - sizeof(*r), false))
 			return false;
 	}
 	reset(&finishes);
+	return true;
+}
+
+static void
+apply_resolves(bool all)
+{
+	Entries left = {0};
 
 	for (; resolves.done < resolves.n; resolves.done++)
 	{
 		const EsResolveRequest *r = content(&resolves, resolves.done);
 
-		es_apply_resolve(r->fxid, r->committed != 0, r->commit_end);
+		/* an aborted transaction is forgotten by its RESOLVE */
+		if (!all && finish_waits(r->fxid))
+			keep(&left, resolves.array[resolves.done].conn, &r->req, resolves.array[resolves.done].len, 0);
+		else
+			es_apply_resolve(r->fxid, r->committed != 0, r->commit_end);
 	}
 	reset(&resolves);
+	if (left.n > 0)
+	{
+		pfree(resolves.array);
+		if (resolves.buffer != NULL)
+			pfree(resolves.buffer);
+		resolves = left;
+	}
+}
 
-	if (!complete)
+bool
+es_collect_apply(void)
+{
+	bool all;
+
+	for (; batches.done < batches.n; batches.done++)
+		if (!stage(content(&batches, batches.done), batches.array[batches.done].len))
+			return false;
+	reset(&batches);
+
+	all = apply_finishes();
+	apply_resolves(all);
+	if (!all || !complete)
 		return false;
-	while (requests.done < requests.n)
+
+	while (requests.done < requests_due)
 	{
 		uint32 i = requests.done++;
 
 		if (requests.array[i].conn != NULL)
 			handle(requests.array[i].conn, content(&requests, i), requests.array[i].len);
 	}
-	reset(&requests);
+	if (requests.done == requests.n)
+		reset(&requests);
+	else if (requests.done > 0)
+		compact(&requests);
+	requests_due = 0;
 	return true;
 }
 
 bool
 es_collect_drain(void)
 {
+	bool settled = false;
+	int	 count = 0;
+
 	/* No memory: first what was taken, lest the copies grow without bound. */
 	if (batches.n > 0 || finishes.n > 0)
 	{
 		(void) es_collect_apply();
-		if (batches.n > 0 || finishes.n > 0)
+		if (batches.n > 0 || (finishes.n > 0 && finishes.array[finishes.done].start <= finish_bound))
 			return false;
 	}
-	es_server_drain(&complete);
+
+	complete = pg_atomic_read_u32(&es_shard->paused) == 0;
+	if (!complete)
+		return es_collect_apply();
+	for (int pass = 0; pass < MAX_PASSES && !settled; pass++)
+	{
+		uint32 due = requests.n;
+		EsLsn  seen = finish_seen;
+
+		count += es_server_take();
+		requests_due = due;
+		finish_bound = seen;
+		settled = requests.n == due && finish_seen == seen;
+	}
+	if (!settled)
+		SetLatch(MyLatch);
+	ES_SET(queue_depth, count);
 	return es_collect_apply();
 }

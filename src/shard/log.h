@@ -11,7 +11,7 @@
  *
  *		if (es_log_sync_due())		timer, es_log_want_sync, or 16 MB of PostgreSQL's WAL
  *			es_log_sync_begin();	reads F, then all floors
- *		es_server_drain(...);		what the queues held becomes frames
+ *		es_collect_drain();		what the queues held becomes frames
  *		es_log_sync_fix(oldest);	only if the drain was complete; oldest: start of the oldest message that
  *									the engine holds and that is in no frame (spilling), 0 = none
  *		es_log_tick();				issues groups, syncs, control blocks

@@ -402,7 +402,6 @@ poll(TimestampTz now)
 		es_apply_poll_verdicts(true);
 		es_apply_limit_staging();
 		es_server_sweep();
-		(void) es_collect_apply();
 		es_segments_tick();
 		next_poll = TimestampTzPlusMilliseconds(now, POLL_INTERVAL);
 	}

@@ -1,5 +1,6 @@
 # Who saw a commit sees its events: a shard acts on a request only after everything that was sent before it,
-# by whomever and wherever in the ready bitmap (PROTOCOL.md 2.3).
+# by whomever and wherever in the ready bitmap (PROTOCOL.md 2.3). And of two transactions that append to one
+# context, the one that commits first has the lower versions, whatever the bitmap shows first.
 
 use strict;
 use warnings;
@@ -22,6 +23,7 @@ CREATE SCHEMA event_store_test;
 CREATE EXTENSION event_store_test;
 CREATE EXTENSION event_store;
 CREATE TABLE ev (context_id text, n integer) USING event_store;
+CREATE TABLE numbered (position bigint, context_id text, version bigint, n integer) USING event_store;
 SQL
 if ($node->safe_psql('postgres', 'SELECT event_store_test.fault_points_compiled()') eq 'f')
 {
@@ -39,6 +41,7 @@ while (!($writer && $reader) && @sessions < 68)
 	push @sessions, $s;
 	# a channel and all caches, so that nothing else is asked of the shard later
 	$s->query_safe("INSERT INTO ev VALUES ('warm', 0)");
+	$s->query_safe("INSERT INTO numbered (context_id, n) VALUES ('warm', 0)");
 	$s->query_safe("SELECT count(*) FROM ev WHERE context_id = 'a'");
 	my $slot = $s->query_safe('SELECT slot FROM event_store_test.channel(0)');
 	$writer //= $s if $slot < 64;
@@ -61,6 +64,23 @@ for my $i (1 .. 5)
 	like($reader->query_until(qr/end/, ''), qr/rows: $i\n/, 'the reader has the rows that were committed before he asked');
 	$other->query_until(qr/end/, '');
 }
+
+# The shard has taken the word with the first writer's bit; both commit; it finds the second one's FINISH alone.
+for my $i (1 .. 5)
+{
+	$node->safe_psql('postgres', "SELECT event_store_test.inject_fault('server-between-words', 'sleep')");
+	$other->query_until(qr/begin/, "\\echo begin\nSELECT event_store_test.echo(0, 1);\n\\echo end\n");
+	ok($node->poll_query_until('postgres', "SELECT event_store_test.fault_hits('server-between-words') = 1"),
+		'the shard has taken the first word');
+	$writer->query_safe("INSERT INTO numbered (context_id, n) VALUES ('a', 2 * $i)");
+	$reader->query_safe("INSERT INTO numbered (context_id, n) VALUES ('a', 2 * $i + 1)");
+	$node->safe_psql('postgres', 'SELECT event_store_test.disarm_faults()');
+	$other->query_until(qr/end/, '');
+	is($other->query_safe("SELECT string_agg(n::text, ' ' ORDER BY version) FROM numbered WHERE context_id = 'a' AND n >= 2 * $i"),
+		2 * $i . ' ' . (2 * $i + 1), 'versions in the order of commits');
+}
+is($other->query_safe("SELECT count(*) FROM (SELECT version, row_number() OVER (ORDER BY position) AS rank FROM numbered WHERE context_id = 'a') x WHERE version <> rank"),
+	'0', 'and of positions');
 $_->quit for @sessions, $other;
 
 # ---- by chance: in one snapshot, a heap row and the event of the same transaction are both there or both not
