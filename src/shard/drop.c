@@ -8,8 +8,9 @@
  * the storage.  So nothing is checked here, and asking twice does no harm.
  *
  * One manifest record says it for all keys of a request.  When that is durable the segments go.
- * Rows in MemTables stay in memory and are left out when they are flushed; what own WAL has of them
- * may come back after a crash, as rows of a storage that is found dead again.
+ * Not before every MemTable with rows of the storage is flushed: as long as own WAL is replayed for
+ * it, the versions that its FINISHes were promised follow from the rows in its segments, and a
+ * shard that finds others does not open.
  *
  *-------------------------------------------------------------------------
  */
@@ -27,7 +28,8 @@ typedef struct Request
 	dlist_node node;
 	EsConn	  *conn; /* NULL = closed */
 	uint64	   id;
-	uint64	   edit; /* ticket, 0 = not submitted */
+	uint64	   edit;  /* ticket, 0 = not submitted */
+	bool	   asked; /* for a flush of the rows in MemTables */
 	uint64	   nkeys;
 	EsTableKey keys[FLEXIBLE_ARRAY_MEMBER];
 } Request;
@@ -119,6 +121,15 @@ complete(Request *r)
 	pfree(r);
 }
 
+static bool
+in_memory(const Request *r)
+{
+	for (uint64 i = 0; i < r->nkeys; i++)
+		if (in_memtables(&r->keys[i]))
+			return true;
+	return false;
+}
+
 /* False: another record is under way. */
 static bool
 submit(Request *r)
@@ -164,6 +175,13 @@ es_drop_tick(void)
 
 		if (r->edit == 0)
 		{
+			if (in_memory(r))
+			{
+				if (!r->asked)
+					(void) es_flush_ask();
+				r->asked = true;
+				return;
+			}
 			if (!submit(r))
 				return;
 		}

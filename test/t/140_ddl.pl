@@ -186,9 +186,9 @@ make('keep');
 my $kept_id = sql($node, q{SELECT storage_id FROM event_store.stat_tables WHERE store = 'keep'::regclass});
 sql($node, 'ALTER TABLE keep SET TABLESPACE other');
 make('gone');
-sql($node, 'SELECT event_store.flush()');
+# half of it lies in segments, half in memory: own WAL has what continues the versions in the segments
 sql($node, 'DROP TABLE gone');
-ok($node->poll_query_until('postgres', "SELECT sum(segment_rows) = $rows FROM event_store.stat_shards"), 'dropped storages are collected')
+ok($node->poll_query_until('postgres', "SELECT sum(segment_rows) + sum(memtable_rows) = $rows FROM event_store.stat_shards"), 'dropped storages are collected')
   or diag(sql($node, 'SELECT * FROM event_store.stat_segments'));
 is(content('keep'), $full, 'what was moved to another tablespace is not');
 my ($files, $named) = (0, -1);
