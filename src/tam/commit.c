@@ -308,6 +308,21 @@ reserve_positions(void)
 	return base;
 }
 
+static bool
+has_live_rows(const EsXactTable *t)
+{
+	dlist_iter iter;
+
+	if (!dlist_is_empty((dlist_head *) &t->pending))
+		return true;
+	dlist_foreach(iter, (dlist_head *) &t->batches)
+	{
+		if (!dlist_container(EsXactBatch, node, iter.cur)->dead)
+			return true;
+	}
+	return false;
+}
+
 /* After the last send (PROTOCOL.md 3): a reader that came in between is a conflict. */
 static void
 check_serializable(void)
@@ -319,8 +334,12 @@ check_serializable(void)
 	dlist_foreach(iter, &es_xact->tables)
 	{
 		EsXactTable *t = dlist_container(EsXactTable, node, iter.cur);
-		Relation	 rel = try_relation_open(t->relid, NoLock);
+		Relation	 rel;
 
+		/* rolled-back savepoints have taken their rows and their lock along */
+		if (!has_live_rows(t))
+			continue;
+		rel = try_relation_open(t->relid, NoLock);
 		/* gone if the transaction dropped it, or was a rewrite's transient table */
 		if (rel == NULL)
 			continue;
