@@ -5,7 +5,7 @@ use strict;
 use warnings;
 use EventStore::Clients;
 use EventStore::Oracle;
-use EventStore::Server qw(new_server kill_all crash_restart wait_open sql try_sql processes faults_compiled seed);
+use EventStore::Server qw(new_server kill_all crash_restart wait_open set_conf sql try_sql processes faults_compiled seed);
 use EventStore::Workload;
 use Test::More;
 use Time::HiRes qw(sleep time);
@@ -186,7 +186,8 @@ ok(wait_open($node), 'slot gone after a clean stop: open');
 is(slot(), '1|t|t', 'with a new slot');
 is($oracle->check($node), '', 'the oracle agrees');
 
-# and after a crash: refused, for WAL may be gone; the slot put back makes all well
+# and after a crash: refused, for WAL may be gone; it is not yet, so the slot put back makes all well
+set_conf($node, "wal_keep_size = '2GB'");
 $clients->run(seconds => 1);
 kill_all($node);
 $clients->abandon;
