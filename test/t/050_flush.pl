@@ -22,6 +22,9 @@ max_worker_processes = 16
 restart_after_crash = on
 log_checkpoints = off
 autovacuum = off
+min_wal_size = 32MB
+max_wal_size = 48MB
+wal_keep_size = 0
 CONF
 $node->start;
 
@@ -32,6 +35,16 @@ ALTER DATABASE postgres SET search_path = public, event_store_test;
 CREATE TABLE plain (position bigint, context_id text, n int, filler text) USING event_store;
 CREATE TABLE versioned (position bigint, context_id text, version bigint, n int) USING event_store;
 CREATE TABLE heap (kind text, context_id text, n int);
+-- Waits until what the transaction has sent is in pending segments, but for a rest.
+CREATE FUNCTION spilled(rest int) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+	PERFORM count(*) FROM plain WHERE context_id = '';	-- sends what is pending
+	PERFORM count(*) FROM versioned WHERE context_id = '';
+	FOR i IN 1 .. 200 LOOP
+		EXIT WHEN (SELECT sum(staged_rows) FROM event_store.stat_shards) <= rest;
+		PERFORM pg_sleep(0.02);
+	END LOOP;
+END $$;
 SQL
 
 my $compiled = $node->safe_psql('postgres', 'SELECT fault_points_compiled()') eq 't';
@@ -92,6 +105,7 @@ sub work
 {
 	my ($name, $rows) = @_;
 	my $contexts = 13;
+	my $wait = $rows >= 3000 ? 'SELECT spilled(3000);' : '';
 	return <<"SQL";
 BEGIN;
 INSERT INTO plain SELECT NULL, '$name' || g % $contexts, g, repeat('x', 60) FROM generate_series(1, $rows) g;
@@ -102,6 +116,7 @@ INSERT INTO versioned (context_id, n) SELECT 'c' || g % $contexts, g FROM genera
 ROLLBACK TO s;
 INSERT INTO versioned (context_id, n) SELECT 'c' || g % $contexts, g FROM generate_series(1, $rows) g;
 INSERT INTO heap SELECT 'versioned', 'c' || g % $contexts, g FROM generate_series(1, $rows) g;
+$wait
 SQL
 }
 
@@ -138,10 +153,12 @@ my $open = $node->background_psql('postgres', on_error_stop => 0);
 $open->query_safe(work('open', 300));
 my $own = $node->background_psql('postgres', on_error_stop => 0);
 $own->query_safe(work('spilling', 9000));
+# Own WAL and PostgreSQL's forget what came before: only what was logged again is left of the open ones.
 foreach my $round (1 .. 6)
 {
-	$node->safe_psql('postgres', work("round$round", 50) . 'COMMIT;');
+	$node->safe_psql('postgres', work("round$round", 2500) . 'COMMIT;');
 	flush();
+	$node->safe_psql('postgres', 'SELECT event_store.sync(); SELECT pg_switch_wal(); CHECKPOINT');
 }
 is($open->query_safe(q{SELECT count(*) FROM plain WHERE context_id LIKE 'open%'}), '300',
 	'a transaction sees its rows after flushes of others');
@@ -153,10 +170,11 @@ $own->query_safe('COMMIT');
 consistent('spilled while others were flushed');
 $open->query_safe(work('open2', 300));
 $own->query_safe(work('spilling2', 9000));
-foreach my $round (1 .. 4)
+foreach my $round (1 .. 6)
 {
-	$node->safe_psql('postgres', work("round2$round", 50) . 'COMMIT;');
+	$node->safe_psql('postgres', work("round2$round", 2500) . 'COMMIT;');
 	flush();
+	$node->safe_psql('postgres', 'SELECT event_store.sync(); SELECT pg_switch_wal(); CHECKPOINT');
 }
 # The shards alone are restarted: what is staged comes from carried frames and PostgreSQL's WAL.
 $node->safe_psql('postgres',
@@ -186,10 +204,11 @@ foreach my $i (1 .. 3)
 }
 ok($node->poll_query_until('postgres',
 	q{SELECT count(*) = 3 FROM pg_stat_activity WHERE wait_event = 'SyncRep'}), 'three transactions wait');
-foreach my $round (1 .. 4)
+foreach my $round (1 .. 5)
 {
-	$node->safe_psql('postgres', 'SET synchronous_commit = local;' . work("local$round", 100) . 'COMMIT;');
+	$node->safe_psql('postgres', 'SET synchronous_commit = local;' . work("local$round", 2500) . 'COMMIT;');
 	$node->safe_psql('postgres', 'SET synchronous_commit = local; SELECT event_store.flush()');
+	$node->safe_psql('postgres', 'SET synchronous_commit = local; SELECT event_store.sync(); SELECT pg_switch_wal(); CHECKPOINT');
 }
 is($node->safe_psql('postgres', q{SELECT count(*) FROM plain WHERE context_id LIKE 'held%'}), '0',
 	'nobody sees what is not decided');

@@ -30,6 +30,16 @@ ALTER DATABASE postgres SET search_path = public, event_store_test;
 CREATE TABLE plain (position bigint, context_id text, n int, filler text) USING event_store;
 CREATE TABLE versioned (position bigint, context_id text, version bigint, n int) USING event_store;
 CREATE TABLE ids (position bigint, context_id text, version bigint, event_id uuid, n int) USING event_store;
+-- Waits until what the transaction has sent is in pending segments, but for a rest.
+CREATE FUNCTION spilled(rest int) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+	PERFORM count(*) FROM plain WHERE context_id = '';	-- sends what is pending
+	PERFORM count(*) FROM versioned WHERE context_id = '';
+	FOR i IN 1 .. 200 LOOP
+		EXIT WHEN (SELECT sum(staged_rows) FROM event_store.stat_shards) <= rest;
+		PERFORM pg_sleep(0.02);
+	END LOOP;
+END $$;
 CREATE FUNCTION uuid_of(n int) RETURNS uuid IMMUTABLE LANGUAGE sql AS 'SELECT md5(n::text)::uuid';
 SQL
 my $compiled = $node->safe_psql('postgres', 'SELECT fault_points_compiled()') eq 't';
@@ -87,7 +97,9 @@ INSERT INTO versioned (context_id, n) SELECT 'c' || g % 3000, g FROM generate_se
 SAVEPOINT s;
 INSERT INTO versioned (context_id, n) SELECT 'c' || g % 4000, -1 FROM generate_series(1, $big) g;
 ROLLBACK TO s;
+SELECT spilled(4000);
 INSERT INTO versioned (context_id, n) SELECT 'c' || g % 5000, $big + g FROM generate_series(1, $big) g;
+SELECT spilled(4000);
 COMMIT;
 INSERT INTO versioned (context_id, n) SELECT 'c' || g, 3 * $big FROM generate_series(1, 4999, 7) g;
 SQL
@@ -116,6 +128,8 @@ $node->safe_psql('postgres', <<"SQL");
 INSERT INTO ids (context_id, event_id, n) SELECT 'c' || g % 10, uuid_of(g), g FROM generate_series(1, 5000) g;
 BEGIN;
 INSERT INTO ids (context_id, event_id, n) SELECT 'c' || g % 10, uuid_of(g), g FROM generate_series(1, $big) g;
+SELECT count(*) FROM ids WHERE context_id = '';
+SELECT spilled(4000);
 COMMIT;
 SQL
 ask('SELECT count(*), count(DISTINCT n), count(DISTINCT event_id), count(DISTINCT (context_id, version)) FROM ids',
@@ -128,8 +142,16 @@ ask('SELECT count(*) FROM (SELECT context_id FROM ids GROUP BY 1 HAVING max(vers
 $node->safe_psql('postgres', <<'SQL');
 CREATE TABLE restored (LIKE versioned) USING event_store;
 CREATE TABLE reversed (LIKE versioned) USING event_store;
+BEGIN;
 INSERT INTO restored SELECT * FROM versioned;
+SELECT count(*) FROM restored WHERE context_id = '';
+SELECT spilled(4000);
+COMMIT;
+BEGIN;
 INSERT INTO reversed SELECT * FROM versioned ORDER BY position DESC;
+SELECT count(*) FROM reversed WHERE context_id = '';
+SELECT spilled(4000);
+COMMIT;
 SQL
 foreach my $table (qw(restored reversed))
 {

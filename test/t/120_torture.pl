@@ -9,6 +9,7 @@ use EventStore::Clients;
 use EventStore::Oracle;
 use EventStore::Server qw(new_server kill_all crash_restart wait_open set_conf io_methods seed sql try_sql processes);
 use EventStore::Workload;
+use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(sleep time);
 
@@ -90,7 +91,6 @@ foreach my $round (1 .. $rounds)
 	my $seconds = 3 + rand(5);
 	my $server_dies = rand();
 	my $next_death = time() + 1 + rand(1);
-	my $fatal = '';
 	my $clients;
 
 	$oracle->{lossy} = 1 if !$synchronous;
@@ -100,6 +100,7 @@ foreach my $round (1 .. $rounds)
 		$node->restart;
 		wait_open($node) or BAIL_OUT('the shards do not open');
 	}
+	my $log_from = -s $node->logfile;
 	$clients = EventStore::Clients->new(
 		node => $node, n => 16, settings => [ $synchronous ? () : 'SET synchronous_commit = off', 'SET lock_timeout = 5000' ],
 		next => sub {
@@ -138,6 +139,9 @@ foreach my $round (1 .. $rounds)
 			}
 			return 1;
 		});
+
+	my $log = PostgreSQL::Test::Utils::slurp_file($node->logfile, $log_from);
+	$oracle->problem('the server crashed', $1) while $log =~ /^(.*(?:TRAP:|PANIC:|was terminated by signal).*)$/mg;
 
 	if ($server_dies < 0.6)
 	{
