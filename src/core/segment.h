@@ -219,7 +219,9 @@ typedef struct EsRowBlock EsRowBlock;
 
 extern EsRowBlock *es_block_create(void);
 extern void		   es_block_free(EsRowBlock *b);
-extern size_t	   es_block_memory(const EsRowBlock *b);
+/* Lets go of the rows of the last read, and of the pages they lie in; memory is kept for the next. */
+extern void	  es_block_clear(EsRowBlock *b);
+extern size_t es_block_memory(const EsRowBlock *b);
 
 /* wanted: ncols booleans (NULL = all columns); hidden: ES_WANT_*. */
 extern EsStatus es_segment_read(EsSegment *seg, uint64_t first_row, uint32_t nrows, const bool *wanted,
@@ -234,7 +236,18 @@ extern uint64_t	   es_block_version(const EsRowBlock *b, uint32_t r); /* 0 = non
 extern EsFxid	   es_block_fxid(const EsRowBlock *b, uint32_t r);
 extern const void *es_block_content_hash(const EsRowBlock *b, uint32_t r);
 
-/* Reads and checks every page; calls report for each damage found and goes on. */
+/*
+ * Reads and checks every page, in steps of some milliseconds; calls report for each damage found and
+ * goes on.  es_verifier_step: false = that was the last one; seg is the same segment each time, but
+ * may have been closed and opened again.  es_verifier_free: status of the first damage.
+ */
+typedef struct EsVerifier EsVerifier;
+
+extern EsVerifier *es_verifier_create(void (*report)(void *arg, const EsError *err), void *arg);
+extern bool		   es_verifier_step(EsVerifier *v, EsSegment *seg);
+extern EsStatus	   es_verifier_free(EsVerifier *v);
+
+/* All of it at once. */
 extern EsStatus es_segment_verify(EsSegment *seg, void (*report)(void *arg, const EsError *err), void *arg);
 
 #endif /* ES_CORE_SEGMENT_H */

@@ -3,10 +3,13 @@
  * segment_verify.c
  *	  Reads a whole segment and says all that is wrong with it.
  *
- * Each page is read from the file (the cache is bypassed by emptying it), each value
- * decoded, each overflow chain followed; then what pages say is compared with
- * what others say: the bytes of all pages fill the file, the footer's ranges hold
+ * Each page is read from the file (the cache is emptied first: what is in it later was read,
+ * and checked, since), each value decoded, each overflow chain followed; then what pages say is
+ * compared with what others say: the bytes of all pages fill the file, the footer's ranges hold
  * the rows' values, every context is in filter and index and its rows have its bytes.
+ *
+ * The work is cut into steps of some milliseconds: one column of a zone, one page of the context
+ * index.  Between steps the caller may use the segment, or close it and open it again.
  *
  *-------------------------------------------------------------------------
  */
@@ -18,16 +21,35 @@
 #include "core/filter.h"
 #include "core/route.h"
 
-typedef struct Verifier
+typedef enum Phase
 {
-	EsSegment *seg;
+	PHASE_FRAME,
+	PHASE_ZONES,
+	PHASE_INDEX,
+	PHASE_CONTEXTS,
+	PHASE_DONE
+} Phase;
+
+struct EsVerifier
+{
+	EsSegment *seg; /* during a step */
 	void (*report)(void *arg, const EsError *err);
 	void	   *arg;
 	EsStatus	first; /* status of the first damage */
 	uint64_t	bytes; /* of pages seen */
 	EsRowBlock *block;
 	EsError		err;
-} Verifier;
+
+	Phase	 phase;
+	uint32_t zone;
+	uint32_t column;
+	uint32_t index_page;
+	bool	 index_whole; /* no page of index and filters is damaged */
+	bool	 any_context;
+	uint64_t last_hash;
+};
+
+typedef struct EsVerifier Verifier;
 
 /* Reports v->err. */
 static void
@@ -160,67 +182,81 @@ verify_zone(Verifier *v, uint32_t zone)
 }
 
 /* A context's entry: is it found by its own bytes, and in order? */
-typedef struct ContextCheck
+static void
+verify_context(Verifier *v, uint32_t entry, const EsContextEntry *e)
 {
-	Verifier *v;
-	uint64_t  last_hash;
-	bool	  any;
-} ContextCheck;
+	EsSegment  *seg = v->seg;
+	int64_t		scratch;
+	const void *bytes;
+	size_t		len;
+	EsPage	   *page;
+	uint64_t	found_row;
+	uint64_t	found_nrows;
+	uint32_t	found_entry;
+	EsStatus	status;
+	void	   *copy;
 
-static EsStatus
-verify_context(void *arg, uint32_t entry, uint64_t hash, uint64_t first_row, uint64_t nrows)
-{
-	ContextCheck *check = arg;
-	Verifier	 *v = check->v;
-	EsSegment	 *seg = v->seg;
-	int64_t		  scratch;
-	const void	 *bytes;
-	size_t		  len;
-	EsPage		 *page;
-	uint64_t	  found_row;
-	uint64_t	  found_nrows;
-	uint32_t	  found_entry;
-	EsStatus	  status;
-	void		 *copy;
-
-	if (check->any && hash < check->last_hash)
+	if (v->any_context && e->hash < v->last_hash)
 	{
 		es_fail(&v->err, ES_ERR_CORRUPT, seg->footer_offset, "context index entry %u is out of order", entry);
 		damage(v);
 	}
-	check->any = true;
-	check->last_hash = hash;
+	v->any_context = true;
+	v->last_hash = e->hash;
 
-	status = es_segment_context_of(seg, first_row, &scratch, &bytes, &len, &page, &v->err);
+	status = es_segment_context_of(seg, e->first_row, &scratch, &bytes, &len, &page, &v->err);
 	if (status != ES_OK)
-		return ES_OK; /* the page was reported */
+		return; /* the page was reported */
 	copy = malloc(len + 1);
 	if (copy != NULL)
 		memcpy(copy, bytes, len);
 	if (page != NULL)
 		es_page_unref(page);
 	if (copy == NULL)
-		return es_fail(&v->err, ES_ERR_NOMEM, 0, "out of memory while verifying a segment");
+	{
+		es_fail(&v->err, ES_ERR_NOMEM, 0, "out of memory while verifying a segment");
+		damage(v);
+		return;
+	}
 
-	status = es_segment_find_context(seg, hash, copy, len, &found_row, &found_nrows, &found_entry, &v->err);
+	status =
+		es_segment_find_context(seg, e->hash, copy, len, &found_row, &found_nrows, &found_entry, &v->err);
 	free(copy);
-	if (status == ES_OK && (found_row != first_row || found_nrows != nrows || found_entry != entry))
+	if (status == ES_OK && (found_row != e->first_row || found_nrows != e->nrows || found_entry != entry))
 	{
 		es_fail(&v->err, ES_ERR_CORRUPT, seg->footer_offset,
 				"context index entry %u is not found by its context", entry);
 		damage(v);
 	}
-	return ES_OK;
+}
+
+/* One page of the context index; false behind the last one. */
+static bool
+verify_context_page(Verifier *v)
+{
+	EsContextEntry entries[ES_CONTEXT_PAGE];
+	uint32_t	   n;
+
+	if (!v->index_whole || v->index_page >= v->seg->footer->nindex)
+		return false;
+	if (es_segment_context_page(v->seg, v->index_page, entries, &n, &v->err) != ES_OK)
+	{
+		damage(v);
+		return false;
+	}
+	for (uint32_t i = 0; i < n; i++)
+		verify_context(v, v->index_page * ES_CONTEXT_PAGE + i, &entries[i]);
+	v->index_page++;
+	return true;
 }
 
 static void
-verify_contexts(Verifier *v)
+verify_index(Verifier *v)
 {
-	EsSegment	*seg = v->seg;
-	ContextCheck check = {.v = v};
-	EsPage		*page;
-	bool		 whole = true;
+	EsSegment *seg = v->seg;
+	EsPage	  *page;
 
+	v->index_whole = true;
 	for (uint32_t i = 0; i < seg->footer->nindex; i++)
 	{
 		v->bytes += seg->index[i].stored_len;
@@ -229,7 +265,7 @@ verify_contexts(Verifier *v)
 		else
 		{
 			damage(v);
-			whole = false;
+			v->index_whole = false;
 		}
 	}
 	for (uint32_t i = 0; i < seg->footer->nfilters; i++)
@@ -240,11 +276,9 @@ verify_contexts(Verifier *v)
 		else
 		{
 			damage(v);
-			whole = false;
+			v->index_whole = false;
 		}
 	}
-	if (whole && es_segment_walk_contexts(seg, verify_context, &check, &v->err) != ES_OK)
-		damage(v);
 }
 
 /* Header, trailer and footer once more: they may have changed since the segment was opened. */
@@ -264,31 +298,96 @@ verify_frame(Verifier *v)
 	es_segment_close(again);
 }
 
+EsVerifier *
+es_verifier_create(void (*report)(void *arg, const EsError *err), void *arg)
+{
+	EsVerifier *v = calloc(1, sizeof(EsVerifier));
+
+	if (v == NULL)
+		return NULL;
+	v->report = report;
+	v->arg = arg;
+	v->block = es_block_create();
+	if (v->block == NULL)
+	{
+		free(v);
+		return NULL;
+	}
+	return v;
+}
+
+bool
+es_verifier_step(EsVerifier *v, EsSegment *seg)
+{
+	size_t limit = seg->cache.limit;
+
+	v->seg = seg;
+	if (v->phase == PHASE_FRAME)
+		es_segment_set_cache(seg, 0);
+	if (limit < ES_SEGMENT_CACHE_DEFAULT)
+		es_segment_set_cache(seg, ES_SEGMENT_CACHE_DEFAULT);
+	switch (v->phase)
+	{
+		case PHASE_FRAME:
+			verify_frame(v);
+			v->phase = PHASE_ZONES;
+			break;
+		case PHASE_ZONES:
+			if (v->column < seg->nphysical)
+				verify_chunk(v, v->zone, v->column++);
+			else
+			{
+				verify_zone(v, v->zone++);
+				v->column = 0;
+			}
+			if (v->zone >= seg->footer->nzones)
+				v->phase = PHASE_INDEX;
+			break;
+		case PHASE_INDEX:
+			verify_index(v);
+			v->phase = PHASE_CONTEXTS;
+			break;
+		case PHASE_CONTEXTS:
+			if (verify_context_page(v))
+				break;
+			if (v->first == ES_OK && v->bytes != seg->footer_offset - sizeof(EsSegmentHeader))
+			{
+				es_fail(&v->err, ES_ERR_CORRUPT, seg->footer_offset,
+						"pages of %llu bytes do not fill the file", (unsigned long long) v->bytes);
+				damage(v);
+			}
+			v->phase = PHASE_DONE;
+			break;
+		case PHASE_DONE:
+			break;
+	}
+	es_block_clear(v->block); /* it refers to pages of the segment */
+	es_segment_set_cache(seg, limit);
+	v->seg = NULL;
+	return v->phase != PHASE_DONE;
+}
+
+EsStatus
+es_verifier_free(EsVerifier *v)
+{
+	EsStatus status;
+
+	if (v == NULL)
+		return ES_OK;
+	status = v->first;
+	es_block_free(v->block);
+	free(v);
+	return status;
+}
+
 EsStatus
 es_segment_verify(EsSegment *seg, void (*report)(void *arg, const EsError *err), void *arg)
 {
-	Verifier v = {.seg = seg, .report = report, .arg = arg, .block = es_block_create()};
-	size_t	 limit = seg->cache.limit;
+	EsVerifier *v = es_verifier_create(report, arg);
 
-	if (v.block == NULL)
+	if (v == NULL)
 		return ES_ERR_NOMEM;
-	es_segment_set_cache(seg, 0);
-	verify_frame(&v);
-	es_segment_set_cache(seg, ES_SEGMENT_CACHE_DEFAULT);
-	for (uint32_t z = 0; z < seg->footer->nzones; z++)
-	{
-		for (uint32_t c = 0; c < seg->nphysical; c++)
-			verify_chunk(&v, z, c);
-		verify_zone(&v, z);
-	}
-	verify_contexts(&v);
-	if (v.first == ES_OK && v.bytes != seg->footer_offset - sizeof(EsSegmentHeader))
-	{
-		es_fail(&v.err, ES_ERR_CORRUPT, seg->footer_offset, "pages of %llu bytes do not fill the file",
-				(unsigned long long) v.bytes);
-		damage(&v);
-	}
-	es_segment_set_cache(seg, limit);
-	es_block_free(v.block);
-	return v.first;
+	while (es_verifier_step(v, seg))
+		;
+	return es_verifier_free(v);
 }

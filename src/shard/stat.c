@@ -288,9 +288,11 @@ es_handle_stat(EsConn *conn, const EsStatRequest *req)
 
 typedef struct VerifyTask
 {
-	EsTask		task;	 /* first */
-	uint64		last_id; /* segments up to this one are done */
-	const char *path;	 /* of the one at work */
+	EsTask		  task;		/* first */
+	uint64		  last_id;	/* segments up to this one are done, or at work */
+	EsSegmentRef *ref;		/* the one at work; NULL = none */
+	EsVerifier	 *verifier; /* of it */
+	const char	 *path;
 } VerifyTask;
 
 static void
@@ -325,27 +327,55 @@ next_segment(const VerifyTask *v)
 	return NULL;
 }
 
+static void
+release_verify(EsTask *task)
+{
+	VerifyTask *v = (VerifyTask *) task;
+
+	(void) es_verifier_free(v->verifier);
+	v->verifier = NULL;
+	if (v->ref != NULL)
+		es_segment_unref(v->ref);
+	v->ref = NULL;
+}
+
+/* A step of the segment at work; false: it is done. */
+static bool
+verify_step(VerifyTask *v)
+{
+	EsError	   err = {0};
+	EsSegment *seg = es_segment_handle(v->ref, &err);
+
+	if (seg == NULL)
+	{
+		report(v, &err);
+		return false;
+	}
+	return es_verifier_step(v->verifier, seg);
+}
+
 static EsTaskState
 run_verify(EsTask *task, int64 deadline)
 {
-	VerifyTask	 *v = (VerifyTask *) task;
-	EsSegmentRef *ref;
-	EsAnswer	  answer = {0};
+	VerifyTask *v = (VerifyTask *) task;
+	EsAnswer	answer = {0};
 
-	while ((ref = next_segment(v)) != NULL)
+	for (;;)
 	{
-		EsSegment *seg;
-		EsError	   err = {0};
-
-		v->last_id = ref->entry.segment.id;
-		v->path = es_segment_path(ref);
-		es_segment_ref(ref);
-		seg = es_segment_handle(ref, &err);
-		if (seg == NULL)
-			report(v, &err);
-		else
-			(void) es_segment_verify(seg, report, v);
-		es_segment_unref(ref);
+		if (v->ref == NULL)
+		{
+			v->ref = next_segment(v);
+			if (v->ref == NULL)
+				break;
+			es_segment_ref(v->ref);
+			v->last_id = v->ref->entry.segment.id;
+			v->path = es_segment_path(v->ref);
+			v->verifier = es_verifier_create(report, v);
+			if (v->verifier == NULL)
+				ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
+		}
+		if (!verify_step(v))
+			release_verify(task);
 		if (es_task_clock() >= deadline || es_conn_parked(task->conn) > 0)
 			return ES_TASK_MORE;
 	}
@@ -362,6 +392,7 @@ es_handle_verify(EsConn *conn, const EsRequest *req)
 	VerifyTask *v = (VerifyTask *) es_task_create(conn, req, sizeof(VerifyTask), "event_store verify");
 
 	v->task.run = run_verify;
+	v->task.release = release_verify;
 	es_task_start(&v->task);
 }
 
