@@ -78,9 +78,8 @@ es_block_create(void)
 	return calloc(1, sizeof(EsRowBlock));
 }
 
-/* Lets go of what the last read put in. */
-static void
-block_clear(EsRowBlock *b)
+void
+es_block_clear(EsRowBlock *b)
 {
 	for (uint32_t i = 0; i < b->npages; i++)
 		es_page_unref(b->pages[i]);
@@ -102,7 +101,7 @@ es_block_free(EsRowBlock *b)
 {
 	if (b == NULL)
 		return;
-	block_clear(b);
+	es_block_clear(b);
 	while (b->chunks != NULL)
 	{
 		ArenaChunk *next = b->chunks->next;
@@ -355,7 +354,7 @@ es_segment_read(EsSegment *seg, uint64_t first_row, uint32_t nrows, const bool *
 	Range	 range;
 	EsStatus status = ES_OK;
 
-	block_clear(b);
+	es_block_clear(b);
 	if (nrows == 0)
 		return ES_OK;
 	if (first_row >= seg->footer->nrows)
@@ -375,7 +374,7 @@ es_segment_read(EsSegment *seg, uint64_t first_row, uint32_t nrows, const bool *
 			status = read_column(seg, &range, i, b, err);
 	if (status != ES_OK)
 	{
-		block_clear(b);
+		es_block_clear(b);
 		return status;
 	}
 	b->ncols = (int) ncols;

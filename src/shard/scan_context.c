@@ -18,7 +18,13 @@
 
 #define FIRST_BLOCK	  128 /* rows */
 #define BISECT_ROWS	  512 /* shorter ranges are just read */
-#define ROWS_PER_LOOK 1024
+#define ROWS_PER_LOOK 512
+#define SPARE_BLOCKS  16		   /* kept for the next replay */
+#define SPARE_MEMORY  (256 * 1024) /* bytes of each, at most */
+
+/* Rows in memory lie far from each other: their cache lines are asked for some rows ahead. */
+#define PREFETCH_ROW	6
+#define PREFETCH_VALUES 3
 
 typedef struct RowRef
 {
@@ -58,6 +64,27 @@ compare_refs(const void *a, const void *b)
 	return x < y ? -1 : x > y;
 }
 
+static inline ES_PREFETCHING void
+prefetch(const EsScan *scan, const RowsStream *s)
+{
+	if (s->next + PREFETCH_ROW < s->nrows)
+	{
+		const RowRef *r = &s->rows[s->next + PREFETCH_ROW];
+
+		for (int i = 0; i < scan->ncolumns && scan->columns[i] < r->batch->view.header->ncols; i++)
+			es_batch_prefetch_place(&r->batch->view, scan->columns[i], r->row);
+		if (r->batch->versions_local != NULL)
+			__builtin_prefetch(&r->batch->versions_local[r->row]);
+	}
+	if (s->next + PREFETCH_VALUES < s->nrows)
+	{
+		const RowRef *r = &s->rows[s->next + PREFETCH_VALUES];
+
+		for (int i = 0; i < scan->ncolumns && scan->columns[i] < r->batch->view.header->ncols; i++)
+			es_batch_prefetch_value(&r->batch->view, scan->columns[i], r->row);
+	}
+}
+
 static EsTaskState
 fill_from_rows(EsScan *scan, EsStream *stream, uint64 limit, EsChunk *chunk)
 {
@@ -67,6 +94,7 @@ fill_from_rows(EsScan *scan, EsStream *stream, uint64 limit, EsChunk *chunk)
 	es_chunk_of_batch(chunk, b, s->own);
 	do
 	{
+		prefetch(scan, s);
 		chunk->rows[chunk->n++] = s->rows[s->next++].row;
 	} while (s->next < s->nrows && s->rows[s->next].batch == b && s->rows[s->next].key <= limit &&
 			 chunk->n < ES_CHUNK_ROWS);
@@ -105,29 +133,62 @@ collect_own(EsScan *scan, EsCollect *c, const EsScanMem *m)
 	return ES_TASK_DONE;
 }
 
-static EsTaskState
-collect_memtable(EsScan *scan, EsCollect *c, const EsScanMem *m)
+/* Rows that the index has for the hash. */
+typedef struct Candidate
 {
-	EsMemBatch *b;
-	uint32		number;
+	EsMemBatch *batch;
 	uint32		row;
-	uint32		looked = 0;
+} Candidate;
 
-	while (es_memstore_next(m->store, scan->context_hash, m->nbatches, &c->cursor, &b, &number, &row))
+static void
+note_candidates(EsScan *scan, EsCollect *c, const EsScanMem *m, const Candidate *candidates, int n)
+{
+	for (int i = 0; i < n; i++)
 	{
-		EsPosition position;
+		EsMemBatch *b = candidates[i].batch;
+		uint32		row = candidates[i].row;
+		EsPosition	position;
 
+		if (i + PREFETCH_VALUES < n)
+		{
+			const Candidate *next = &candidates[i + PREFETCH_VALUES];
+
+			es_batch_prefetch_value(&next->batch->view, next->batch->view.header->roles.context - 1,
+									next->row);
+		}
 		if (!es_scan_batch_here(m, b) || es_membatch_skipped(b, row) ||
 			!es_membatch_in_context(b, row, scan->context, scan->context_len))
 			continue;
 		position = es_membatch_position(b, row);
-		if (position <= scan->after || position >= scan->below)
-			continue;
-		if (es_scan_batch_visible(scan, b))
+		if (position > scan->after && position < scan->below && es_scan_batch_visible(scan, b))
 			note_row(scan, c, b, row, position);
-		if (++looked % ROWS_PER_LOOK == 0 && es_task_clock() >= scan->deadline)
-			return ES_TASK_MORE;
 	}
+}
+
+static EsTaskState
+collect_memtable(EsScan *scan, EsCollect *c, const EsScanMem *m)
+{
+	Candidate candidates[ROWS_PER_LOOK];
+	uint32	  number;
+	int		  n;
+
+	do
+	{
+		Candidate *next = candidates;
+
+		while (next < candidates + ROWS_PER_LOOK &&
+			   es_memstore_next(m->store, scan->context_hash, m->nbatches, &c->cursor, &next->batch, &number,
+								&next->row))
+		{
+			es_batch_prefetch_place(&next->batch->view, next->batch->view.header->roles.context - 1,
+									next->row);
+			next++;
+		}
+		n = next - candidates;
+		note_candidates(scan, c, m, candidates, n);
+		if (n == ROWS_PER_LOOK && es_task_clock() >= scan->deadline)
+			return ES_TASK_MORE;
+	} while (n == ROWS_PER_LOOK);
 	return ES_TASK_DONE;
 }
 
@@ -166,6 +227,31 @@ collect_rows(EsScan *scan, EsCollect *c)
 }
 
 /* ---- the range of a segment ---- */
+
+/* Blocks of replays that have ended, with the memory that they have grown. */
+static EsRowBlock *spare_blocks[SPARE_BLOCKS];
+static int		   nspare_blocks;
+
+static EsRowBlock *
+take_block(void)
+{
+	EsRowBlock *block = nspare_blocks > 0 ? spare_blocks[--nspare_blocks] : es_block_create();
+
+	if (block == NULL)
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
+	return block;
+}
+
+static void
+give_block(EsRowBlock *block)
+{
+	if (block != NULL)
+		es_block_clear(block);
+	if (block != NULL && nspare_blocks < SPARE_BLOCKS && es_block_memory(block) <= SPARE_MEMORY)
+		spare_blocks[nspare_blocks++] = block;
+	else
+		es_block_free(block);
+}
 
 typedef struct RangeStream
 {
@@ -279,7 +365,7 @@ release_range(EsStream *stream)
 {
 	RangeStream *r = (RangeStream *) stream;
 
-	es_block_free(r->block);
+	give_block(r->block);
 	r->block = NULL;
 }
 
@@ -333,9 +419,7 @@ add_range(EsScan *scan, EsScanSegment *s)
 	r->low = first;
 	r->high = first + n;
 	r->size = FIRST_BLOCK;
-	r->block = es_block_create();
-	if (r->block == NULL)
-		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
+	r->block = take_block();
 	es_scan_add_stream(scan, &r->stream);
 	if (scan->bounded && !s->own && n > BISECT_ROWS)
 	{

@@ -23,6 +23,19 @@
 
 static char *send_buffer = NULL;
 
+/*
+ * The builder of the scan that ended last, with the memory that it has grown: replays of one table
+ * follow each other, and most of what a small answer costs is growing a builder.
+ */
+static struct
+{
+	EsBatchBuilder *builder; /* NULL = none */
+	int				ndescs;
+	EsColumnDesc   *descs;
+	bool		   *wanted;
+	int				allocated;
+} spare;
+
 static const EsColumnDesc *
 source_desc(const EsChunk *chunk, int column)
 {
@@ -53,19 +66,65 @@ builder_fits(const EsScan *scan, const EsChunk *chunk)
 	return true;
 }
 
+static bool
+spare_fits(const EsScan *scan)
+{
+	return spare.builder != NULL && spare.ndescs == scan->ndescs &&
+		   memcmp(spare.descs, scan->descs, scan->ndescs * sizeof(EsColumnDesc)) == 0 &&
+		   memcmp(spare.wanted, scan->wanted, scan->ndescs * sizeof(bool)) == 0;
+}
+
+/* Takes the scan's builder: it becomes the spare one. */
+static void
+release_builder(EsScan *scan)
+{
+	EsBatchBuilder *builder = scan->builder;
+
+	scan->builder = NULL;
+	if (builder == NULL)
+		return;
+	es_batch_free(spare.builder);
+	spare.builder = NULL;
+	memcpy(spare.descs, scan->descs, scan->ndescs * sizeof(EsColumnDesc));
+	memcpy(spare.wanted, scan->wanted, scan->ndescs * sizeof(bool));
+	spare.ndescs = scan->ndescs;
+	es_batch_reset(builder, &scan->builder_meta); /* gives back what is much */
+	spare.builder = builder;
+}
+
 static void
 make_builder(EsScan *scan, const EsChunk *chunk)
 {
 	EsBatchMeta meta = {0};
 
-	es_batch_free(scan->builder);
-	scan->builder = NULL;
+	release_builder(scan);
 	if (scan->descs == NULL)
 		scan->descs = MemoryContextAlloc(scan->task.context, Max(scan->natts, 1) * sizeof(EsColumnDesc));
 	scan->ndescs = Min(chunk->ncols, scan->natts);
 	for (int i = 0; i < scan->ndescs; i++)
 		scan->descs[i] = *source_desc(chunk, i);
-	scan->builder = es_batch_create(scan->descs, scan->ndescs, scan->wanted);
+	if (spare.allocated < scan->ndescs)
+	{
+		es_batch_free(spare.builder);
+		spare.builder = NULL;
+		spare.allocated = 0;
+		if (spare.descs != NULL)
+			pfree(spare.descs);
+		if (spare.wanted != NULL)
+			pfree(spare.wanted);
+		spare.descs = NULL;
+		spare.wanted = NULL;
+		spare.descs = MemoryContextAlloc(TopMemoryContext, scan->ndescs * sizeof(EsColumnDesc));
+		spare.wanted = MemoryContextAlloc(TopMemoryContext, scan->ndescs * sizeof(bool));
+		spare.allocated = scan->ndescs;
+	}
+	if (spare_fits(scan))
+	{
+		scan->builder = spare.builder;
+		spare.builder = NULL;
+	}
+	else
+		scan->builder = es_batch_create(scan->descs, scan->ndescs, scan->wanted);
 	if (scan->builder == NULL)
 		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 	scan->builder_own = chunk->own;
@@ -252,6 +311,5 @@ es_scan_send(EsScan *scan, bool last)
 void
 es_scan_output_free(EsScan *scan)
 {
-	es_batch_free(scan->builder);
-	scan->builder = NULL;
+	release_builder(scan);
 }
