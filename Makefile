@@ -122,11 +122,15 @@ MAINT_OBJS = \
 TAM_OBJS = \
 	src/tam/commit.o \
 	src/tam/estimate.o \
+	src/tam/given.o \
 	src/tam/handler.o \
 	src/tam/hooks.o \
 	src/tam/kept.o \
 	src/tam/locks.o \
+	src/tam/publication.o \
 	src/tam/reader.o \
+	src/tam/refusal.o \
+	src/tam/roles.o \
 	src/tam/scan.o \
 	src/tam/send.o \
 	src/tam/table.o \
@@ -139,6 +143,7 @@ SQLFN_OBJS = \
 	src/sqlfn/append.o \
 	src/sqlfn/args.o \
 	src/sqlfn/control.o \
+	src/sqlfn/event_map.o \
 	src/sqlfn/follow.o \
 	src/sqlfn/read.o \
 	src/sqlfn/stat.o
@@ -146,10 +151,10 @@ SQLFN_OBJS = \
 OBJS = $(TOP_OBJS) $(CORE_OBJS) $(IPC_OBJS) $(SHARD_OBJS) $(MAINT_OBJS) $(TAM_OBJS) $(PLAN_OBJS) $(SQLFN_OBJS)
 
 # Regression tests, in order: sql/NAME.sql, expected/NAME.out.
-REGRESS = basic refused append replay types ddl exec
+REGRESS = basic refused append replay types ddl exec restore functions guards
 
 # Isolation tests: test/isolation/specs/NAME.spec, test/isolation/expected/NAME.out.
-ISOLATION = visibility versions horizon serializable cursors
+ISOLATION = visibility versions horizon serializable cursors savepoints
 
 # FAULTS=1 compiles the fault points in. For tests only, and their default.
 FAULTS ?= 0

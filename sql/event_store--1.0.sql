@@ -62,7 +62,7 @@ RETURNS record
 AS 'MODULE_PATHNAME', 'es_append'
 LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION event_store.append(text, text, jsonb, bigint, uuid, jsonb, regclass) IS
-'appends one event; expected_version is the context''s version before it (0 = no event yet, -1 = some event, NULL = any), else 23505; returns the new version and "appended", or the version of the event with the same event_id and "already_there"';
+'appends one event; expected_version is the context''s version before it (0 = no event yet, -1 = some event, NULL = any), else 23505; returns the new version and "appended", or the version of the event with the same event_id and "already_there"; "not_stored" means that a trigger said no';
 
 -- ---------------------------------------------------------------------------
 -- Reading
@@ -81,7 +81,7 @@ RETURNS SETOF event_store.events
 AS 'MODULE_PATHNAME', 'es_replay'
 LANGUAGE C STABLE PARALLEL RESTRICTED ROWS 50;
 COMMENT ON FUNCTION event_store.replay(text, text, bigint, bigint, timestamptz, boolean, bigint, regclass) IS
-'events of one context in order, from its shard; columns of a table of another shape come as jsonb payload';
+'events of one context in order, from its shard; in a table that has columns which event_store.events has not, all its plain columns come as jsonb payload';
 
 CREATE FUNCTION event_store.read_all(
     after       bigint DEFAULT 0,
@@ -110,7 +110,7 @@ CREATE PROCEDURE event_store.wait_for_events(
 AS 'MODULE_PATHNAME', 'es_wait_for_events'
 LANGUAGE C;
 COMMENT ON PROCEDURE event_store.wait_for_events(bigint, text, interval, regclass, boolean) IS
-'waits until an event with position > after (default: the newest there is) can be read, of one context or of the whole table; ends its transaction; found is false after timeout (default: none)';
+'waits until an event with position > after (default: the newest there is) can be read, of one context or of the whole table; ends its transaction; found is false after timeout (default: none); goes on when the table is truncated or rewritten';
 
 CREATE FUNCTION event_store.shard_of(
     context_id text,
@@ -136,7 +136,7 @@ RETURNS void
 AS 'MODULE_PATHNAME', 'es_sync'
 LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION event_store.sync() IS
-'returns when everything that was acknowledged is durable in PostgreSQL''s WAL and in the shards'' own files';
+'returns when everything that was acknowledged is durable in PostgreSQL''s WAL and in the shards'' own files, also with synchronous_commit = off';
 
 CREATE FUNCTION event_store.relation_size(store regclass)
 RETURNS bigint
@@ -169,7 +169,7 @@ RETURNS void
 AS 'MODULE_PATHNAME', 'es_detach'
 LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION event_store.detach() IS
-'stops the store cleanly and drops its replication slot, until the server''s restart: before a copy of the data directory, pg_upgrade, or removing the extension for good; superuser';
+'stops the store cleanly and drops its replication slot, until the server''s restart: before a copy of the data directory, pg_upgrade, or removing the extension for good; waits for transactions with events, and is taken back if it is cancelled till then; superuser';
 
 CREATE FUNCTION event_store.verify(
     OUT shard integer, OUT file text, OUT "offset" bigint, OUT problem text,
@@ -217,11 +217,11 @@ LANGUAGE C VOLATILE PARALLEL RESTRICTED ROWS 10;
 COMMENT ON FUNCTION event_store.stat_tables_fn() IS 'what the shards hold of the tables of this database; stat_tables sums it up';
 
 CREATE FUNCTION event_store.table_roles(store regclass,
-    OUT context_id name, OUT "position" name, OUT version name, OUT event_id name, OUT event_type name, OUT storage_id bigint)
+    OUT context_id name, OUT "position" name, OUT version name, OUT event_id name, OUT event_type name, OUT storage_id bigint, OUT locked boolean)
 RETURNS record
 AS 'MODULE_PATHNAME', 'es_table_roles'
 LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED;
-COMMENT ON FUNCTION event_store.table_roles(regclass) IS 'names of the columns that have a role in an event_store table, NULL = none, and its storage id';
+COMMENT ON FUNCTION event_store.table_roles(regclass) IS 'names of the columns that have a role in an event_store table, NULL = none, and its storage id; all are NULL, and locked is true, while another session changes the table';
 
 CREATE VIEW event_store.stat_tables AS
 SELECT c.oid::regclass AS store,
@@ -241,10 +241,11 @@ SELECT c.oid::regclass AS store,
 FROM pg_catalog.pg_class c
      JOIN pg_catalog.pg_am a ON a.oid = c.relam AND a.amname = 'event_store'
      CROSS JOIN LATERAL event_store.table_roles(c.oid) r
-     LEFT JOIN event_store.stat_tables_fn() s ON s.storage_id = r.storage_id
-WHERE c.relkind = 'r' AND r.storage_id IS NOT NULL
+     LEFT JOIN event_store.stat_tables_fn() s
+         ON s.storage_id = r.storage_id OR (r.locked AND s.store = c.oid)
+WHERE c.relkind = 'r' AND (r.storage_id IS NOT NULL OR r.locked)
 GROUP BY c.oid, r.storage_id, r.context_id, r."position", r.version, r.event_id, r.event_type;
-COMMENT ON VIEW event_store.stat_tables IS 'one row per event_store table of this database: role columns, segments, rows in memory';
+COMMENT ON VIEW event_store.stat_tables IS 'one row per event_store table of this database: role columns, segments, rows in memory; storage and roles are NULL while another session holds an exclusive lock on the table, and a paused shard is left out with a warning';
 
 CREATE FUNCTION event_store.stat_segments_fn(
     OUT store regclass, OUT storage_id bigint, OUT shard integer, OUT segment text, OUT rows bigint, OUT contexts bigint,
@@ -255,7 +256,7 @@ LANGUAGE C VOLATILE PARALLEL RESTRICTED ROWS 100;
 COMMENT ON FUNCTION event_store.stat_segments_fn() IS 'what stat_segments shows';
 
 CREATE VIEW event_store.stat_segments AS SELECT * FROM event_store.stat_segments_fn();
-COMMENT ON VIEW event_store.stat_segments IS 'one row per segment file of this database';
+COMMENT ON VIEW event_store.stat_segments IS 'one row per segment file of this database; a paused shard is left out with a warning';
 
 GRANT USAGE ON SCHEMA event_store TO PUBLIC;
 REVOKE ALL ON FUNCTION event_store.stat_shards_fn(), event_store.stat_tables_fn(), event_store.stat_segments_fn(),

@@ -32,6 +32,7 @@
 #include "utils/memutils.h"
 #include "utils/rel.h"
 #include "utils/timestamp.h"
+#include "utils/tuplesort.h"
 #include "utils/wait_event.h"
 
 /* Names that changed in 16. */
@@ -71,6 +72,26 @@ es_pgstat_report_vacuum(Relation rel, PgStat_Counter livetuples)
 						 GetCurrentTimestamp());
 #else
 	pgstat_report_vacuum(RelationGetRelid(rel), rel->rd_rel->relisshared, livetuples, 0);
+#endif
+}
+
+/* ExecutorRun_hook; 18 has no execute_once. */
+#if PG_VERSION_NUM >= 180000
+#define ES_EXECUTOR_RUN_PARAMS QueryDesc *query, ScanDirection direction, uint64 count
+#define ES_EXECUTOR_RUN_ARGS   query, direction, count
+#else
+#define ES_EXECUTOR_RUN_PARAMS QueryDesc *query, ScanDirection direction, uint64 count, bool execute_once
+#define ES_EXECUTOR_RUN_ARGS   query, direction, count, execute_once
+#endif
+
+/* tuplesort_getdatum of a by-value type, forward; 16 asks whether to copy. */
+static inline bool
+es_tuplesort_getdatum(Tuplesortstate *sort, Datum *value, bool *is_null)
+{
+#if PG_VERSION_NUM >= 160000
+	return tuplesort_getdatum(sort, true, false, value, is_null, NULL);
+#else
+	return tuplesort_getdatum(sort, true, value, is_null, NULL);
 #endif
 }
 

@@ -399,7 +399,7 @@ spin_for_answer(const EsChannel *ch)
 
 	if (cores == 0)
 		cores = (int) sysconf(_SC_NPROCESSORS_ONLN);
-	if (cores < 2 || pg_atomic_read_u64(&es_shared->shards[ch->shard].counters.queue_depth) > 1)
+	if (cores < 2 || pg_atomic_read_u64(&es_shared->shards[ch->shard].counters.last_drain) > 1)
 		return false;
 	if (pg_atomic_fetch_add_u32(&es_shared->spinners, 1) == 0)
 	{

@@ -265,6 +265,7 @@ make_queues(EsChannel *ch)
 	pg_atomic_write_u64(&s->sent_messages, 0);
 	pg_atomic_write_u64(&s->sent_bytes, 0);
 	pg_atomic_write_u64(&s->taken_bytes, 0);
+	pg_atomic_write_u64(&s->taken_messages, 0);
 	pg_atomic_write_u32(&s->room_wanted, 0);
 	pg_atomic_write_u32(&s->answers_parked, 0);
 	pg_atomic_write_u64(&s->answers, 0);

@@ -9,6 +9,9 @@
  * what the environment of the postmaster says: ES_FAULTS="point:action:nth,...", for what is
  * passed before anybody can connect.  (A test that uses it sets restart_after_crash = off.)
  *
+ * A kill and a failed system call are told to the server's log, so that a test that reads it
+ * tells a death that was asked for from one that was not (test/lib/EventStore/Crashes.pm).
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
@@ -18,6 +21,7 @@
 #ifdef ES_FAULT_POINTS
 
 #include <signal.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 #include "miscadmin.h"
@@ -267,14 +271,47 @@ still_sleeping(const char *point)
 	return sleeping;
 }
 
+/*
+ * "fault point NAME: ACTION in process PID at SECONDS" to the server's log, but once for the same in a row.
+ * Straight to stderr: this may be a critical section, or the postmaster may wait for nothing else.
+ */
+static void
+tell(const char *point, const char *action)
+{
+	static char	   told[NAME_LEN + 16];
+	char		   what[NAME_LEN + 16];
+	char		   line[NAME_LEN + 96];
+	struct timeval now;
+	int			   len;
+
+	snprintf(what, sizeof(what), "%s: %s", point, action);
+	if (strcmp(told, what) == 0)
+		return;
+	strlcpy(told, what, sizeof(told));
+	gettimeofday(&now, NULL);
+	len = snprintf(line, sizeof(line), "fault point %s in process %d at %ld.%06ld\n", what, MyProcPid,
+				   (long) now.tv_sec, (long) now.tv_usec);
+	if (write(STDERR_FILENO, line, len) != len)
+	{
+		/* a test will miss the line */
+	}
+}
+
+static void
+kill_myself(const char *point)
+{
+	tell(point, "kill");
+	kill(MyProcPid, SIGKILL);
+	pause();
+}
+
 void
 es_fault_hit(const char *point, bool may_throw)
 {
 	switch (pass(point))
 	{
 		case FAULT_KILL:
-			kill(MyProcPid, SIGKILL);
-			pause();
+			kill_myself(point);
 			break;
 		case FAULT_SLEEP:
 			for (int ms = 0; ms < MAX_SLEEP_MS && still_sleeping(point); ms += 5)
@@ -299,12 +336,13 @@ es_fault_io(const char *point)
 	switch (pass(point))
 	{
 		case FAULT_ENOSPC:
+			tell(point, "enospc");
 			return ENOSPC;
 		case FAULT_EIO:
+			tell(point, "eio");
 			return EIO;
 		case FAULT_KILL:
-			kill(MyProcPid, SIGKILL);
-			pause();
+			kill_myself(point);
 			return 0;
 		case FAULT_SLEEP:
 			for (int ms = 0; ms < MAX_SLEEP_MS && still_sleeping(point); ms += 5)

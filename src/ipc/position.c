@@ -26,8 +26,13 @@
 #include "ipc/logmsg.h"
 #include "ipc/position.h"
 
-/* A given position that is further above the counter than this needs a superuser: there are only 2^47. */
+/*
+ * There are only 2^47 positions, for all databases.  Who is no superuser may not skip more than
+ * JUMP_LIMIT of them at once, which is enough to restore what another cluster has written, and none
+ * at all beyond CEILING: however often tables' owners skip, half of all positions stay for events.
+ */
 #define GIVEN_JUMP_LIMIT (UINT64CONST(1) << 32)
+#define GIVEN_CEILING	 (UINT64CONST(1) << 46)
 
 static void
 raise_to(pg_atomic_uint64 *field, uint64 value)
@@ -165,6 +170,18 @@ es_positions_given(EsPosition lowest, EsPosition highest, const uint64 *tables, 
 		ereport(ERROR, (errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
 						errmsg("position " UINT64_FORMAT " is out of range", highest),
 						errdetail("The last possible position is " UINT64_FORMAT ".", ES_MAX_POSITION)));
+	if (highest > counter && highest > GIVEN_CEILING && !superuser())
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+			 errmsg("permission denied to skip " UINT64_FORMAT " positions", highest - counter),
+			 errdetail("Position " UINT64_FORMAT " was given, and the next one is " UINT64_FORMAT
+					   ".  Of the cluster's " UINT64_FORMAT " positions the upper half is not skipped.",
+					   highest, counter, ES_MAX_POSITION),
+			 errhint(
+				 "Leave \"position\" out: the store fills it at commit.  Only a superuser may give a position above " UINT64_FORMAT
+				 ".",
+				 GIVEN_CEILING)));
 	if (highest > counter && highest - counter > GIVEN_JUMP_LIMIT && !superuser())
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),

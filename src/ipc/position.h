@@ -23,8 +23,8 @@
 extern EsPosition es_positions_reserve(uint64 n, const uint64 *tables, uint32 ntables, EsFxid fxid);
 
 /* For restores: publishes the slot with lower bound `lowest`, then moves the counter
- * above `highest`.  ERROR if highest is beyond ES_MAX_POSITION, or more than
- * 2^32 above the counter and the user is no superuser. */
+ * above `highest`.  ERROR if highest is beyond ES_MAX_POSITION, or the user is no superuser and it is
+ * more than 2^32 above the counter, or above the counter and 2^46. */
 extern void
 es_positions_given(EsPosition lowest, EsPosition highest, const uint64 *tables, uint32 ntables, EsFxid fxid);
 

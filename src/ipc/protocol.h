@@ -180,9 +180,9 @@ typedef struct EsWaitRequest
 	EsPosition after;	 /* wake when a row > after is below the horizon */
 	int64	   deadline; /* TimestampTz; PG_INT64_MAX = none */
 	uint64	   context_hash;
-	uint32	   context_len; /* 0 = the whole table */
-	uint32	   reserved;
-	/* context bytes padded to 8 */
+	uint32	   context_len;
+	uint32	   has_context; /* 0 = the whole table */
+							/* context bytes padded to 8 */
 } EsWaitRequest;
 
 typedef struct EsFlushRequest
@@ -215,7 +215,8 @@ typedef struct EsDropRequest
 
 /* ---- answers ---- */
 
-#define ES_ANSWER_LAST 0x0001 /* no more answers to this id */
+#define ES_ANSWER_LAST	  0x0001 /* no more answers to this id */
+#define ES_ANSWER_REFUSED 0x0002 /* to PREPARE: it is an EsRefusal */
 
 typedef struct EsAnswer
 {
@@ -242,6 +243,24 @@ typedef struct EsPrepareTable
 	uint32	   bitmap_len; /* 0 = all taken */
 	uint32	   nversions;
 } EsPrepareTable;
+
+/*
+ * PREPARE refuses an event.  The backend makes an error of it, since a shard can name neither the table nor
+ * a context whose type needs a catalog or a session's settings.
+ */
+typedef struct EsRefusal
+{
+	EsAnswer   answer;
+	int32	   sqlerrcode;
+	uint32	   context_class; /* EsContextClass */
+	EsTableKey table;
+	uint64	   context_len;	 /* of the context; */
+	uint64	   context_sent; /* of it, what is here */
+	/* context_sent bytes padded to 8, then message, detail, hint: NUL-terminated, the latter two may be empty;
+	 * ES_REFUSAL_CONTEXT stands in the message for the context */
+} EsRefusal;
+
+#define ES_REFUSAL_CONTEXT "\001"
 
 typedef struct EsHeadAnswer
 {

@@ -351,6 +351,7 @@ take_messages(EsConnection *c)
 		return count;
 	}
 	give_room(c, &count);
+	pg_atomic_write_u64(&c->shared->taken_messages, c->taken_messages);
 
 	/* its sender has announced it and is about to flush it, which sets our latch */
 	if (c->taken_messages < limit)
@@ -409,4 +410,12 @@ es_server_sweep(void)
 		es_counter_add(shard_shared->counters.messages, count);
 		SetLatch(MyLatch);
 	}
+}
+
+void
+es_server_close_all(void)
+{
+	for (int i = 0; i < es_shared->nslots; i++)
+		if (connections[i] != NULL)
+			close_connection(connections[i]);
 }

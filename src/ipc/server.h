@@ -67,6 +67,9 @@ extern int es_server_take(void);
  */
 extern void es_server_sweep(void);
 
+/* Lets go of all connections: who waits for an answer gets an error. */
+extern void es_server_close_all(void);
+
 /* Sends or parks an answer; parts are copied if need be. */
 extern void es_conn_send(EsConn *conn, EsAnswer *answer, const EsPart *parts, int nparts);
 extern void es_conn_send_error(EsConn *conn, uint16 type, uint64 id, int sqlerrcode, const char *message,

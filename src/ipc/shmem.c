@@ -89,6 +89,7 @@ init_shard(EsShardShared *s, pg_atomic_uint64 *ready)
 	pg_atomic_init_u32(&s->paused, 0);
 	pg_atomic_init_u32(&s->napping, 0);
 	pg_atomic_init_u32(&s->urgent, 0);
+	pg_atomic_init_u32(&s->may_detach, 0);
 	pg_atomic_init_u32(&s->release_wal, 0);
 	pg_atomic_init_u32(&s->stuck_errno, 0);
 	pg_atomic_init_u32(&s->sync_request, 0);
@@ -120,6 +121,7 @@ init_channel(EsChannelShared *c)
 	pg_atomic_init_u64(&c->sent_messages, 0);
 	pg_atomic_init_u64(&c->sent_bytes, 0);
 	pg_atomic_init_u64(&c->taken_bytes, 0);
+	pg_atomic_init_u64(&c->taken_messages, 0);
 	pg_atomic_init_u32(&c->room_wanted, 0);
 	pg_atomic_init_u32(&c->answers_parked, 0);
 	pg_atomic_init_u64(&c->answers, 0);
@@ -311,13 +313,14 @@ es_counter_max(pg_atomic_uint64 *c, uint64 n)
 
 /* ---- waiting for the store and its shards ---- */
 
-/* A refusal: a message, and a hint behind the first newline. */
+/* A refusal: message, hint and detail, with newlines between. */
 pg_attribute_noreturn() static void raise_reason(slock_t *mutex, const int *code_field,
 												 const char *reason_field)
 {
 	char  reason[sizeof(es_shared->store_reason)];
 	int	  code;
 	char *hint;
+	char *detail;
 
 	StaticAssertStmt(sizeof(es_shared->store_reason) == sizeof(es_shared->shards[0].reason),
 					 "both reasons fit");
@@ -330,8 +333,12 @@ pg_attribute_noreturn() static void raise_reason(slock_t *mutex, const int *code
 	hint = strchr(reason, '\n');
 	if (hint != NULL)
 		*hint++ = '\0';
+	detail = hint == NULL ? NULL : strchr(hint, '\n');
+	if (detail != NULL)
+		*detail++ = '\0';
 	ereport(ERROR, (errcode(code != 0 ? code : ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 					errmsg_internal("%s", reason[0] != '\0' ? reason : "event_store does not open"),
+					detail != NULL && *detail != '\0' ? errdetail_internal("%s", detail) : 0,
 					hint != NULL && *hint != '\0' ? errhint("%s", hint) : 0));
 }
 

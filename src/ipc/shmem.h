@@ -51,7 +51,7 @@ typedef struct EsShardCounters
 	pg_atomic_uint64 commits; /* transactions resolved as committed */
 	pg_atomic_uint64 aborts;
 	pg_atomic_uint64 duplicates;		  /* rows not taken: event id already there */
-	pg_atomic_uint64 queue_depth;		  /* messages found in the last drain */
+	pg_atomic_uint64 last_drain;		  /* messages found in the last drain */
 	pg_atomic_uint64 queue_high_water;	  /* most bytes ever waiting in one queue; by senders, atomic max */
 	pg_atomic_uint64 queue_full_waits;	  /* by senders, fetch_add */
 	pg_atomic_uint64 queue_full_wait_us;  /* by senders, fetch_add */
@@ -96,14 +96,16 @@ typedef struct EsShardShared
 	PGPROC *proc;  /* NULL = no process */
 	int		pid;
 	int		reason_code; /* SQLSTATE of a refusal */
-	char	reason[512]; /* why it does not open, and a hint behind a newline */
+	char	reason[512]; /* why it does not open: message, hint, detail, with newlines between */
 
-	pg_atomic_uint32  state;		/* EsShardState; shard */
-	pg_atomic_uint32  generation;	/* +1 by a new shard process before it logs its MARK;
+	pg_atomic_uint32  state;	   /* EsShardState; shard */
+	pg_atomic_uint32  generation;  /* +1 by a new shard process before it logs its MARK;
 									 * queues of older generations are dead */
-	pg_atomic_uint32  paused;		/* 1 = takes nothing from its queues; any superuser */
-	pg_atomic_uint32  release_wal;	/* 1 = asked to open without the WAL it needs; superuser */
-	pg_atomic_uint32  stuck_errno;	/* why it cannot write its files now, 0 = it can: writers
+	pg_atomic_uint32  paused;	   /* 1 = takes nothing from its queues; any superuser */
+	pg_atomic_uint32  may_detach;  /* 1 = has nothing undecided while the store is closed for a detach; shard,
+									 * keeper sets 0 */
+	pg_atomic_uint32  release_wal; /* 1 = asked to open without the WAL it needs; superuser */
+	pg_atomic_uint32  stuck_errno; /* why it cannot write its files now, 0 = it can: writers
 									 * refuse before they log; shard */
 	pg_atomic_uint32  sync_request; /* +1 = force everything to own files now; anybody */
 	pg_atomic_uint32  sync_done;	/* value of sync_request that was served; shard */
@@ -153,6 +155,7 @@ typedef struct EsChannelShared
 									 * one), the last perhaps not flushed yet; owner */
 	pg_atomic_uint64 sent_bytes;	   /* ring bytes of those; owner */
 	pg_atomic_uint64 taken_bytes;	   /* ring bytes that the shard has given back; shard */
+	pg_atomic_uint64 taken_messages;   /* pieces taken from the request queue; shard */
 	pg_atomic_uint32 room_wanted;	   /* 1 = the owner sleeps until taken_bytes moves; set by the
 									 * owner, cleared by the shard, which then sets its latch */
 	pg_atomic_uint32 answers_parked;   /* 1 = answers wait for room in the answer queue, 2 = and the
@@ -176,6 +179,9 @@ typedef struct EsBackendSlot
 	EsChannelShared channels[ES_MAX_SHARDS];
 } EsBackendSlot;
 
+/* The replication slot that keeps PostgreSQL's WAL for the shards. */
+#define ES_SLOT_NAME "event_store"
+
 #define ES_RING_ENTRIES 1024
 
 typedef struct EsRingEntry
@@ -189,8 +195,10 @@ typedef struct EsRingEntry
 typedef enum EsDetachState
 {
 	ES_ATTACHED = 0,
-	ES_DETACH_ASKED, /* shards stop cleanly as soon as nothing is undecided */
-	ES_DETACHED		 /* store file says so, slot is dropped; until the server's restart */
+	ES_DETACH_ASKED, /* no new statements; waits until nothing is undecided in any shard.  Whoever asked may
+						 * take it back */
+	ES_DETACH_STOPPING, /* shards stop cleanly: there is no way back */
+	ES_DETACHED			/* store file says so, slot is dropped; until the server's restart */
 } EsDetachState;
 
 typedef struct EsShared
@@ -203,11 +211,12 @@ typedef struct EsShared
 	pg_atomic_uint32  store_failed; /* 1 = refuses; store_reason says why; keeper */
 	slock_t			  mutex;		/* guards store_reason, store_reason_code, keeper */
 	int				  store_reason_code;
-	char			  store_reason[512];
+	char			  store_reason[512]; /* as a shard's */
 	PGPROC			 *keeper;
 	ConditionVariable store_changed;
-	pg_atomic_uint32  detach; /* EsDetachState; ASKED by a superuser who wakes keeper and shards,
-								 * DETACHED by the keeper, who broadcasts store_changed */
+	pg_atomic_uint32  detach; /* EsDetachState; ATTACHED -> ASKED and back by a superuser who wakes
+								 * keeper and shards; ASKED -> STOPPING -> DETACHED by the keeper, who
+								 * broadcasts store_changed; all by compare and exchange */
 
 	int nshards; /* constant */
 	int nslots;	 /* backend slots; constant */

@@ -494,6 +494,6 @@ es_collect_drain(void)
 	}
 	if (!settled)
 		SetLatch(MyLatch);
-	ES_SET(queue_depth, count);
+	ES_SET(last_drain, count);
 	return es_collect_apply();
 }

@@ -59,8 +59,6 @@ extern void es_corruption(int elevel, const char *path, const EsError *err);
 
 /* ---- store file; keeper only ---- */
 
-#define ES_SLOT_NAME "event_store"
-
 /* Number of shards of this data directory's store, 0 if there is none (or it cannot be read: the keeper
  * will say why).  For _PG_init, which has to know how many workers to start. */
 extern int es_store_peek_nshards(void);

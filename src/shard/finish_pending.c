@@ -14,7 +14,8 @@
  * hashes, which is that of their context indexes.  So a context's entries in all of them are
  * met together: the first one begins behind the committed head, which is looked for once, and
  * each following one behind the one before, for segments hold the rows in the order of
- * ordinals.  They precede all batches of the table that are still in memory.
+ * ordinals.  They precede all batches of the table that are still in memory.  Restored rows have
+ * their versions already, and precede the new ones of their transaction, which go on where they end.
  *
  * This takes some µs per context, and a bulk load may have millions.  So it is done in
  * slices: es_apply_finish returns "not yet" after a slice, and whoever called it comes
@@ -48,6 +49,7 @@ typedef struct Walk
 	EsSegmentRef   *ref;
 	EsSegment	   *segment;
 	uint32			number;	  /* in the order of ordinals */
+	bool			given;	  /* restored rows, with their versions */
 	EsContextEntry *entries;  /* a page of them */
 	int64		   *versions; /* first ones, by number of the entry */
 	uint32			nversions;
@@ -303,7 +305,7 @@ find_dead_rows(Finishing *f, EsSegmentRef *ref, Table *t, int64 deadline)
 	{
 		const EsSegmentInfo *info = es_segment_info(open_segment(ref));
 
-		e->base = (t->view.table->flags & ES_FINISH_GIVEN_POSITIONS) ? 0 : f->section->base;
+		e->base = es_segment_given_positions(open_segment(ref)) ? 0 : f->section->base;
 		e->segment.min_position = e->base + info->summary.min_position;
 		e->segment.max_position = e->base + info->summary.max_position;
 	}
@@ -345,13 +347,24 @@ next_entry(Walk *w, bool first)
 static void
 begin_versions(Finishing *f, Table *t)
 {
+	bool restore = (t->view.table->flags & ES_FINISH_GIVEN_VERSIONS) != 0;
+
 	f->walks = palloc0(f->nrefs * sizeof(Walk));
 	f->nwalks = 0;
 	f->heap = binaryheap_allocate(Max(f->nrefs, 1), compare_walks, NULL);
 	f->contexts = NULL;
 	f->contexts_allocated = 0;
-	if (t->view.table->flags & ES_FINISH_GIVEN_VERSIONS)
-		return;
+	if (restore)
+	{
+		/* mostly there is nothing but restored rows, and nothing to do */
+		bool all_given = true;
+
+		for (uint32 i = 0; i < f->nrefs; i++)
+			if (f->table_of[i] == t && f->refs[i]->entry.nlive > 0)
+				all_given = all_given && es_segment_given_positions(open_segment(f->refs[i]));
+		if (all_given)
+			return;
+	}
 	for (uint32 i = 0; i < f->nrefs; i++)
 	{
 		EsSegmentRef *ref = f->refs[i];
@@ -365,6 +378,7 @@ begin_versions(Finishing *f, Table *t)
 		if (es_segment_info(w->segment)->roles.version == 0)
 			continue;
 		w->number = f->nwalks++;
+		w->given = restore && es_segment_given_positions(w->segment);
 		w->entries = palloc(sizeof(EsContextEntry) * ES_CONTEXT_PAGE);
 		w->nversions = (uint32) es_segment_info(w->segment)->summary.ncontexts;
 		w->versions =
@@ -490,8 +504,21 @@ find_first_versions(Finishing *f, Table *t, int64 deadline)
 		{
 			Context *c = get_context(f, t, w);
 
-			w->versions[w->page * ES_CONTEXT_PAGE + w->at] = c->version + 1;
-			c->version += (int64) live;
+			if (w->given)
+			{
+				EsError err = {0};
+				int64	version;
+
+				if (!es_segment_last_version(w->ref, w->segment, e->first_row, e->first_row + e->nrows,
+											 &version, &err))
+					damaged(w->ref, &err);
+				c->version = Max(c->version, version);
+			}
+			else
+			{
+				w->versions[w->page * ES_CONTEXT_PAGE + w->at] = c->version + 1;
+				c->version += (int64) live;
+			}
 		}
 		if (next_entry(w, false))
 			binaryheap_replace_first(f->heap, PointerGetDatum(w));
@@ -499,7 +526,8 @@ find_first_versions(Finishing *f, Table *t, int64 deadline)
 			(void) binaryheap_remove_first(f->heap);
 	}
 	for (uint32 i = 0; i < f->nwalks; i++)
-		pack_versions(&f->walks[i]);
+		if (!f->walks[i].given)
+			pack_versions(&f->walks[i]);
 	return true;
 }
 

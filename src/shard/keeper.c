@@ -87,8 +87,7 @@ set_failed(int code, const char *message, const char *detail, const char *hint)
 	char reason[sizeof(es_shared->store_reason)];
 	bool told;
 
-	snprintf(reason, sizeof(reason), "%s%s%s\n%s", message, detail ? ": " : "", detail ? detail : "",
-			 hint ? hint : "");
+	snprintf(reason, sizeof(reason), "%s\n%s\n%s", message, hint ? hint : "", detail ? detail : "");
 
 	SpinLockAcquire(&es_shared->mutex);
 	told = pg_atomic_read_u32(&es_shared->store_failed) != 0 && strcmp(es_shared->store_reason, reason) == 0;
@@ -354,21 +353,65 @@ report_holders(void)
 
 /* ---- event_store.detach() ---- */
 
+static bool
+detaching(void)
+{
+	EsDetachState state = (EsDetachState) pg_atomic_read_u32(&es_shared->detach);
+
+	return state == ES_DETACH_ASKED || state == ES_DETACH_STOPPING;
+}
+
+/* New statements are refused from here on. */
+static void
+close_store(void)
+{
+	for (int i = 0; i < es_shared->nshards; i++)
+		pg_atomic_write_u32(&es_shared->shards[i].may_detach, 0);
+	pg_memory_barrier(); /* shards say so only after they have seen it closed */
+	pg_atomic_write_u32(&es_shared->store_ready, 0);
+	set_failed(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, "the event store is being detached",
+			   "event_store.detach() was called, and waits for transactions that have inserted events.",
+			   "Restart the server when it is done, to use it again; or cancel the call.");
+}
+
+static bool
+shards_may_stop(void)
+{
+	for (int i = 0; i < es_shared->nshards; i++)
+		if (pg_atomic_read_u32(&es_shared->shards[i].may_detach) == 0)
+			return false;
+	return true;
+}
+
 static void
 detach_if_asked(void)
 {
-	if (pg_atomic_read_u32(&es_shared->detach) != ES_DETACH_ASKED)
-		return;
+	uint32 asked = ES_DETACH_ASKED;
 
-	/* new statements are refused from here on */
-	if (pg_atomic_read_u32(&es_shared->store_ready) != 0)
+	switch ((EsDetachState) pg_atomic_read_u32(&es_shared->detach))
 	{
-		pg_atomic_write_u32(&es_shared->store_ready, 0);
-		set_failed(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, "the event store is detached",
-				   "event_store.detach() was called.", "Restart the server to use it again.");
-		for (int i = 0; i < es_shared->nshards; i++)
-			es_wake_shard(i);
+		case ES_ATTACHED:
+			/* whoever asked for it has thought better of it */
+			if (pg_atomic_read_u32(&es_shared->store_ready) == 0)
+			{
+				set_ready();
+				ereport(LOG, (errmsg("the event store is not detached: event_store.detach() was cancelled")));
+			}
+			return;
+		case ES_DETACH_ASKED:
+			if (pg_atomic_read_u32(&es_shared->store_ready) != 0)
+				close_store();
+			else if (shards_may_stop())
+				(void) pg_atomic_compare_exchange_u32(&es_shared->detach, &asked, ES_DETACH_STOPPING);
+			for (int i = 0; i < es_shared->nshards; i++)
+				es_wake_shard(i);
+			return;
+		case ES_DETACH_STOPPING:
+			break;
+		case ES_DETACHED:
+			return;
 	}
+
 	for (int i = 0; i < es_shared->nshards; i++)
 		if (pg_atomic_read_u32(&es_shared->shards[i].state) != ES_SHARD_CLEAN ||
 			pg_atomic_read_u32(&es_shared->shards[i].clean) == 0)
@@ -380,7 +423,8 @@ detach_if_asked(void)
 	ReplicationSlotRelease();
 	ReplicationSlotDrop(ES_SLOT_NAME, true);
 	pg_atomic_write_u32(&es_shared->detach, ES_DETACHED);
-	ConditionVariableBroadcast(&es_shared->store_changed);
+	set_failed(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, "the event store is detached",
+			   "event_store.detach() was called.", "Restart the server to use it again.");
 	ereport(
 		LOG,
 		(errmsg("the event store is detached: it is stopped cleanly and replication slot \"%s\" is dropped",
@@ -508,7 +552,7 @@ es_keeper_main(Datum arg)
 			detach_if_asked();
 		}
 		/* shards that stop for a detach tell nobody */
-		keeper_wait(pg_atomic_read_u32(&es_shared->detach) == ES_DETACH_ASKED ? 100 : 10000);
+		keeper_wait(detaching() ? 100 : 10000);
 	}
 
 	/* the server stops: shards finish, and the slot with them */

@@ -12,8 +12,8 @@
  * and the first versions of up to ES_FINISH_MAX_VERSIONS contexts.
  *
  * A PREPARE runs as a task, in slices: a small one is answered at once, a large one lets others
- * in between.  What it holds in memory is the rows of one context at a time, 56 bytes each and
- * some 90 more with an event id, and one bit for each row of the transaction.
+ * in between.  What it holds in memory is the rows of one context at a time, 64 bytes each
+ * (88 in a restore) and some 90 more with an event id, and one bit for each row of the transaction.
  *
  *-------------------------------------------------------------------------
  */
@@ -111,6 +111,8 @@ run_table(EsPrepare *p, int64 deadline)
 		return ES_TASK_DONE;
 	}
 
+	/* versions must grow with given positions */
+	checks = checks || (p->restore && es_prepare_roles(p->source)->version != 0);
 	for (;;)
 	{
 		/* nothing can be wrong with it: first versions are wanted, as far as they go */

@@ -20,6 +20,7 @@ typedef struct EsPrepareRow
 	const void	*bytes;	 /* its context */
 	Size		 len;
 	int64		 version;  /* given; 0 = NULL */
+	EsPosition	 position; /* given; 0 = NULL */
 	const uint8 *event_id; /* NULL = none */
 	const uint8 *content;  /* NULL = none */
 } EsPrepareRow;
@@ -97,7 +98,8 @@ typedef struct EsPrepareContext
 	bool				notes_version; /* the first version goes into the answer */
 	EsHead				head;
 	int64				next_version;
-	int64			   *restored; /* versions of restored rows; NULL = they are checked one by one */
+	EsPosition			last_position; /* of the restored row before */
+	struct EsRestored  *restored; /* rows with their versions to be checked together; NULL = one by one */
 	uint64				nrestored;
 	struct EsPrepareId *ids;	  /* distinct event ids; */
 	const uint8		  **distinct; /* the ids themselves */

@@ -37,58 +37,15 @@ typedef struct EsPrepareId
 	int64				version;
 } EsPrepareId;
 
-/* ---- errors ---- */
-
-static const char *
-context_text(EsContextClass klass, const void *bytes, Size len)
+/* A row of a restore: its version is checked with those of its context's other rows. */
+typedef struct EsRestored
 {
-	static char	 text[256];
-	const uint8 *b = bytes;
-	int64		 number;
+	EsPosition position; /* 0 = a new event */
+	uint64	   number;
+	int64	   version; /* 0 = NULL */
+} EsRestored;
 
-	switch (klass)
-	{
-		case ES_CONTEXT_STRING:
-		{
-			Size n = Min(len, 200);
-
-			/* not in the middle of a character */
-			while (n < len && n > 0 && (b[n] & 0xc0) == 0x80)
-				n--;
-			snprintf(text, sizeof(text), "%.*s%s", (int) n, (const char *) bytes, n < len ? "…" : "");
-			return text;
-		}
-		case ES_CONTEXT_UUID:
-			if (len == 16)
-			{
-				snprintf(text, sizeof(text),
-						 "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0], b[1],
-						 b[2], b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14],
-						 b[15]);
-				return text;
-			}
-			break;
-		case ES_CONTEXT_BYTEA:
-			break;
-		default:
-			if (len == sizeof(number))
-			{
-				memcpy(&number, bytes, sizeof(number));
-				snprintf(text, sizeof(text), INT64_FORMAT, number);
-				return text;
-			}
-	}
-	{
-		Size n = Min(len, 64);
-
-		strcpy(text, "\\x");
-		for (Size i = 0; i < n; i++)
-			snprintf(text + 2 + 2 * i, 3, "%02x", b[i]);
-		if (n < len)
-			strcat(text, "…");
-	}
-	return text;
-}
+/* ---- errors ---- */
 
 void
 es_prepare_fail(EsPrepare *p, int code, const char *message, const char *detail, const char *hint)
@@ -97,16 +54,42 @@ es_prepare_fail(EsPrepare *p, int code, const char *message, const char *detail,
 	p->failed = true;
 }
 
+/* An event of the context is refused; in the message ES_REFUSAL_CONTEXT stands for the context. */
+static void
+refuse_row(EsPrepare *p, const EsPrepareRow *row, int code, const char *message, const char *detail,
+		   const char *hint)
+{
+	static const char zeros[8] = {0};
+	EsRefusal		  r = {
+				.answer = {.type = ES_REQ_PREPARE, .flags = ES_ANSWER_LAST | ES_ANSWER_REFUSED, .id = p->task.id},
+				.sqlerrcode = code,
+				.context_class = p->group.klass,
+				.table = p->view.table->table,
+				.context_len = row->len,
+				.context_sent = Min(row->len, 1024)};
+	EsPart parts[6] = {{&r, sizeof(r)},
+					   {row->bytes, r.context_sent},
+					   {zeros, MAXALIGN(r.context_sent) - r.context_sent},
+					   {message, strlen(message) + 1},
+					   {detail, strlen(detail) + 1},
+					   {hint, strlen(hint) + 1}};
+
+	es_conn_send(p->task.conn, &r.answer, parts, 6);
+	p->failed = true;
+}
+
 static void
 fail_event_id(EsPrepare *p, const EsPrepareRow *row, const EsPrepareId *e)
 {
-	char id[64];
-	char message[512];
-	char detail[256];
+	const uint8 *b = row->event_id;
+	char		 message[256];
+	char		 detail[256];
 
-	strlcpy(id, context_text(ES_CONTEXT_UUID, row->event_id, 16), sizeof(id));
-	snprintf(message, sizeof(message), "event id %s already exists in context \"%s\" with other content", id,
-			 context_text(p->group.klass, row->bytes, row->len));
+	snprintf(
+		message, sizeof(message),
+		"event id %02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x already exists in context \"%s\" with other content",
+		b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15],
+		ES_REFUSAL_CONTEXT);
 	if (!e->committed)
 		strcpy(detail, "An earlier row of the same transaction has it.");
 	else if (e->version > 0)
@@ -115,40 +98,59 @@ fail_event_id(EsPrepare *p, const EsPrepareRow *row, const EsPrepareId *e)
 				 e->position);
 	else
 		snprintf(detail, sizeof(detail), "It is the event at position " UINT64_FORMAT ".", e->position);
-	es_prepare_fail(p, ERRCODE_UNIQUE_VIOLATION, message, detail,
-					"An event that is sent again must be the same in all columns, or have a new id.");
+	refuse_row(p, row, ERRCODE_UNIQUE_VIOLATION, message, detail,
+			   "An event that is sent again must be the same in all columns, or have a new id.");
 }
 
 static void
 fail_version(EsPrepare *p, const EsPrepareRow *row, int64 actual)
 {
-	char		message[384];
-	char		detail[384];
-	const char *context = context_text(p->group.klass, row->bytes, row->len);
+	char message[384];
+	char detail[384];
 
 	snprintf(message, sizeof(message), "version " INT64_FORMAT " is not the next one of context \"%s\"",
-			 row->version, context);
+			 row->version, ES_REFUSAL_CONTEXT);
 	snprintf(detail, sizeof(detail),
 			 "Its actual version is " INT64_FORMAT ", so the next one is " INT64_FORMAT ".", actual,
 			 actual + 1);
-	es_prepare_fail(p, ERRCODE_UNIQUE_VIOLATION, message, detail, "Replay the context and decide again.");
+	refuse_row(p, row, ERRCODE_UNIQUE_VIOLATION, message, detail, "Replay the context and decide again.");
 }
 
 static void
-fail_restored_version(EsPrepare *p, const EsPrepareRow *row, int64 version, int64 head)
+fail_restored_version(EsPrepare *p, const EsPrepareRow *row, const EsRestored *r, int64 next)
 {
-	char		message[384];
-	char		detail[384];
-	const char *context = context_text(p->group.klass, row->bytes, row->len);
+	char message[384];
+	char detail[384];
 
-	snprintf(message, sizeof(message), "version " INT64_FORMAT " of context \"%s\" is there already", version,
-			 context);
-	if (version <= head)
+	snprintf(message, sizeof(message), "version " INT64_FORMAT " is not the next one of context \"%s\"",
+			 r->version, ES_REFUSAL_CONTEXT);
+	if (r->position != 0)
 		snprintf(detail, sizeof(detail),
-				 "Its actual version is " INT64_FORMAT "; restored rows must be above it.", head);
+				 "In the order of positions the event at position " UINT64_FORMAT
+				 " would be version " INT64_FORMAT ".",
+				 r->position, next);
 	else
-		snprintf(detail, sizeof(detail), "Two restored rows of the context have it.");
-	es_prepare_fail(p, ERRCODE_UNIQUE_VIOLATION, message, detail, "");
+		snprintf(detail, sizeof(detail),
+				 "Behind the restored events of the transaction the next one is " INT64_FORMAT ".", next);
+	refuse_row(p, row, ERRCODE_UNIQUE_VIOLATION, message, detail,
+			   "Restore all events of a context together, with their positions and versions.");
+}
+
+static void
+fail_restored_order(EsPrepare *p, const EsPrepareRow *row)
+{
+	char message[384];
+	char detail[384];
+
+	snprintf(message, sizeof(message),
+			 "event at position " UINT64_FORMAT " of context \"%s\" comes without version and out of order",
+			 row->position, ES_REFUSAL_CONTEXT);
+	snprintf(detail, sizeof(detail),
+			 "An earlier event of the context has position " UINT64_FORMAT
+			 ", and versions are given in the order in which events come.",
+			 p->context.last_position);
+	refuse_row(p, row, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, message, detail,
+			   "Restore events in the order of their positions, or with their versions.");
 }
 
 /* ---- event ids ---- */
@@ -279,33 +281,41 @@ note_version(EsPrepare *p, uint64 hash, int64 version)
 	p->versions[p->nversions++] = (EsFirstVersion){hash, version};
 }
 
+/* In the order that the rows will have: those without a position last. */
 static int
-compare_int64(const void *a, const void *b)
+compare_restored(const void *a, const void *b)
 {
-	int64 x = *(const int64 *) a;
-	int64 y = *(const int64 *) b;
+	const EsRestored *x = a;
+	const EsRestored *y = b;
 
-	return x < y ? -1 : x > y;
+	if (x->position != y->position)
+		return x->position - 1 < y->position - 1 ? -1 : 1;
+	return x->number < y->number ? -1 : x->number > y->number;
 }
 
 static void
 check_restored(EsPrepare *p, const EsPrepareRow *row)
 {
 	EsPrepareContext *c = &p->context;
+	int64			  next = c->head.version + 1;
 
-	if (c->nrestored > 1)
-		qsort(c->restored, c->nrestored, sizeof(int64), compare_int64);
-	if (c->nrestored > 0 && c->restored[0] <= c->head.version)
-	{
-		fail_restored_version(p, row, c->restored[0], c->head.version);
-		return;
-	}
 	for (uint64 i = 1; i < c->nrestored; i++)
-		if (c->restored[i] == c->restored[i - 1])
+		if (compare_restored(&c->restored[i - 1], &c->restored[i]) > 0)
 		{
-			fail_restored_version(p, row, c->restored[i], c->head.version);
+			qsort(c->restored, c->nrestored, sizeof(EsRestored), compare_restored);
+			break;
+		}
+	for (uint64 i = 0; i < c->nrestored; i++, next++)
+	{
+		const EsRestored *r = &c->restored[i];
+
+		/* new events may come without */
+		if (r->version != next && (r->version != 0 || r->position != 0))
+		{
+			fail_restored_version(p, row, r, next);
 			return;
 		}
+	}
 }
 
 /* ---- one context ---- */
@@ -354,8 +364,9 @@ begin_context(EsPrepare *p, const EsContextId *context, EsDamage *damage)
 	c->next_version = c->head.version + 1;
 	c->nrestored = 0;
 	c->restored = NULL;
-	if (p->restore && c->versioned)
-		c->restored = MemoryContextAllocHuge(p->group.context, (c->end - c->begin) * sizeof(int64));
+	c->last_position = 0;
+	if (p->restore && p->given_versions && c->versioned)
+		c->restored = MemoryContextAllocHuge(p->group.context, (c->end - c->begin) * sizeof(EsRestored));
 	c->nids = 0;
 	if (es_prepare_roles(p->source)->event_id != 0 && nids > 0)
 		begin_ids(p, nids);
@@ -397,12 +408,18 @@ check_row(EsPrepare *p, const EsPrepareRow *row)
 	}
 	if (!c->versioned)
 		return true;
-	if (p->restore)
+	if (c->restored != NULL)
 	{
-		if (row->version != 0)
-			c->restored[c->nrestored++] = row->version;
+		c->restored[c->nrestored++] = (EsRestored){row->position, row->number, row->version};
+		return true;
 	}
-	else if (row->version != 0 && row->version != c->next_version)
+	if (row->position != 0 && row->position <= c->last_position)
+	{
+		fail_restored_order(p, row);
+		return false;
+	}
+	c->last_position = Max(c->last_position, row->position);
+	if (row->version != 0 && row->version != c->next_version)
 	{
 		fail_version(p, row, c->next_version - 1);
 		return false;

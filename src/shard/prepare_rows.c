@@ -315,6 +315,8 @@ add_mem_row(EsPrepareSource *s, EsPrepareGroup *g, const MemRow *m)
 
 		r->bytes = memcpy(copy, &scratch, sizeof(scratch));
 	}
+	if (roles->position > 0 && !es_batch_is_null(v, roles->position - 1, m->row))
+		memcpy(&r->position, es_batch_value(v, roles->position - 1, m->row), sizeof(r->position));
 	if (roles->version > 0 && !es_batch_is_null(v, roles->version - 1, m->row))
 		memcpy(&r->version, es_batch_value(v, roles->version - 1, m->row), sizeof(int64));
 	if (roles->event_id > 0 && !es_batch_is_null(v, roles->event_id - 1, m->row))
@@ -422,6 +424,7 @@ count_rows(EsPrepareSource *s, Walk *w, int64 deadline, EsDamage *damage, bool *
 		w->wanted[w->info->roles.context - 1] = true;
 	if (w->info->roles.event_id > 0)
 		w->wanted[w->info->roles.event_id - 1] = true;
+	w->wanted[es_segment_ncols(w->info) + ES_PENDING_ORDINAL] = true;
 	*failed = false;
 	return ES_TASK_DONE;
 }
@@ -527,11 +530,11 @@ walk_row(EsPrepareSource *s, Walk *w, EsDamage *damage, bool *failed)
 		{
 			EsZoneInfo z = es_segment_zone(w->segment, w->next_zone++);
 
-			*failed =
-				walk_failed(w,
-							es_segment_read(w->segment, z.first_row, z.nrows, w->wanted,
-											ES_WANT_VERSION | ES_WANT_CONTENT_HASH, w->block, &damage->err),
-							damage, false);
+			*failed = walk_failed(w,
+								  es_segment_read(w->segment, z.first_row, z.nrows, w->wanted,
+												  ES_WANT_POSITION | ES_WANT_VERSION | ES_WANT_CONTENT_HASH,
+												  w->block, &damage->err),
+								  damage, false);
 			w->zone_rows = z.nrows;
 			w->row = 0;
 			w->has_hash = false;
@@ -564,6 +567,8 @@ add_walk_row(EsPrepareSource *s, EsPrepareGroup *g, Walk *w)
 	else
 		row.bytes = memcpy(MemoryContextAlloc(g->context, Max(len, 1)), bytes, len);
 	row.version = (int64) es_block_version(w->block, w->row);
+	if (es_block_value(w->block, es_segment_ncols(w->info) + ES_PENDING_ORDINAL, w->row) != NULL)
+		row.position = es_block_position(w->block, w->row);
 	if (roles->event_id > 0)
 		value = es_block_value(w->block, roles->event_id - 1, w->row);
 	if (roles->event_id > 0 && value != NULL)

@@ -490,12 +490,17 @@ es_recover(void)
 	pg_atomic_write_u64(&es_shard->recovery_at, clean ? es_recovery_end : restart_lsn);
 	pg_atomic_write_u64(&es_shard->recovery_end, es_recovery_end);
 	if (!clean)
+	{
 		read_pg_wal((files.control.flags & ES_CONTROL_RELEASED) != 0);
+		/* what was read, which may be much, is held back until the next sync; a quiet shard would wait minutes */
+		es_log_want_sync();
+	}
 	es_apply_poll_verdicts(true);
 	ES_FAULT("recovery-pg-wal-read");
 
 	/* 6 */
 	recover_positions(&files.control, clean);
+	ES_SET(last_position, es_apply_highest_position);
 
 	ereport(
 		LOG,

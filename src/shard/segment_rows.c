@@ -88,6 +88,45 @@ es_segment_live_rows(const EsSegmentRef *ref, uint64 first, uint64 end)
 	return end - first - dead;
 }
 
+/* ---- restored rows ---- */
+
+bool
+es_segment_given_positions(const EsSegment *segment)
+{
+	const EsSegmentInfo *info = es_segment_info(segment);
+	int					 column = es_segment_ncols(info) + ES_PENDING_ORDINAL;
+
+	/* all of its rows or none */
+	return info->nzones > 0 &&
+		   es_segment_column_stats(segment, 0, column).nnulls < es_segment_zone(segment, 0).nrows;
+}
+
+bool
+es_segment_last_version(const EsSegmentRef *ref, EsSegment *segment, uint64 first, uint64 end, int64 *version,
+						EsError *err)
+{
+	const uint8 *dead = ref->entry.dead_bitmap;
+	EsRowBlock	*block;
+	bool		*nothing;
+	EsStatus	 status;
+
+	*version = 0;
+	while (end > first && dead != NULL && (dead[(end - 1) >> 3] >> ((end - 1) & 7)) & 1)
+		end--;
+	if (end == first)
+		return true;
+	block = es_block_create();
+	if (block == NULL)
+		return es_fail(err, ES_ERR_NOMEM, 0, "out of memory") == ES_OK;
+	nothing = palloc0(Max(es_segment_info(segment)->ncols, 1) * sizeof(bool));
+	status = es_segment_read(segment, end - 1, 1, nothing, ES_WANT_VERSION, block, err);
+	if (status == ES_OK)
+		*version = (int64) es_block_version(block, 0);
+	pfree(nothing);
+	es_block_free(block);
+	return status == ES_OK;
+}
+
 /* ---- versions ---- */
 
 static EsStatus

@@ -117,6 +117,12 @@ es_segment_ncols(const EsSegmentInfo *info)
 	return info->ncols - ((info->flags & ES_SEGMENT_PENDING) ? ES_PENDING_COLUMNS : 0);
 }
 
+/* Do the rows of this pending segment bring their positions?  All do or none. */
+extern bool es_segment_given_positions(const EsSegment *segment);
+/* Stored version of the last live row in [first, end), 0 = none; false: damage. */
+extern bool es_segment_last_version(const EsSegmentRef *ref, EsSegment *segment, uint64 first, uint64 end,
+									int64 *version, EsError *err);
+
 /* Position and version of a row as readers see it (pending segments that were adopted in place: base,
  * first versions); dead: not live after adoption. */
 static inline EsPosition

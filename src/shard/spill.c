@@ -119,9 +119,6 @@ compare_staged(const void *x, const void *y)
 
 	if (c != 0)
 		return c;
-	/* rows with positions of their own have a file of their own: it is adopted with base 0 */
-	if (given(a->batch) != given(b->batch))
-		return given(a->batch) ? 1 : -1;
 	return a->number < b->number ? -1 : 1;
 }
 
@@ -137,7 +134,7 @@ compare_groups(const void *x, const void *y)
 static inline bool
 same_group(const EsMemBatch *a, const EsMemBatch *b)
 {
-	return es_table_key_equal(&a->view.header->table, &b->view.header->table) && given(a) == given(b);
+	return es_table_key_equal(&a->view.header->table, &b->view.header->table);
 }
 
 /* The transaction's staged batches by table; returns the number of groups, largest first. */
@@ -169,12 +166,14 @@ group_staged(EsTxn *txn, Staged **staged, Group **groups)
 
 		/*
 		 * Rows beyond segment_rows are the next spill's; and so are those from behind ADD COLUMN,
-		 * since readers must know that the ones before lack the column.
+		 * since readers must know that the ones before lack the column; and those without a position behind
+		 * those that bring one, since the file of these is adopted with base 0.
 		 */
 		for (; i < n && same_group(s[group.first].batch, s[i].batch); i++)
 		{
 			nrows += s[i].batch->view.header->nrows;
 			full = full || (i > group.first && (nrows > es_guc_segment_rows ||
+												given(s[i].batch) != given(s[group.first].batch) ||
 												es_batch_table_columns(&s[i].batch->view) !=
 													es_batch_table_columns(&s[group.first].batch->view)));
 			if (full)

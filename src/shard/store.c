@@ -335,10 +335,14 @@ check_cluster(EsStoreFile *store, ShardFound *found)
 	TimeLineID timeline = GetWALInsertionTimeLine();
 	bool	   other_cluster = store->system_identifier != sysid;
 	TimeLineID other_timeline = 0;
+	bool	   clean = true;
 
 	for (int i = 0; i < es_shared->nshards; i++)
+	{
 		if (found[i].readable && found[i].control.identity.timeline != timeline)
 			other_timeline = found[i].control.identity.timeline;
+		clean = clean && found[i].readable && (found[i].control.flags & ES_CONTROL_CLEAN) != 0;
+	}
 	if (!other_cluster && other_timeline == 0)
 		return;
 
@@ -361,9 +365,12 @@ check_cluster(EsStoreFile *store, ShardFound *found)
 					other_timeline, timeline),
 			 errdetail(
 				 "Promoted standbys and clusters recovered from an archive may hold events in PostgreSQL's write-ahead log that the store's own files have not."),
-			 errhint(
-				 "Use the server that wrote the store. If the store was stopped cleanly and no events were written since, set \"event_store.adopt_system_id = '%llu'\" in postgresql.conf.",
-				 (unsigned long long) store->system_identifier)));
+			 clean
+				 ? errhint(
+					   "Use the server that wrote the store. If no events were written since this copy of it was made, which is of a store that was stopped cleanly, set \"event_store.adopt_system_id = '%llu'\" in postgresql.conf.",
+					   (unsigned long long) store->system_identifier)
+				 : errhint(
+					   "Use the server that wrote the store. A standby and a restored base backup can open it only if it was stopped cleanly before they were made.")));
 	}
 
 	for (int i = 0; i < es_shared->nshards; i++)

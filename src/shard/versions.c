@@ -14,8 +14,8 @@
  * The common FINISH has rows of one context, so a context at work is kept aside and a
  * hash table is made only when the second one appears.
  *
- * With GIVEN_VERSIONS (restores) the rows have their versions; the head moves to the
- * highest.
+ * With GIVEN_VERSIONS (restores) the rows that bring a position have their versions; the head moves to the
+ * highest.  Rows without a position come behind them, and are numbered on from there.
  *
  *-------------------------------------------------------------------------
  */
@@ -172,9 +172,18 @@ version_in_pending(Work *w, const ContextKey *key)
 		if (segment == NULL || es_segment_find_context(segment, key->hash, key_bytes(key), key->len,
 													   &first_row, &nrows, &entry, &err) != ES_OK)
 			es_corruption(ERROR, es_segment_path(ref), &err);
-		if (nrows == 0 || entry >= ref->entry.nfirst_versions)
+		if (nrows == 0)
 			continue;
 		live = (int64) es_segment_live_rows(ref, first_row, first_row + nrows);
+		if (live > 0 && entry >= ref->entry.nfirst_versions)
+		{
+			/* restored */
+			int64 version;
+
+			if (!es_segment_last_version(ref, segment, first_row, first_row + nrows, &version, &err))
+				es_corruption(ERROR, es_segment_path(ref), &err);
+			return version;
+		}
 		if (live > 0)
 			return es_manifest_first_version(&ref->entry, entry) + live - 1;
 	}
@@ -235,10 +244,7 @@ es_assign_versions(EsTxn *txn, const EsFinishTableView *view, EsLive *live, uint
 	contexts_hash *others = NULL;
 	Context		   only; /* the one context, as long as there is no second */
 	Context		  *current = NULL;
-	int			   pass = 0;
-	bool		   missing = false;
 
-again:
 	for (uint32 i = 0; i < nlive; i++)
 	{
 		EsMemBatch *b = live[i].batch;
@@ -297,20 +303,12 @@ again:
 				}
 			}
 
-			if (given)
+			if (given && (b->view.header->flags & ES_BATCH_GIVEN_POSITIONS) != 0)
 			{
 				int	  column = b->view.header->roles.version - 1;
-				bool  is_null = es_batch_is_null(&b->view, column, row);
 				int64 version = 0;
 
-				if (is_null == (pass == 0))
-				{
-					missing |= is_null;
-					continue;
-				}
-				if (is_null)
-					version = current->version + 1;
-				else
+				if (!es_batch_is_null(&b->view, column, row))
 					memcpy(&version, es_batch_value(&b->view, column, row), sizeof(version));
 				live[i].versions[row] = version;
 				if (version >= current->version)
@@ -325,13 +323,6 @@ again:
 				current->position = es_membatch_position(b, row);
 			}
 		}
-	}
-
-	/* rows that came without a version follow all that came with one (a rewrite's own rows) */
-	if (missing && pass == 0)
-	{
-		pass = 1;
-		goto again;
 	}
 
 	if (others == NULL)

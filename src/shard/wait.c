@@ -53,8 +53,9 @@ typedef struct Waiter
 	EsPosition	  after;
 	TimestampTz	  deadline;
 	uint64		  hash;
-	uint32		  context_len; /* 0 = the whole table */
-	EsPosition	  candidate;   /* 0 = none */
+	bool		  has_context; /* false = the whole table */
+	uint32		  context_len;
+	EsPosition	  candidate; /* 0 = none */
 	UndecidedRow *rows;
 	uint32		  nrows;
 	uint32		  allocated;
@@ -135,8 +136,8 @@ wanted_in_batch(const Waiter *w, const EsMemBatch *b)
 
 		if (position <= w->after || (lowest != 0 && position >= lowest) || es_membatch_skipped(b, row))
 			continue;
-		if (w->context_len > 0 && (es_batch_context_hash(&b->view, row) != w->hash ||
-								   !es_membatch_in_context(b, row, w->context, w->context_len)))
+		if (w->has_context && (es_batch_context_hash(&b->view, row) != w->hash ||
+							   !es_membatch_in_context(b, row, w->context, w->context_len)))
 			continue;
 		lowest = position;
 	}
@@ -160,7 +161,7 @@ wanted_in_segment(Waiter *w, EsSegmentRef *ref, EsPosition *position)
 	*position = 0;
 	if (ref->entry.segment.max_position != 0 && ref->entry.segment.max_position <= w->after)
 		return true;
-	if (w->context_len == 0 && !ref->entry.pending && ref->entry.segment.max_position != 0)
+	if (!w->has_context && !ref->entry.pending && ref->entry.segment.max_position != 0)
 	{
 		*position = ref->entry.segment.min_position > w->after ? ref->entry.segment.min_position
 															   : ref->entry.segment.max_position;
@@ -171,7 +172,7 @@ wanted_in_segment(Waiter *w, EsSegmentRef *ref, EsPosition *position)
 	segment = es_segment_handle(ref, &err);
 	if (segment == NULL)
 		status = ES_ERR_CORRUPT;
-	else if (w->context_len > 0)
+	else if (w->has_context)
 		status = es_segment_find_context(segment, w->hash, w->context, w->context_len, &first, &nrows,
 										 &index_entry, &err);
 	if (status == ES_OK && nrows > 0)
@@ -190,7 +191,7 @@ wanted_in_segment(Waiter *w, EsSegmentRef *ref, EsPosition *position)
 			p = es_segment_row_position(ref, es_block_position(block, 0));
 			if (p > w->after)
 				*position = p;
-			else if (w->context_len > 0)
+			else if (w->has_context)
 				break;
 		}
 		es_block_free(block);
@@ -235,7 +236,7 @@ look_at_all(Waiter *w)
 
 		if (store == NULL)
 			continue;
-		if (w->context_len > 0)
+		if (w->has_context)
 		{
 			uint64		cursor = 0;
 			EsMemBatch *b;
@@ -318,6 +319,7 @@ es_handle_wait(EsConn *conn, const EsWaitRequest *req, Size len)
 	w->after = req->after;
 	w->deadline = req->deadline;
 	w->hash = req->context_hash;
+	w->has_context = req->has_context != 0;
 	w->context_len = req->context_len;
 	memcpy(w->context, req + 1, req->context_len);
 	dlist_push_tail(&waiters, &w->node);

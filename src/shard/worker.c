@@ -15,6 +15,7 @@
  *	 - SIGTERM while the server stops (postmaster.pid says so; workers get the signal
  *	   together with the backends): the shard serves until every backend is gone, flushes
  *	   what is undecided, marks itself clean and exits 0.
+ *	 - event_store.detach(): it marks itself clean and waits for the server's end.
  *	 - SIGTERM otherwise, or an ERROR that escapes: exit 1.  The postmaster starts a new
  *	   incarnation, which recovers by itself; the server and other shards go on.
  *	 - It must not open (es_recover raised an ERROR): state FAILED with the reason, which statements
@@ -177,7 +178,7 @@ reset_gauges(void)
 	ES_SET(memtable_rows, 0);
 	ES_SET(memtable_bytes, 0);
 	ES_SET(waiters, 0);
-	ES_SET(queue_depth, 0);
+	ES_SET(last_drain, 0);
 }
 
 /* The shard must not open: says why, waits, and lets the next incarnation try again. */
@@ -188,8 +189,8 @@ refuse(const ErrorData *error)
 	char		reason[sizeof(es_shard->reason)];
 	bool		told;
 
-	snprintf(reason, sizeof(reason), "%s%s%s\n%s", error->message, error->detail ? ": " : "",
-			 error->detail ? error->detail : "", error->hint ? error->hint : "");
+	snprintf(reason, sizeof(reason), "%s\n%s\n%s", error->message, error->hint ? error->hint : "",
+			 error->detail ? error->detail : "");
 
 	/* a reader copies it under the mutex */
 	SpinLockAcquire(&es_shard->mutex);
@@ -563,21 +564,68 @@ stop_cleanly(void)
 	set_state(ES_SHARD_CLEAN);
 }
 
-/*
- * event_store.detach(): the keeper has closed the store to new statements, nothing is undecided, and
- * nobody holds a message that we have not got.
- */
+/* The store is closed to new statements, nothing is undecided, and nobody holds a message that we have not got. */
 static bool
-may_detach(void)
+nothing_to_come(bool idle)
 {
-	if (pg_atomic_read_u32(&es_shared->detach) != ES_DETACH_ASKED ||
-		pg_atomic_read_u32(&es_shared->store_ready) != 0 || !dlist_is_empty(&es_txn_undecided))
+	if (!idle || pg_atomic_read_u32(&es_shared->store_ready) != 0 || !dlist_is_empty(&es_txn_undecided))
 		return false;
 	for (int i = 0; i < es_shared->nslots; i++)
 		if (pg_atomic_read_u64(&es_shared->slots[i].floor) != 0 ||
 			pg_atomic_read_u64(&es_shared->slots[i].lower_bound) != 0)
 			return false;
 	return true;
+}
+
+/*
+ * event_store.detach(): the keeper has closed the store.  Every shard says when it has nothing to wait for any
+ * more; when all do the keeper tells them to stop.  Till then it can be taken back.
+ */
+static bool
+may_detach(bool idle)
+{
+	switch ((EsDetachState) pg_atomic_read_u32(&es_shared->detach))
+	{
+		case ES_DETACH_ASKED:
+			if (pg_atomic_read_u32(&es_shard->may_detach) == 0 && nothing_to_come(idle))
+			{
+				pg_atomic_write_u32(&es_shard->may_detach, 1);
+				es_wake_keeper();
+			}
+			return false;
+		case ES_DETACH_STOPPING:
+			return nothing_to_come(idle);
+		case ES_ATTACHED:
+		case ES_DETACHED:
+			break;
+	}
+	return false;
+}
+
+/*
+ * Detached, with nothing to do.  But a static worker that exits with 0 is forgotten by the postmaster, and if
+ * the server crashes after that the store would be in use again without its shards.
+ */
+static void
+stay_detached(void)
+{
+	es_server_close_all();
+	publish_process(NULL);
+	for (;;)
+	{
+		es_shard_interrupts();
+		if (ShutdownRequestPending)
+		{
+			if (es_server_stopping())
+				proc_exit(0);
+			/* until then the keeper counts on our being clean */
+			if (pg_atomic_read_u32(&es_shared->detach) == ES_DETACHED)
+				proc_exit(1);
+		}
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						 ShutdownRequestPending ? 100 : 60000, PG_WAIT_EXTENSION);
+		ResetLatch(MyLatch);
+	}
 }
 
 /* ---- main ---- */
@@ -643,10 +691,10 @@ es_shard_main(Datum arg)
 			}
 			timeout = earlier(timeout, 20);
 		}
-		else if (may_detach() && idle)
+		else if (may_detach(idle))
 		{
 			stop_cleanly();
-			proc_exit(0);
+			stay_detached();
 		}
 		if (timeout != 0 && taken > 0 && idle && !urgent)
 			nap(timeout < 0 ? 1 : timeout);

@@ -25,6 +25,7 @@
 #include "funcapi.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
@@ -36,6 +37,7 @@
 #include "ipc/shmem.h"
 #include "sqlfn/args.h"
 #include "tam/reader.h"
+#include "tam/refusal.h"
 #include "tam/tam.h"
 #include "tam/xact.h"
 
@@ -239,13 +241,14 @@ hash_of_row(AppendCall *a, uint64 result[2])
 
 pg_attribute_noreturn() static void version_conflict(const AppendCall *a, int64 expected, int64 actual)
 {
-	ereport(ERROR,
-			(errcode(ERRCODE_UNIQUE_VIOLATION),
-			 errmsg("unexpected version of context \"%s\"", a->context_text),
-			 expected == -1 ? errdetail("Expected an existing context, but it has no event.")
-							: errdetail("Expected version " INT64_FORMAT ", actual version " INT64_FORMAT ".",
-										expected, actual),
-			 errhint("Replay the context and decide again."), errtable(a->rel)));
+	ereport(ERROR, (errcode(ERRCODE_UNIQUE_VIOLATION),
+					errmsg("unexpected version of context \"%s\"", es_context_for_message(a->context_text)),
+					!es_may_tell_versions(RelationGetRelid(a->rel)) ? 0
+					: expected == -1
+						? errdetail("Expected an existing context, but it has no event.")
+						: errdetail("Expected version " INT64_FORMAT ", actual version " INT64_FORMAT ".",
+									expected, actual),
+					errhint("Replay the context and decide again."), errtable(a->rel)));
 	pg_unreachable();
 }
 
@@ -254,7 +257,7 @@ pg_attribute_noreturn() static void content_conflict(const AppendCall *a)
 	ereport(ERROR, (errcode(ERRCODE_UNIQUE_VIOLATION),
 					errmsg("event id %s already exists in context \"%s\" with other content",
 						   DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(a->event_id))),
-						   a->context_text),
+						   es_context_for_message(a->context_text)),
 					errtable(a->rel)));
 	pg_unreachable();
 }
@@ -270,8 +273,43 @@ check_snapshot_sees(const AppendCall *a, EsFxid fxid)
 	if (XidInMVCCSnapshot(xid, GetTransactionSnapshot()))
 		ereport(ERROR, (errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
 						errmsg("could not serialize access due to a concurrent append to context \"%s\"",
-							   a->context_text),
+							   es_context_for_message(a->context_text)),
 						errhint("The transaction might succeed if retried.")));
+}
+
+/* Reads the context, its events of the own transaction first, up to the last command. */
+static EsReader *
+read_own_events(AppendCall *a, EsReaderSpec *spec, Snapshot *snapshot)
+{
+	spec->order = ES_ORDER_POSITION_DESC;
+	spec->has_context = true;
+	spec->context = a->context.bytes;
+	spec->context_len = a->context.len;
+	spec->context_hash = a->context.hash;
+
+	CommandCounterIncrement();
+	*snapshot = RegisterSnapshot(GetLatestSnapshot());
+	(*snapshot)->curcid = GetCurrentCommandId(false);
+	return es_reader_begin(a->rel, *snapshot, spec);
+}
+
+/* Has the own transaction an event in this context? */
+static bool
+has_own_event(AppendCall *a)
+{
+	EsReaderSpec spec;
+	EsReader	*reader;
+	EsPosition	 position;
+	Snapshot	 snapshot;
+	bool		 found;
+
+	es_reader_spec_init(&spec);
+	spec.max_rows = 1;
+	reader = read_own_events(a, &spec, &snapshot);
+	found = es_reader_skip(reader, &position) && position == 0;
+	es_reader_end(reader);
+	UnregisterSnapshot(snapshot);
+	return found;
 }
 
 /*
@@ -293,19 +331,10 @@ find_own_event(AppendCall *a, int64 *version, uint64 hash[2])
 	initStringInfo(&filters);
 	es_filter_bytes(&filters, a->roles.event_id - 1, &value, &len, 1);
 	es_reader_spec_init(&spec);
-	spec.order = ES_ORDER_POSITION_DESC; /* own rows come first */
-	spec.has_context = true;
-	spec.context = a->context.bytes;
-	spec.context_len = a->context.len;
-	spec.context_hash = a->context.hash;
 	spec.nfilters = 1;
 	spec.filters = filters.data;
 	spec.filters_len = filters.len;
-
-	CommandCounterIncrement();
-	snapshot = RegisterSnapshot(GetLatestSnapshot());
-	snapshot->curcid = GetCurrentCommandId(false);
-	reader = es_reader_begin(a->rel, snapshot, &spec);
+	reader = read_own_events(a, &spec, &snapshot);
 	slot = table_slot_create(a->rel, NULL);
 	if (es_reader_next(reader, slot) && es_reader_position(reader) == 0)
 	{
@@ -364,6 +393,7 @@ es_append(PG_FUNCTION_ARGS)
 	int64		   expected = has_expected ? PG_GETARG_INT64(3) : 0;
 	int64		   actual = 0;
 	volatile int64 version = 0; /* set before PG_TRY, read behind it */
+	EsPromise	   outer;		/* of an append() whose trigger calls this one */
 	bool		   locked;
 	bool		   stored;
 
@@ -444,29 +474,41 @@ es_append(PG_FUNCTION_ARGS)
 			version_conflict(&a, expected, actual);
 		if (a.roles.version != 0)
 			version = actual + 1;
-		es_promise.active = true;
-		es_promise.relid = RelationGetRelid(a.rel);
-		es_promise.hash = a.context.hash;
-		es_promise.version = version;
 	}
 	else if (has_expected)
 	{
+		/* no context has so many, and its successor is not a number */
+		if (expected == PG_INT64_MAX)
+			version_conflict(&a, expected, ask_head(&a)->version);
 		if (expected >= 0)
 			version = expected + 1; /* PREPARE checks it at COMMIT */
-		else if (head->version == 0)
+		else if (head->version == 0 && !has_own_event(&a))
 			version_conflict(&a, expected, 0);
 	}
 
+	outer = es_promise;
+	memset(&es_promise, 0, sizeof(es_promise));
+	if (locked)
+	{
+		es_promise.active = true;
+		es_promise.relid = RelationGetRelid(a.rel);
+		es_promise.hash = a.context.hash;
+		es_promise.head = head->version;
+		es_promise.version = version;
+		es_promise.depth = DatumGetInt32(DirectFunctionCall1(pg_trigger_depth, (Datum) 0));
+	}
 	PG_TRY();
 	{
 		stored = insert_row(&a, version);
+		/* a trigger may have given the event another context, whose version is known at COMMIT */
+		version = es_promise.inserted > 0 ? es_promise.version : 0;
 	}
 	PG_FINALLY();
 	{
-		es_promise.active = false;
+		es_promise = outer;
 	}
 	PG_END_TRY();
 
 	table_close(a.rel, NoLock);
-	PG_RETURN_DATUM(result_row(fcinfo, stored && locked ? version : 0, stored ? "appended" : "not_stored"));
+	PG_RETURN_DATUM(result_row(fcinfo, stored ? version : 0, stored ? "appended" : "not_stored"));
 }

@@ -25,24 +25,28 @@
 #include "sqlfn/args.h"
 #include "tam/tam.h"
 
+void
+es_check_store_acl(Oid relid, AclMode mode)
+{
+	AclResult acl = pg_class_aclcheck(relid, GetUserId(), mode);
+
+	if (acl != ACLCHECK_OK)
+		aclcheck_error(acl, OBJECT_TABLE, get_rel_name(relid));
+}
+
 Relation
 es_open_store(FunctionCallInfo fcinfo, int arg, LOCKMODE lock, AclMode mode)
 {
-	Oid		  relid;
-	Relation  rel;
-	AclResult acl;
+	Relation rel;
 
 	if (PG_ARGISNULL(arg))
 		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("store must not be NULL")));
-	relid = PG_GETARG_OID(arg);
-	rel = es_table_open(relid, lock);
+	/* before the lock: who may not read a table shall not queue for it either */
 	if (mode != 0)
-	{
-		acl = pg_class_aclcheck(relid, GetUserId(), mode);
-		if (acl != ACLCHECK_OK)
-			aclcheck_error(acl, OBJECT_TABLE, RelationGetRelationName(rel));
-	}
+		es_check_store_acl(PG_GETARG_OID(arg), mode);
+	rel = es_table_open(PG_GETARG_OID(arg), lock);
 	es_wait_store_ready();
+	es_check_has_context(rel);
 	return rel;
 }
 
@@ -192,97 +196,4 @@ es_event_type_values(Relation rel, ArrayType *types, Datum single, bool has_sing
 		used++;
 	}
 	return used;
-}
-
-/* ---- rows as events ---- */
-
-void
-es_event_map(Relation rel, EsEventMap *map)
-{
-	static const char *const names[EVENT_COLUMNS] = {"position",   "context_id",  "version", "event_id",
-													 "event_type", "recorded_at", "payload", "metadata"};
-	static const Oid		 types[EVENT_COLUMNS] = {INT8OID,	 InvalidOid,	 INT8OID,  UUIDOID,
-													 InvalidOid, TIMESTAMPTZOID, JSONBOID, JSONBOID};
-	TupleDesc				 desc = RelationGetDescr(rel);
-	EsRoles					 roles = es_table_info(rel)->roles;
-
-	memset(map, 0, sizeof(*map));
-	map->columns[0] = roles.position;
-	map->columns[1] = roles.context;
-	map->columns[2] = roles.version;
-	map->columns[3] = roles.event_id;
-	map->columns[4] = roles.event_type;
-	for (int i = 5; i < EVENT_COLUMNS; i++)
-	{
-		int attno = es_column_number(rel, names[i]);
-
-		if (attno > 0 && TupleDescAttr(desc, attno - 1)->atttypid == types[i])
-			map->columns[i] = attno;
-	}
-	map->same_shape = map->columns[6] != 0;
-	map->outputs = palloc0(sizeof(FmgrInfo) * desc->natts);
-	for (int i = 0; i < 2; i++)
-	{
-		int	 attno = i == 0 ? roles.context : roles.event_type;
-		Oid	 output;
-		bool varlena;
-
-		if (attno == 0)
-			continue;
-		getTypeOutputInfo(TupleDescAttr(desc, attno - 1)->atttypid, &output, &varlena);
-		fmgr_info(output, &map->outputs[attno - 1]);
-	}
-}
-
-static Datum
-as_text(const EsEventMap *map, TupleDesc desc, int attno, Datum value)
-{
-	if (TupleDescAttr(desc, attno - 1)->atttypid == TEXTOID)
-		return value;
-	return CStringGetTextDatum(OutputFunctionCall(&map->outputs[attno - 1], value));
-}
-
-/*
- * The plain columns of a table of another shape: {"column": value, …} as row_to_json makes it,
- * less the columns that have a place of their own.
- */
-static Datum
-plain_columns(Relation rel, const EsEventMap *map, TupleTableSlot *slot)
-{
-	TupleDesc desc = RelationGetDescr(rel);
-	HeapTuple tuple = heap_form_tuple(desc, slot->tts_values, slot->tts_isnull);
-	Datum	  whole = heap_copy_tuple_as_datum(tuple, desc);
-	Datum	  names[EVENT_COLUMNS];
-	int		  n = 0;
-
-	for (int i = 0; i < EVENT_COLUMNS; i++)
-	{
-		if (map->columns[i] > 0)
-			names[n++] = CStringGetTextDatum(NameStr(TupleDescAttr(desc, map->columns[i] - 1)->attname));
-	}
-	return DirectFunctionCall2(jsonb_delete_array,
-							   DirectFunctionCall1(jsonb_in, CStringGetDatum(TextDatumGetCString(
-																 DirectFunctionCall1(row_to_json, whole)))),
-							   PointerGetDatum(construct_array(names, n, TEXTOID, -1, false, TYPALIGN_INT)));
-}
-
-void
-es_event_values(Relation rel, const EsEventMap *map, TupleTableSlot *slot, Datum *values, bool *nulls)
-{
-	TupleDesc desc = RelationGetDescr(rel);
-
-	for (int i = 0; i < EVENT_COLUMNS; i++)
-	{
-		int attno = map->columns[i];
-
-		nulls[i] = attno == 0 || slot->tts_isnull[attno - 1];
-		values[i] = nulls[i] ? (Datum) 0 : slot->tts_values[attno - 1];
-		if (!nulls[i] && (i == 1 || i == 4))
-			values[i] = as_text(map, desc, attno, values[i]);
-	}
-	if (!map->same_shape)
-	{
-		values[6] = plain_columns(rel, map, slot);
-		nulls[6] = false;
-	}
 }

@@ -20,10 +20,10 @@
 
 #include "core/format.h"
 
-/* Number of columns of event_store.events, which replay and read_all return. */
-#define EVENT_COLUMNS 8
+/* ERROR unless the current user has the privilege on the table. */
+extern void es_check_store_acl(Oid relid, AclMode mode);
 
-/* Opens the store argument (NULL: ERROR) with the lock and checks the privilege on it. */
+/* Checks the privilege on the store argument (NULL: ERROR), 0 = none is needed, and opens it with the lock. */
 extern Relation es_open_store(FunctionCallInfo fcinfo, int arg, LOCKMODE lock, AclMode mode);
 
 /* A context given as text: read by the column's input function. */
@@ -48,19 +48,18 @@ es_filter_bytes(StringInfo buf, int column, const void *const *values, const siz
 extern int es_event_type_values(Relation rel, ArrayType *types, Datum single, bool has_single,
 								const void ***values, size_t **lens);
 
-/* Maps columns of a table to those of event_store.events. */
-typedef struct EsEventMap
-{
-	int		  columns[EVENT_COLUMNS]; /* attribute numbers from 1, 0 = none */
-	bool	  same_shape;			  /* payload is the table's own */
-	FmgrInfo *outputs;				  /* per attribute: to text for context and event type */
-} EsEventMap;
+/* ---- event_map.c: rows of any event table in the shape of event_store.events ---- */
 
-extern void es_event_map(Relation rel, EsEventMap *map);
+typedef struct EsEventMap EsEventMap;
 
-/* The row as values of event_store.events. */
-extern void
-es_event_values(Relation rel, const EsEventMap *map, TupleTableSlot *slot, Datum *values, bool *nulls);
+/*
+ * result: what the function returns, event_store.events as it is now.  Allocated in the current memory context;
+ * names the columns of rel as they are, whose lock is held as long as it is used.
+ */
+extern EsEventMap *es_event_map(Relation rel, TupleDesc result);
+
+/* The row as values of result's columns (arrays of its natts), in the current memory context. */
+extern void es_event_values(const EsEventMap *map, TupleTableSlot *slot, Datum *values, bool *nulls);
 
 extern int es_column_number(Relation rel, const char *name); /* 0 = there is none */
 

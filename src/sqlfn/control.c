@@ -18,8 +18,11 @@
 #include "catalog/pg_class.h"
 #include "funcapi.h"
 #include "miscadmin.h"
+#include "storage/ipc.h"
+#include "storage/lmgr.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
+#include "utils/lsyscache.h"
 #include "utils/rel.h"
 
 #include "compat.h"
@@ -63,30 +66,6 @@ ask_all(EsRequest *req, Size len)
 	}
 }
 
-Datum
-es_flush(PG_FUNCTION_ARGS)
-{
-	EsFlushRequest req = {.req = {.type = ES_REQ_FLUSH}};
-
-	if (!PG_ARGISNULL(0))
-	{
-		Relation rel = es_open_store(fcinfo, 0, AccessShareLock, 0);
-
-		if (!es_owns_relation(RelationGetRelid(rel)) && !has_privs_of_role(GetUserId(), ROLE_PG_CHECKPOINT))
-			aclcheck_error(ACLCHECK_NOT_OWNER, OBJECT_TABLE, RelationGetRelationName(rel));
-		req.table = es_table_info(rel)->key;
-		table_close(rel, NoLock);
-	}
-	else if (!has_privs_of_role(GetUserId(), ROLE_PG_CHECKPOINT))
-		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("permission denied to flush all event_store tables"),
-				 errhint("The owner of a table may flush it; members of pg_checkpoint may flush all.")));
-	es_wait_store_ready();
-	ask_all(&req.req, sizeof(req));
-	PG_RETURN_VOID();
-}
-
 /*
  * End of the last record that was inserted.  At a page's end PostgreSQL names the place behind the next
  * page's header, where no record ends, and XLogFlush takes that for an LSN from the future.
@@ -101,6 +80,35 @@ insert_end(void)
 	else if (insert % XLOG_BLCKSZ == SizeOfXLogShortPHD)
 		insert -= SizeOfXLogShortPHD;
 	return insert;
+}
+
+Datum
+es_flush(PG_FUNCTION_ARGS)
+{
+	EsFlushRequest req = {.req = {.type = ES_REQ_FLUSH}};
+
+	if (!PG_ARGISNULL(0))
+	{
+		Relation rel;
+		Oid		 relid = PG_GETARG_OID(0);
+
+		/* before it is locked */
+		if (!has_privs_of_role(GetUserId(), ROLE_PG_CHECKPOINT) && !es_owns_relation(relid))
+			aclcheck_error(ACLCHECK_NOT_OWNER, OBJECT_TABLE, get_rel_name(relid));
+		rel = es_open_store(fcinfo, 0, AccessShareLock, 0);
+		req.table = es_table_info(rel)->key;
+		table_close(rel, AccessShareLock);
+	}
+	else if (!has_privs_of_role(GetUserId(), ROLE_PG_CHECKPOINT))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("permission denied to flush all event_store tables"),
+				 errhint("The owner of a table may flush it; members of pg_checkpoint may flush all.")));
+	es_wait_store_ready();
+	/* rows go to segments when their commit is durable: the shards could only ask the walwriter for that */
+	XLogFlush(insert_end());
+	ask_all(&req.req, sizeof(req));
+	PG_RETURN_VOID();
 }
 
 Datum
@@ -173,6 +181,21 @@ es_release_wal(PG_FUNCTION_ARGS)
 	PG_RETURN_VOID();
 }
 
+/* The caller goes, by cancel or for good, before it is done: takes it back, if that is still possible. */
+static void
+undo_detach(int code, Datum arg)
+{
+	uint32 asked = ES_DETACH_ASKED;
+
+	ConditionVariableCancelSleep();
+	if (pg_atomic_compare_exchange_u32(&es_shared->detach, &asked, ES_ATTACHED))
+		es_wake_keeper();
+	else if (asked != ES_ATTACHED)
+		ereport(WARNING,
+				(errmsg("the event store is detached all the same"),
+				 errdetail("Its shards had begun to stop."), errhint("Restart the server to use it again.")));
+}
+
 Datum
 es_detach(PG_FUNCTION_ARGS)
 {
@@ -184,19 +207,26 @@ es_detach(PG_FUNCTION_ARGS)
 	if (es_xact_own_fxid() != 0)
 		ereport(ERROR, (errcode(ERRCODE_ACTIVE_SQL_TRANSACTION),
 						errmsg("cannot detach the event store in a transaction that has inserted events")));
-	pg_atomic_write_u32(&es_shared->detach, ES_DETACH_ASKED);
-	es_wake_keeper();
-	ConditionVariablePrepareToSleep(&es_shared->store_changed);
-	while (pg_atomic_read_u32(&es_shared->detach) != ES_DETACHED)
+
+	PG_ENSURE_ERROR_CLEANUP(undo_detach, (Datum) 0);
 	{
-		/* whoever still has a transaction with events is waited for */
-		for (int s = 0; s < es_shared->nshards; s++)
-			es_wake_shard(s);
-		es_wake_keeper();
-		(void) ConditionVariableTimedSleep(&es_shared->store_changed, 200,
-										   es_wait_event(&wait_event, "EventStoreDetach"));
+		ConditionVariablePrepareToSleep(&es_shared->store_changed);
+		while (pg_atomic_read_u32(&es_shared->detach) != ES_DETACHED)
+		{
+			uint32 attached = ES_ATTACHED;
+
+			/* asked for again if another session, which asked as well, took it back */
+			(void) pg_atomic_compare_exchange_u32(&es_shared->detach, &attached, ES_DETACH_ASKED);
+			/* whoever still has a transaction with events is waited for */
+			for (int s = 0; s < es_shared->nshards; s++)
+				es_wake_shard(s);
+			es_wake_keeper();
+			(void) ConditionVariableTimedSleep(&es_shared->store_changed, 200,
+											   es_wait_event(&wait_event, "EventStoreDetach"));
+		}
+		ConditionVariableCancelSleep();
 	}
-	ConditionVariableCancelSleep();
+	PG_END_ENSURE_ERROR_CLEANUP(undo_detach, (Datum) 0);
 	PG_RETURN_VOID();
 }
 
@@ -248,6 +278,7 @@ es_verify(PG_FUNCTION_ARGS)
 	return (Datum) 0;
 }
 
+/* These two are as open to everybody as pg_relation_size(), and keep no lock either. */
 Datum
 es_shard_of(PG_FUNCTION_ARGS)
 {
@@ -255,7 +286,7 @@ es_shard_of(PG_FUNCTION_ARGS)
 	EsContextArg context;
 
 	es_context_arg(rel, text_to_cstring(PG_GETARG_TEXT_PP(0)), &context);
-	table_close(rel, NoLock);
+	table_close(rel, AccessShareLock);
 	PG_RETURN_INT32(context.shard);
 }
 
@@ -266,7 +297,7 @@ es_relation_size_fn(PG_FUNCTION_ARGS)
 	EsTableTotals totals;
 
 	es_table_totals(rel, &totals);
-	table_close(rel, NoLock);
+	table_close(rel, AccessShareLock);
 	PG_RETURN_INT64((int64) totals.bytes);
 }
 
@@ -278,14 +309,29 @@ es_table_roles(PG_FUNCTION_ARGS)
 	uint64			   storage_id;
 	int				   atts[5];
 	TupleDesc		   desc;
-	Datum			   values[6];
-	bool			   nulls[6] = {false};
+	Datum			   values[7];
+	bool			   nulls[7] = {false};
 	NameData		   names[5];
+	Oid				   relid = PG_GETARG_OID(0);
 
+	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+	desc = BlessTupleDesc(desc);
+
+	/* a view does not queue behind DDL, and nobody behind it */
+	if (!ConditionalLockRelationOid(relid, AccessShareLock))
+	{
+		memset(nulls, true, 6);
+		values[6] = BoolGetDatum(true);
+		PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(desc, values, nulls)));
+	}
 	/* stat_tables asks for the tables of its snapshot: one that was dropped or rewritten as a heap has no roles */
-	rel = try_relation_open(PG_GETARG_OID(0), AccessShareLock);
+	rel = try_relation_open(relid, NoLock);
 	if (rel == NULL)
+	{
+		UnlockRelationOid(relid, AccessShareLock);
 		PG_RETURN_NULL();
+	}
 	if (!es_is_event_table(rel))
 	{
 		relation_close(rel, AccessShareLock);
@@ -300,8 +346,6 @@ es_table_roles(PG_FUNCTION_ARGS)
 	atts[3] = info->roles.event_id;
 	atts[4] = info->roles.event_type;
 
-	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
-		elog(ERROR, "return type must be a row type");
 	for (int i = 0; i < 5; i++)
 	{
 		nulls[i] = atts[i] == 0;
@@ -311,6 +355,7 @@ es_table_roles(PG_FUNCTION_ARGS)
 		values[i] = NameGetDatum(&names[i]);
 	}
 	values[5] = Int64GetDatum((int64) storage_id);
-	table_close(rel, NoLock);
-	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
+	values[6] = BoolGetDatum(false);
+	table_close(rel, AccessShareLock);
+	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(desc, values, nulls)));
 }

@@ -8,11 +8,16 @@
  * that owns the context, or in all shards for a table; shards wake it after commit, when
  * the horizon has passed the row.
  *
+ * Without a snapshot and without a lock the table may become another one meanwhile: TRUNCATE and rewrites give it
+ * a new storage, in which the wait goes on (positions are never reused, so `after` means the same there), and
+ * DROP ends it.  Nobody tells a waiter of it, so it looks once a second.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
 #include "access/htup_details.h"
+#include "access/relation.h"
 #include "access/table.h"
 #include "access/xact.h"
 #include "executor/spi.h"
@@ -20,6 +25,7 @@
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
 #include "storage/latch.h"
+#include "storage/lmgr.h"
 #include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
 #include "utils/rel.h"
@@ -35,8 +41,12 @@
 
 PG_FUNCTION_INFO_V1(es_wait_for_events);
 
+#define LOOK_MS 1000 /* between two looks at the table */
+
 typedef struct Wait
 {
+	Oid			relid;
+	char	   *context_text; /* NULL = the whole table */
 	EsTableKey	key;
 	bool		has_context;
 	int			shard;
@@ -57,7 +67,8 @@ park(Wait *w, int shard)
 							 .after = w->after,
 							 .deadline = w->deadline,
 							 .context_hash = w->hash,
-							 .context_len = w->has_context ? w->context_len : 0};
+							 .context_len = w->has_context ? w->context_len : 0,
+							 .has_context = w->has_context};
 	EsPart			  parts[3] = {{&req, sizeof(req)},
 								  {w->context, req.context_len},
 								  {zeros, MAXALIGN(req.context_len) - req.context_len}};
@@ -85,13 +96,11 @@ leave(Wait *w)
 	}
 }
 
-/* Parks in the shards concerned and sleeps until one of them says so, or all say that time is over. */
-static bool
-wait_for(Wait *w)
+/* Parks in the shards concerned; returns how many. */
+static int
+park_all(Wait *w)
 {
-	static uint32 wait_event = 0;
-	int			  waiting = 0;
-	bool		  found = false;
+	int waiting = 0;
 
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
@@ -100,6 +109,72 @@ wait_for(Wait *w)
 		park(w, s);
 		waiting++;
 	}
+	return waiting;
+}
+
+/* What the table's present storage is called, and where the context lies in it. */
+static void
+take_storage(Wait *w, Relation rel)
+{
+	w->key = es_table_info(rel)->key;
+	if (w->context_text != NULL)
+	{
+		EsContextArg arg;
+
+		es_context_arg(rel, w->context_text, &arg);
+		w->has_context = true;
+		w->shard = arg.shard;
+		w->hash = arg.hash;
+		w->context_len = arg.len;
+		w->context = palloc(Max(arg.len, 1));
+		memcpy(w->context, arg.bytes, arg.len);
+	}
+}
+
+/*
+ * Has the table another storage than the one that is waited for?  If so, *w names it now.  Holds nothing back
+ * when it returns.
+ */
+static bool
+storage_changed(Wait *w)
+{
+	Relation   rel;
+	EsTableKey key;
+	bool	   changed = false;
+
+	/* while somebody rewrites or drops it, nothing can be said; we look again */
+	if (!ConditionalLockRelationOid(w->relid, AccessShareLock))
+		return false;
+	rel = try_relation_open(w->relid, NoLock);
+	if (rel == NULL)
+		ereport(ERROR, (errcode(ERRCODE_UNDEFINED_TABLE),
+						errmsg("the table whose events were waited for was dropped")));
+	if (!es_is_event_table(rel))
+		ereport(ERROR, (errcode(ERRCODE_WRONG_OBJECT_TYPE),
+						errmsg("\"%s\" is not an event_store table any more", RelationGetRelationName(rel))));
+	key = es_table_info(rel)->key;
+	if (!es_table_key_equal(&key, &w->key))
+	{
+		es_check_store_acl(w->relid, ACL_SELECT);
+		/* the type of context_id may be another one, and its input function may look at tables */
+		PushActiveSnapshot(GetTransactionSnapshot());
+		take_storage(w, rel);
+		PopActiveSnapshot();
+		changed = true;
+	}
+	relation_close(rel, AccessShareLock);
+	InvalidateCatalogSnapshot();
+	return changed;
+}
+
+/* Sleeps until a shard says that there is something, or all say that time is over. */
+static bool
+wait_for(Wait *w)
+{
+	static uint32 wait_event = 0;
+	int			  waiting = park_all(w);
+	TimestampTz	  next_look = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LOOK_MS);
+	bool		  found = false;
 
 	while (waiting > 0 && !found)
 	{
@@ -119,10 +194,19 @@ wait_for(Wait *w)
 		}
 		if (waiting == 0 || found)
 			break;
-		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, 1000,
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, LOOK_MS,
 						 es_wait_event(&wait_event, "EventStoreWaitForEvents"));
 		ResetLatch(MyLatch);
 		CHECK_FOR_INTERRUPTS();
+		if (GetCurrentTimestamp() >= next_look)
+		{
+			if (storage_changed(w))
+			{
+				leave(w);
+				waiting = park_all(w);
+			}
+			next_look = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LOOK_MS);
+		}
 	}
 	leave(w);
 	return found;
@@ -157,19 +241,10 @@ es_wait_for_events(PG_FUNCTION_ARGS)
 		old = MemoryContextSwitchTo(context);
 		w = palloc0(sizeof(Wait));
 		rel = es_open_store(fcinfo, 3, AccessShareLock, ACL_SELECT);
-		w->key = es_table_info(rel)->key;
+		w->relid = RelationGetRelid(rel);
 		if (!PG_ARGISNULL(1))
-		{
-			EsContextArg arg;
-
-			es_context_arg(rel, text_to_cstring(PG_GETARG_TEXT_PP(1)), &arg);
-			w->has_context = true;
-			w->shard = arg.shard;
-			w->hash = arg.hash;
-			w->context_len = arg.len;
-			w->context = palloc(Max(arg.len, 1));
-			memcpy(w->context, arg.bytes, arg.len);
-		}
+			w->context_text = text_to_cstring(PG_GETARG_TEXT_PP(1));
+		take_storage(w, rel);
 		if (PG_ARGISNULL(0))
 			w->after = es_horizon_newest(w->key.storage_id) - 1;
 		else

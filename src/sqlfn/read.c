@@ -48,8 +48,10 @@ typedef struct ReadState
 	Relation		rel;
 	EsReader	   *reader;
 	TupleTableSlot *slot;
-	EsEventMap		map;
+	EsEventMap	   *map;
 	TupleDesc		desc;
+	Datum		   *values; /* of desc's columns */
+	bool		   *nulls;
 	MemoryContext	row_context;
 } ReadState;
 
@@ -80,7 +82,9 @@ begin_read(FunctionCallInfo fcinfo, FuncCallContext *funcctx, Relation rel, Snap
 		elog(ERROR, "return type must be a row type");
 	state->desc = BlessTupleDesc(state->desc);
 	state->rel = rel;
-	es_event_map(rel, &state->map);
+	state->map = es_event_map(rel, state->desc);
+	state->values = palloc(sizeof(Datum) * Max(state->desc->natts, 1));
+	state->nulls = palloc(sizeof(bool) * Max(state->desc->natts, 1));
 	state->slot = table_slot_create(rel, NULL);
 	state->reader = es_reader_begin(rel, snapshot, spec);
 	state->row_context =
@@ -95,8 +99,6 @@ next_row(FunctionCallInfo fcinfo)
 {
 	FuncCallContext *funcctx = SRF_PERCALL_SETUP();
 	ReadState		*state = funcctx->user_fctx;
-	Datum			 values[EVENT_COLUMNS];
-	bool			 nulls[EVENT_COLUMNS];
 	MemoryContext	 old;
 	HeapTuple		 tuple;
 
@@ -113,9 +115,9 @@ next_row(FunctionCallInfo fcinfo)
 	}
 	MemoryContextReset(state->row_context);
 	old = MemoryContextSwitchTo(state->row_context);
-	es_event_values(state->rel, &state->map, state->slot, values, nulls);
+	es_event_values(state->map, state->slot, state->values, state->nulls);
 	MemoryContextSwitchTo(old);
-	tuple = heap_form_tuple(state->desc, values, nulls);
+	tuple = heap_form_tuple(state->desc, state->values, state->nulls);
 	SRF_RETURN_NEXT(funcctx, HeapTupleGetDatum(tuple));
 }
 
@@ -133,15 +135,22 @@ read_by_query(FunctionCallInfo fcinfo, Relation rel, const char *where, const ch
 {
 	ReturnSetInfo  *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
 	StringInfoData	sql;
-	EsEventMap		map;
+	EsEventMap	   *map;
 	TupleTableSlot *slot;
+	Datum		   *values;
+	bool		   *nulls;
+	MemoryContext	row_context;
 	Portal			portal;
 	SPIPlanPtr		plan;
 
 	InitMaterializedSRF(fcinfo, 0);
-	es_event_map(rel, &map);
+	map = es_event_map(rel, rsinfo->setDesc);
+	values = palloc(sizeof(Datum) * Max(rsinfo->setDesc->natts, 1));
+	nulls = palloc(sizeof(bool) * Max(rsinfo->setDesc->natts, 1));
+	row_context = AllocSetContextCreate(CurrentMemoryContext, "event_store row", ALLOCSET_DEFAULT_SIZES);
 	initStringInfo(&sql);
-	appendStringInfo(&sql, "SELECT * FROM %s WHERE %s %s",
+	/* the table itself: rows of tables that inherit from it are theirs */
+	appendStringInfo(&sql, "SELECT * FROM ONLY %s WHERE %s %s",
 					 quote_qualified_identifier(get_namespace_name(RelationGetNamespace(rel)),
 												RelationGetRelationName(rel)),
 					 where, order);
@@ -161,11 +170,10 @@ read_by_query(FunctionCallInfo fcinfo, Relation rel, const char *where, const ch
 			break;
 		for (uint64 i = 0; i < SPI_processed; i++)
 		{
-			HeapTuple row = SPI_tuptable->vals[i];
-			TupleDesc desc = SPI_tuptable->tupdesc;
-			Datum	  values[EVENT_COLUMNS];
-			bool	  nulls[EVENT_COLUMNS];
-			int		  col = 0;
+			HeapTuple	  row = SPI_tuptable->vals[i];
+			TupleDesc	  desc = SPI_tuptable->tupdesc;
+			int			  col = 0;
+			MemoryContext old;
 
 			/* SELECT * leaves dropped columns out */
 			ExecClearTuple(slot);
@@ -180,8 +188,11 @@ read_by_query(FunctionCallInfo fcinfo, Relation rel, const char *where, const ch
 				slot->tts_values[att] = SPI_getbinval(row, desc, col, &slot->tts_isnull[att]);
 			}
 			ExecStoreVirtualTuple(slot);
-			es_event_values(rel, &map, slot, values, nulls);
+			old = MemoryContextSwitchTo(row_context);
+			es_event_values(map, slot, values, nulls);
+			MemoryContextSwitchTo(old);
 			tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+			MemoryContextReset(row_context);
 		}
 		SPI_freetuptable(SPI_tuptable);
 		CHECK_FOR_INTERRUPTS();
@@ -240,6 +251,10 @@ replay_args(FunctionCallInfo fcinfo, Relation rel, ReplayArgs *a)
 	a->backward = !PG_ARGISNULL(5) && PG_GETARG_BOOL(5);
 	a->max_count = max_count_arg(fcinfo, 6);
 
+	if (a->event_type != NULL && roles.event_type == 0)
+		ereport(ERROR, (errcode(ERRCODE_UNDEFINED_COLUMN),
+						errmsg("table \"%s\" has no column \"event_type\" of type text or an enum",
+							   RelationGetRelationName(rel))));
 	if ((a->has_from || a->has_to) && roles.version == 0)
 		ereport(ERROR, (errcode(ERRCODE_UNDEFINED_COLUMN),
 						errmsg("table \"%s\" has no column \"version\" of type bigint",
@@ -267,7 +282,7 @@ replay_by_query(FunctionCallInfo fcinfo, Relation rel, const ReplayArgs *a)
 	appendStringInfo(&where, "%s = %s",
 					 quote_identifier(NameStr(TupleDescAttr(desc, roles.context - 1)->attname)),
 					 quote_literal_cstr(a->context));
-	if (a->event_type != NULL && roles.event_type != 0)
+	if (a->event_type != NULL)
 		appendStringInfo(&where, " AND event_type = %s", quote_literal_cstr(a->event_type));
 	if (a->has_from)
 		appendStringInfo(&where, " AND version >= " INT64_FORMAT, a->from_version);

@@ -4,7 +4,8 @@
  *	  Functions behind the views stat_shards, stat_tables and stat_segments.
  *
  * stat_shards reads shared memory only, so it answers when a shard does not.  The others ask
- * the shards; one that is not open contributes no rows (and stat_shards says why).
+ * the shards; one that is not open contributes no rows (and stat_shards says why), nor does a paused one
+ * (with a WARNING), since who looks for what is wrong shall not wait for it.
  *
  *-------------------------------------------------------------------------
  */
@@ -16,6 +17,7 @@
 #include "catalog/pg_type.h"
 #include "funcapi.h"
 #include "miscadmin.h"
+#include "replication/slot.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/pg_lsn.h"
@@ -67,14 +69,88 @@ histogram_array(pg_atomic_uint64 *buckets, int n)
 		construct_array(elems, n, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
 }
 
+/* Messages that wait in the shard's queues now; a long one counts as its pieces. */
+static uint64
+queue_depth(int s)
+{
+	uint32 shard_generation = pg_atomic_read_u32(&es_shared->shards[s].generation);
+	uint64 depth = 0;
+
+	for (int i = 0; i < es_shared->nslots; i++)
+	{
+		EsChannelShared *c = &es_shared->slots[i].channels[s];
+		uint32			 generation = pg_atomic_read_u32(&c->generation);
+		uint64			 taken;
+		uint64			 sent;
+
+		if (generation == 0 || generation == pg_atomic_read_u32(&c->closed) ||
+			c->shard_generation != shard_generation)
+			continue;
+		/* in this order nothing counts as taken that was not sent, but for a queue made anew meanwhile */
+		taken = pg_atomic_read_u64(&c->taken_messages);
+		pg_read_barrier();
+		sent = pg_atomic_read_u64(&c->sent_messages);
+		if (sent > taken)
+			depth += sent - taken;
+	}
+	return depth;
+}
+
+/* Message, hint and detail, with newlines between, as a text for one column; NULL = there is no reason. */
+static text *
+reason_text(char *reason)
+{
+	char		  *hint = strchr(reason, '\n');
+	char		  *detail = hint == NULL ? NULL : strchr(hint + 1, '\n');
+	StringInfoData text;
+
+	if (reason[0] == '\0')
+		return NULL;
+	if (hint != NULL)
+		*hint++ = '\0';
+	if (detail != NULL)
+		*detail++ = '\0';
+	initStringInfo(&text);
+	appendStringInfoString(&text, reason);
+	if (detail != NULL && *detail != '\0')
+		appendStringInfo(&text, ": %s", detail);
+	if (hint != NULL && *hint != '\0')
+		appendStringInfo(&text, "\n%s", hint);
+	return cstring_to_text_with_len(text.data, text.len);
+}
+
+static XLogRecPtr
+slot_restart_lsn(void)
+{
+	ReplicationSlot *slot = SearchNamedReplicationSlot(ES_SLOT_NAME, true);
+	XLogRecPtr		 lsn = InvalidXLogRecPtr;
+
+	if (slot == NULL)
+		return lsn;
+	SpinLockAcquire(&slot->mutex);
+	if (slot->in_use)
+		lsn = slot->data.restart_lsn;
+	SpinLockRelease(&slot->mutex);
+	return lsn;
+}
+
 Datum
 es_stat_shards(PG_FUNCTION_ARGS)
 {
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
 
+	char  store_reason[sizeof(es_shared->store_reason)] = "";
+	text *refusal;
+
 	InitMaterializedSRF(fcinfo, 0);
 	if (es_shared == NULL)
 		return (Datum) 0;
+	if (pg_atomic_read_u32(&es_shared->store_ready) == 0 && pg_atomic_read_u32(&es_shared->store_failed) != 0)
+	{
+		SpinLockAcquire(&es_shared->mutex);
+		memcpy(store_reason, es_shared->store_reason, sizeof(store_reason));
+		SpinLockRelease(&es_shared->mutex);
+	}
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
 		EsShardShared	*shard = &es_shared->shards[s];
@@ -84,6 +160,7 @@ es_stat_shards(PG_FUNCTION_ARGS)
 		char			 reason[sizeof(shard->reason)];
 		uint64			 restart = pg_atomic_read_u64(&shard->restart_lsn);
 		uint32			 state = pg_atomic_read_u32(&shard->state);
+		XLogRecPtr		 held;
 		XLogRecPtr		 insert = RecoveryInProgress() ? InvalidXLogRecPtr : GetXLogInsertRecPtr();
 		int				 n = 0;
 		int				 pid;
@@ -98,8 +175,10 @@ es_stat_shards(PG_FUNCTION_ARGS)
 		nulls[n] = pid == 0;
 		values[n++] = Int32GetDatum(pid);
 		values[n++] = CStringGetTextDatum(state_name(state));
-		nulls[n] = state != ES_SHARD_FAILED || reason[0] == '\0';
-		values[n++] = CStringGetTextDatum(reason);
+		/* the shard's own, or why nobody may use the store */
+		refusal = reason_text(pstrdup(state == ES_SHARD_FAILED ? reason : store_reason));
+		nulls[n] = refusal == NULL;
+		values[n++] = PointerGetDatum(refusal);
 		values[n++] = BoolGetDatum(pg_atomic_read_u32(&shard->paused) != 0);
 		values[n++] = Int64GetDatum(pg_atomic_read_u32(&shard->generation));
 		values[n++] = CStringGetTextDatum(pg_atomic_read_u32(&shard->uses_uring) ? "io_uring" : "sync");
@@ -109,7 +188,7 @@ es_stat_shards(PG_FUNCTION_ARGS)
 		PUT(commits);
 		PUT(aborts);
 		PUT(duplicates);
-		PUT(queue_depth);
+		values[n++] = Int64GetDatum((int64) queue_depth(s));
 		PUT(queue_high_water);
 		PUT(queue_full_waits);
 		PUT(queue_full_wait_us);
@@ -140,8 +219,10 @@ es_stat_shards(PG_FUNCTION_ARGS)
 		PUT(flush_distance);
 		nulls[n] = restart == 0;
 		values[n++] = LSNGetDatum(restart);
-		nulls[n] = restart == 0 || insert == InvalidXLogRecPtr;
-		values[n++] = Int64GetDatum(insert > restart ? (int64) (insert - restart) : 0);
+		/* a shard that cannot read what it needs holds all that the slot keeps */
+		held = restart != 0 ? restart : slot_restart_lsn();
+		nulls[n] = held == InvalidXLogRecPtr || insert == InvalidXLogRecPtr;
+		values[n++] = Int64GetDatum(insert > held ? (int64) (insert - held) : 0);
 		PUT(scans);
 		PUT(replays);
 		PUT(rows_sent);
@@ -164,6 +245,12 @@ ask(int shard, EsStatKind kind)
 
 	if (pg_atomic_read_u32(&es_shared->shards[shard].state) != ES_SHARD_OPEN)
 		return NULL;
+	if (pg_atomic_read_u32(&es_shared->shards[shard].paused) != 0)
+	{
+		ereport(WARNING, (errmsg("shard %d is paused and not asked for what it holds", shard),
+						  errhint("event_store.resume_shard(%d) ends the pause.", shard)));
+		return NULL;
+	}
 	return es_channel_call(shard, &req.req, &part, 1);
 }
 

@@ -28,14 +28,18 @@
 #include "access/xlog.h"
 #include "miscadmin.h"
 #include "storage/predicate.h"
+#include "storage/proc.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
+#include "utils/timeout.h"
+#include "utils/timestamp.h"
 
 #include "ipc/channel.h"
 #include "ipc/fault.h"
 #include "ipc/logmsg.h"
 #include "ipc/position.h"
 #include "ipc/shmem.h"
+#include "tam/refusal.h"
 #include "tam/xact.h"
 
 /* What PREPARE answered for one (table, shard). */
@@ -124,7 +128,7 @@ add_table(EsFinishBuilder *f, EsXactTable *t, int shard, const Prepared *prepare
 	if (t->given)
 	{
 		flags |= ES_FINISH_GIVEN_POSITIONS;
-		if (t->roles.version != 0)
+		if (t->roles.version != 0 && t->given_versions)
 			flags |= ES_FINISH_GIVEN_VERSIONS;
 	}
 	if (prepared != NULL && prepared->not_taken != NULL)
@@ -230,6 +234,8 @@ prepare(uint32 shards, const EsPrepareAnswer **answers)
 		if (ids[s] == 0)
 			continue;
 		answer = es_channel_answer(s, ids[s]);
+		if (answer->flags & ES_ANSWER_REFUSED)
+			es_raise_refusal((const EsRefusal *) answer);
 		copy = MemoryContextAllocHuge(es_xact->context, answer->len);
 		memcpy(copy, answer, answer->len);
 		answers[s] = (const EsPrepareAnswer *) copy;
@@ -350,8 +356,8 @@ check_serializable(void)
 
 static EsLsn finish_start, finish_end;
 
-void
-es_xact_precommit(void)
+static void
+precommit(void)
 {
 	const EsPrepareAnswer *answers[ES_MAX_SHARDS] = {NULL};
 	EsXact				  *x = es_xact;
@@ -363,9 +369,6 @@ es_xact_precommit(void)
 	uint32				   check = 0;
 	bool				   locking = false;
 	dlist_iter			   iter;
-
-	if (x == NULL || x->finished)
-		return;
 
 	/* last batches: closed, and sent unless FINISH can carry them */
 	dlist_foreach(iter, &x->tables)
@@ -411,8 +414,10 @@ es_xact_precommit(void)
 	{
 		EsXactTable *t = dlist_container(EsXactTable, node, iter.cur);
 
-		if (t->given)
-			es_check_given(t);
+		if (!t->given)
+			continue;
+		es_check_given(t);
+		es_given_check_unique(t);
 	}
 	if (check != 0)
 		prepare(check, answers);
@@ -461,6 +466,56 @@ es_xact_precommit(void)
 	ES_FAULT_ERROR("commit-after-send");
 
 	check_serializable();
+}
+
+/*
+ * PostgreSQL disarms statement_timeout before it commits, because nothing in its commit waits for others.
+ * Ours does (contexts, a shard's room), so it is armed again: with what the statement has left, as far as that
+ * is known, else in full.  False: there is nothing to arm, or a procedure commits, whose statement is still
+ * being timed.
+ */
+static bool
+arm_timeout(void)
+{
+	TimestampTz now;
+	TimestampTz whole;
+	TimestampTz left;
+
+	if (StatementTimeout <= 0 || MyBackendType != B_BACKEND || get_timeout_active(STATEMENT_TIMEOUT))
+		return false;
+	now = GetCurrentTimestamp();
+	whole = TimestampTzPlusMilliseconds(now, StatementTimeout);
+	left = get_timeout_finish_time(STATEMENT_TIMEOUT);
+	enable_timeout_at(STATEMENT_TIMEOUT, left > now && left < whole ? left : whole);
+	return true;
+}
+
+void
+es_xact_precommit(void)
+{
+	bool armed;
+
+	if (es_xact == NULL || es_xact->finished)
+		return;
+	armed = arm_timeout();
+	PG_TRY();
+	{
+		precommit();
+	}
+	PG_CATCH();
+	{
+		if (armed)
+			disable_timeout(STATEMENT_TIMEOUT, false);
+		PG_RE_THROW();
+	}
+	PG_END_TRY();
+	if (armed)
+	{
+		/* if it went off just now it must not hit what comes behind the commit */
+		disable_timeout(STATEMENT_TIMEOUT, true);
+		if (get_timeout_indicator(STATEMENT_TIMEOUT, false))
+			CHECK_FOR_INTERRUPTS();
+	}
 }
 
 /* A hint only: a shard that misses it asks CLOG.  Never throws. */

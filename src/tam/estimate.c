@@ -6,14 +6,23 @@
  * The planner's pages are the table's segment bytes in blocks of 8 kB plus what its rows in
  * memory would take: a scan reads about that much.  The number of rows is known
  * exactly from the shards, up to transactions that are under way.  Planning may ask often,
- * so answers are kept for a second per table in this backend.
+ * so answers are kept for a second per table in this backend.  Paused shards are not asked for
+ * an estimate: EXPLAIN needs none of them.
+ *
+ * ANALYZE of a parent draws from each child in proportion to its file's size, and then samples the
+ * blocks of just that file.  Ours is one block, so it is weighed by what its rows would take in a heap table;
+ * which of both ANALYZE is about is seen in the progress that it reports of itself.
  *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
+#include "access/tableam.h"
+#include "commands/progress.h"
 #include "miscadmin.h"
 #include "storage/bufmgr.h"
+#include "utils/backend_progress.h"
+#include "utils/backend_status.h"
 #include "utils/hsearch.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
@@ -35,20 +44,27 @@ typedef struct CachedTotals
 
 static HTAB *cache;
 
-void
-es_table_totals(Relation rel, EsTableTotals *totals)
+/* Returns how many shards were asked: all, or those that are not paused. */
+static int
+ask_totals(Relation rel, EsTableTotals *totals, bool paused_too)
 {
 	EsTableKey key = es_table_info(rel)->key;
+	int		   asked = 0;
 
 	memset(totals, 0, sizeof(*totals));
-	totals->bytes = (uint64) RelationGetNumberOfBlocks(rel) * BLCKSZ;
+	totals->bytes = table_block_relation_size(rel, MAIN_FORKNUM);
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
 		EsStatRequest	   req = {.req = {.type = ES_REQ_STAT}, .table = key, .kind = ES_STAT_TABLE};
 		EsPart			   part = {&req, sizeof(req)};
-		EsAnswer		  *answer = es_channel_call(s, &req.req, &part, 1);
-		const EsTableStat *stat = (const EsTableStat *) (answer + 1);
+		EsAnswer		  *answer;
+		const EsTableStat *stat;
 
+		if (!paused_too && pg_atomic_read_u32(&es_shared->shards[s].paused) != 0)
+			continue;
+		asked++;
+		answer = es_channel_call(s, &req.req, &part, 1);
+		stat = (const EsTableStat *) (answer + 1);
 		if (answer->len >= sizeof(EsAnswer) + sizeof(EsTableStat))
 		{
 			totals->rows += stat->segment_rows + stat->memtable_rows;
@@ -58,6 +74,33 @@ es_table_totals(Relation rel, EsTableTotals *totals)
 			totals->max_position = Max(totals->max_position, stat->max_position);
 		}
 		pfree(answer);
+	}
+	return asked;
+}
+
+void
+es_table_totals(Relation rel, EsTableTotals *totals)
+{
+	(void) ask_totals(rel, totals, true);
+}
+
+/* Without the paused shards: contexts spread evenly, so the others stand for them. */
+static void
+estimate_totals(Relation rel, EsTableTotals *totals)
+{
+	int asked = ask_totals(rel, totals, false);
+
+	if (asked == 0)
+	{
+		totals->rows = (uint64) Max(rel->rd_rel->reltuples, 0);
+		totals->bytes = (uint64) Max(rel->rd_rel->relpages, 1) * BLCKSZ;
+	}
+	else if (asked < es_shared->nshards)
+	{
+		totals->rows = totals->rows * es_shared->nshards / asked;
+		totals->bytes = totals->bytes * es_shared->nshards / asked;
+		totals->raw_bytes = totals->raw_bytes * es_shared->nshards / asked;
+		totals->segment_bytes = totals->segment_bytes * es_shared->nshards / asked;
 	}
 }
 
@@ -81,7 +124,7 @@ cached_totals(Relation rel, EsTableTotals *totals)
 		*totals = entry->totals;
 		return;
 	}
-	es_table_totals(rel, totals);
+	estimate_totals(rel, totals);
 	if (hash_get_num_entries(cache) > 1000)
 	{
 		hash_destroy(cache);
@@ -103,4 +146,26 @@ es_relation_estimate_size(Relation rel, int32 *attr_widths, BlockNumber *pages, 
 	*tuples = (double) totals.rows;
 	*pages = (BlockNumber) Min((totals.bytes + BLCKSZ - 1) / BLCKSZ, MaxBlockNumber);
 	*allvisfrac = 1.0;
+}
+
+/* Does this backend ANALYZE a parent, and is it at finding out how large this child is? */
+static bool
+is_being_weighed(Oid relid)
+{
+	volatile PgBackendStatus *me = MyBEEntry;
+
+	return me != NULL && me->st_progress_command == PROGRESS_COMMAND_ANALYZE &&
+		   me->st_progress_param[PROGRESS_ANALYZE_PHASE] == PROGRESS_ANALYZE_PHASE_ACQUIRE_SAMPLE_ROWS_INH &&
+		   me->st_progress_param[PROGRESS_ANALYZE_CURRENT_CHILD_TABLE_RELID] != (int64) relid;
+}
+
+uint64
+es_relation_size(Relation rel, ForkNumber fork)
+{
+	EsTableTotals totals;
+
+	if (fork != MAIN_FORKNUM || !is_being_weighed(RelationGetRelid(rel)))
+		return table_block_relation_size(rel, fork);
+	cached_totals(rel, &totals);
+	return Max(totals.raw_bytes + totals.bytes - totals.segment_bytes, BLCKSZ);
 }

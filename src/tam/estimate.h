@@ -10,6 +10,7 @@
 
 #include "postgres.h"
 
+#include "common/relpath.h"
 #include "storage/block.h"
 #include "utils/relcache.h"
 
@@ -27,5 +28,8 @@ extern void es_table_totals(Relation rel, EsTableTotals *totals);
 
 extern void es_relation_estimate_size(Relation rel, int32 *attr_widths, BlockNumber *pages, double *tuples,
 									  double *allvisfrac);
+
+/* The relation_size callback: the file's, or while ANALYZE weighs the children of a parent, the rows'. */
+extern uint64 es_relation_size(Relation rel, ForkNumber fork);
 
 #endif /* ES_TAM_ESTIMATE_H */

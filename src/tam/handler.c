@@ -18,9 +18,12 @@
 #include "access/multixact.h"
 #include "access/tableam.h"
 #include "access/xact.h"
+#include "catalog/heap.h"
 #include "catalog/index.h"
+#include "catalog/pg_am.h"
 #include "catalog/storage.h"
 #include "catalog/storage_xlog.h"
+#include "catalog/toasting.h"
 #include "commands/progress.h"
 #include "executor/tuptable.h"
 #include "fmgr.h"
@@ -51,13 +54,45 @@ pg_attribute_noreturn() static void refuse(Relation rel, const char *what, const
 }
 
 #define HINT_IMMUTABLE "Events are immutable: append an event that corrects the earlier one."
-#define HINT_INDEX \
-	"Contexts are found without an index, and scans are columnar; keep unique keys in a heap table, or use \"event_id\" for idempotency within a context."
+
+/* ---- slots: virtual ones, but for two things ---- */
+
+static TupleTableSlotOps slot_ops;
+
+static Datum
+slot_system_attribute(TupleTableSlot *slot, int attnum, bool *isnull)
+{
+	const FormData_pg_attribute *att = SystemAttributeDefinition(attnum);
+
+	ereport(ERROR,
+			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+			 errmsg("rows of an event_store table have no system column \"%s\"", NameStr(att->attname)),
+			 errhint("Events are never updated: \"position\" and \"version\" tell them apart; "
+					 "ctid and tableoid can be selected.")));
+	return (Datum) 0;
+}
+
+/* ANALYZE copies its sample out of the slot as heap tuples and sorts them by t_self. */
+static HeapTuple
+slot_copy_heap_tuple(TupleTableSlot *slot)
+{
+	HeapTuple tuple = TTSOpsVirtual.copy_heap_tuple(slot);
+
+	tuple->t_self = slot->tts_tid;
+	tuple->t_tableOid = slot->tts_tableOid;
+	return tuple;
+}
 
 static const TupleTableSlotOps *
 es_slot_callbacks(Relation rel)
 {
-	return &TTSOpsVirtual;
+	if (slot_ops.getsysattr == NULL)
+	{
+		slot_ops = TTSOpsVirtual;
+		slot_ops.copy_heap_tuple = slot_copy_heap_tuple;
+		slot_ops.getsysattr = slot_system_attribute;
+	}
+	return &slot_ops;
 }
 
 /* ---- index fetches: there are no indexes ---- */
@@ -65,7 +100,7 @@ es_slot_callbacks(Relation rel)
 static IndexFetchTableData *
 es_index_fetch_begin(Relation rel)
 {
-	refuse(rel, "use an index on", HINT_INDEX);
+	refuse(rel, "use an index on", ES_HINT_INDEX);
 }
 
 static void
@@ -82,13 +117,13 @@ static bool
 es_index_fetch_tuple(IndexFetchTableData *data, ItemPointer tid, Snapshot snapshot, TupleTableSlot *slot,
 					 bool *call_again, bool *all_dead)
 {
-	refuse(data->rel, "use an index on", HINT_INDEX);
+	refuse(data->rel, "use an index on", ES_HINT_INDEX);
 }
 
 static TransactionId
 es_index_delete_tuples(Relation rel, TM_IndexDeleteOp *delstate)
 {
-	refuse(rel, "use an index on", HINT_INDEX);
+	refuse(rel, "use an index on", ES_HINT_INDEX);
 }
 
 static double
@@ -96,14 +131,14 @@ es_index_build_range_scan(Relation rel, Relation index_rel, IndexInfo *index_inf
 						  bool anyvisible, bool progress, BlockNumber start_blockno, BlockNumber numblocks,
 						  IndexBuildCallback callback, void *callback_state, TableScanDesc scan)
 {
-	refuse(rel, "create an index on", HINT_INDEX);
+	refuse(rel, "create an index on", ES_HINT_INDEX);
 }
 
 static void
 es_index_validate_scan(Relation rel, Relation index_rel, IndexInfo *index_info, Snapshot snapshot,
 					   ValidateIndexState *state)
 {
-	refuse(rel, "create an index on", HINT_INDEX);
+	refuse(rel, "create an index on", ES_HINT_INDEX);
 }
 
 /* ---- single rows ---- */
@@ -262,7 +297,9 @@ es_relation_copy_for_cluster(Relation old_table, Relation new_table, Relation ol
 	TupleTableSlot *slot = table_slot_create(old_table, NULL);
 	CommandId		cid = GetCurrentCommandId(true);
 
+	/* without a position role a row's place is the order in which it is copied */
 	es_reader_spec_init(&spec);
+	spec.order = ES_ORDER_POSITION;
 	reader = es_reader_begin(old_table, NULL, &spec);
 	*num_tuples = 0;
 	*tups_vacuumed = 0;
@@ -309,16 +346,37 @@ es_scan_analyze_next_tuple(TableScanDesc scan, TransactionId oldest_xmin, double
 	return es_analyze_next_tuple(scan, liverows, slot);
 }
 
-static uint64
-es_relation_size_callback(Relation rel, ForkNumber fork)
-{
-	return table_block_relation_size(rel, fork);
-}
+/* The table that es_make_toast_table makes one for. */
+static Oid toast_wanted = InvalidOid;
 
 static bool
 es_relation_needs_toast_table(Relation rel)
 {
-	return false; /* large values lie in the shards' files */
+	/* large values lie in the shards' files */
+	if (RelationGetRelid(rel) != toast_wanted)
+		return false;
+	return GetHeapamTableAmRoutine()->relation_needs_toast_table(rel);
+}
+
+static Oid
+es_relation_toast_am(Relation rel)
+{
+	return HEAP_TABLE_AM_OID;
+}
+
+void
+es_make_toast_table(Oid relid)
+{
+	toast_wanted = relid;
+	PG_TRY();
+	{
+		NewHeapCreateToastTable(relid, (Datum) 0, AccessExclusiveLock, InvalidOid);
+	}
+	PG_FINALLY();
+	{
+		toast_wanted = InvalidOid;
+	}
+	PG_END_TRY();
 }
 
 static const TableAmRoutine es_routine = {.type = T_TableAmRoutine,
@@ -364,8 +422,9 @@ static const TableAmRoutine es_routine = {.type = T_TableAmRoutine,
 										  .index_build_range_scan = es_index_build_range_scan,
 										  .index_validate_scan = es_index_validate_scan,
 
-										  .relation_size = es_relation_size_callback,
+										  .relation_size = es_relation_size,
 										  .relation_needs_toast_table = es_relation_needs_toast_table,
+										  .relation_toast_am = es_relation_toast_am,
 
 										  .relation_estimate_size = es_relation_estimate_size,
 

@@ -1,26 +1,24 @@
 /*-------------------------------------------------------------------------
  *
  * hooks.c
- *	  What is said when a statement starts, rather than when it meets a row; and
- *	  what DDL means for roles.
+ *	  What is said when a statement starts, rather than when it meets a row, and
+ *	  what follows DDL.
  *
  * ExecutorStart: UPDATE, DELETE, MERGE that changes rows, ON CONFLICT and row locks on event
  * tables are refused whether or not there are rows.  Before a parallel plan the transaction's
  * pending events are logged and sent, because no xid can be assigned in parallel
  * mode (PROTOCOL.md 1.6).
  *
- * ProcessUtility: after ALTER TABLE and RENAME the roles that names and types give are compared
- * with those of the metapage.  Without rows the table gets a new storage with the new
- * roles; with rows a rename from or to a role is refused, and an added column is a plain one, with a
- * NOTICE.  Publications of event tables are warned about; CREATE DATABASE from a
- * template whose event tables hold rows is refused.
+ * ExecutorRun: table scans are told whether the order of rows matters (scan.h).
+ *
+ * ProcessUtility: behind DDL the roles of columns are looked at (roles.c), and publications of event tables
+ * are warned about (publication.c).  CREATE DATABASE from a template whose event tables hold rows is
+ * refused, and so is CREATE INDEX CONCURRENTLY, whose own refusal would come behind a commit.
  *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
-#include "access/relation.h"
-#include "access/table.h"
 #include "access/xact.h"
 #include "catalog/namespace.h"
 #include "catalog/objectaccess.h"
@@ -29,26 +27,26 @@
 #include "catalog/pg_inherits.h"
 #include "commands/dbcommands.h"
 #include "commands/defrem.h"
+#include "commands/tablecmds.h"
 #include "executor/executor.h"
-#include "executor/spi.h"
 #include "miscadmin.h"
 #include "nodes/plannodes.h"
 #include "parser/parsetree.h"
 #include "tcop/utility.h"
-#include "utils/builtins.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
-#include "utils/relcache.h"
-#include "utils/snapmgr.h"
 
 #include "compat.h"
 #include "ipc/channel.h"
 #include "ipc/shmem.h"
-#include "tam/reader.h"
+#include "tam/publication.h"
+#include "tam/roles.h"
+#include "tam/scan.h"
 #include "tam/tam.h"
 #include "tam/xact.h"
 
 static ExecutorStart_hook_type	previous_executor_start;
+static ExecutorRun_hook_type	previous_executor_run;
 static ProcessUtility_hook_type previous_process_utility;
 static object_access_hook_type	previous_object_access;
 
@@ -82,6 +80,22 @@ merge_changes_rows(const ModifyTable *node)
 	return false;
 }
 
+/* The table, or a partition that its rows may go to; InvalidOid = they go to no event table. */
+static Oid
+event_table_among(Oid relid)
+{
+	ListCell *lc;
+
+	if (get_rel_relkind(relid) != RELKIND_PARTITIONED_TABLE)
+		return relid;
+	foreach(lc, find_all_inheritors(relid, NoLock, NULL))
+	{
+		if (es_relid_is_event_table(lfirst_oid(lc)))
+			return lfirst_oid(lc);
+	}
+	return InvalidOid;
+}
+
 static void
 check_modify(const ModifyTable *node, List *rtable)
 {
@@ -93,9 +107,13 @@ check_modify(const ModifyTable *node, List *rtable)
 	{
 		Oid relid = rt_fetch(lfirst_int(lc), rtable)->relid;
 
-		if (node->operation == CMD_INSERT && node->onConflictAction == ONCONFLICT_NONE)
-			continue;
-		if (!es_relid_is_event_table(relid))
+		if (node->operation == CMD_INSERT)
+		{
+			if (node->onConflictAction == ONCONFLICT_NONE)
+				continue;
+			relid = event_table_among(relid);
+		}
+		if (!OidIsValid(relid) || !es_relid_is_event_table(relid))
 			continue;
 		switch (node->operation)
 		{
@@ -153,149 +171,56 @@ es_executor_start(QueryDesc *query, int eflags)
 		standard_ExecutorStart(query, eflags);
 }
 
-/* ---- roles after DDL ---- */
-
+/* Does the query not store rows in the order in which it reads others? */
 static bool
-table_has_rows(Relation rel)
+only_reads(const QueryDesc *query)
 {
-	EsReaderSpec spec;
-	EsReader	*reader;
-	bool		 found;
-
-	es_reader_spec_init(&spec);
-	spec.flags = ES_OPEN_COUNT_ONLY;
-	spec.max_rows = 1;
-	reader = es_reader_begin(rel, NULL, &spec);
-	found = es_reader_skip(reader, NULL);
-	es_reader_end(reader);
-	return found;
-}
-
-static void
-notice_plain(Relation rel, int attno, const char *role)
-{
-	ereport(NOTICE,
-			(errmsg("column \"%s\" of event_store table \"%s\" is a plain column", role,
-					RelationGetRelationName(rel)),
-			 errdetail("Roles are fixed when a table gets its first row, and it has rows."),
-			 errhint("A rewrite with the rows' own values, or a new table, gives the column its role.")));
-}
-
-/* One role: old and new attribute number differ, and the table has rows. */
-static void
-role_changed(Relation rel, const char *role, int old_att, int new_att, bool rename)
-{
-	TupleDesc desc = RelationGetDescr(rel);
-
-	if (old_att == new_att)
-		return;
-	/* the role's column was dropped: the role is gone with it */
-	if (old_att != 0 && new_att == 0 && TupleDescAttr(desc, old_att - 1)->attisdropped)
-		return;
-	if (rename)
-		ereport(
-			ERROR,
-			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-			 errmsg("cannot rename a column from or to \"%s\" in event_store table \"%s\", which has rows",
-					role, RelationGetRelationName(rel)),
-			 errdetail("The name gives the column its role, and roles are fixed once there are rows.")));
-	if (new_att != 0)
-		notice_plain(rel, new_att, role);
-}
-
-static void
-recheck_roles(Oid relid, bool rename)
-{
-	Relation rel = try_relation_open(relid, NoLock);
-	EsRoles	 roles;
-	EsRoles	 old;
-
-	if (rel == NULL)
-		return;
-	if (!es_is_event_table(rel) || rel->rd_rel->relkind != RELKIND_RELATION)
+	if (query->operation == CMD_INSERT || query->operation == CMD_MERGE ||
+		query->plannedstmt->hasModifyingCTE)
+		return false;
+	switch (query->dest->mydest)
 	{
-		relation_close(rel, NoLock);
-		return;
-	}
-
-	es_roles_from_desc(RelationGetDescr(rel), &roles);
-	es_check_not_null(RelationGetDescr(rel), &roles);
-	old = es_table_info(rel)->roles;
-	if (memcmp(&roles, &old, sizeof(roles)) != 0)
-	{
-		if (!table_has_rows(rel))
-		{
-			RelationSetNewRelfilenumber(rel, rel->rd_rel->relpersistence);
-			CommandCounterIncrement();
-		}
-		else
-		{
-			if (old.context != roles.context)
-				ereport(
-					ERROR,
-					(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-					 errmsg(
-						 "cannot change which column is \"context_id\" in event_store table \"%s\", which has rows",
-						 RelationGetRelationName(rel)),
-					 errdetail("The context routes rows to their shards.")));
-			role_changed(rel, "position", old.position, roles.position, rename);
-			role_changed(rel, "version", old.version, roles.version, rename);
-			role_changed(rel, "event_id", old.event_id, roles.event_id, rename);
-			role_changed(rel, "event_type", old.event_type, roles.event_type, rename);
-		}
-	}
-	relation_close(rel, NoLock);
-}
-
-static void
-recheck_with_children(RangeVar *relation, bool rename)
-{
-	Oid		  relid = RangeVarGetRelid(relation, NoLock, true);
-	List	 *relids;
-	ListCell *lc;
-
-	if (!OidIsValid(relid) ||
-		(get_rel_relkind(relid) != RELKIND_RELATION && get_rel_relkind(relid) != RELKIND_PARTITIONED_TABLE))
-		return;
-	relids = find_all_inheritors(relid, NoLock, NULL);
-	foreach(lc, relids)
-	{
-		if (es_relid_is_event_table(lfirst_oid(lc)))
-			recheck_roles(lfirst_oid(lc), rename);
+		case DestIntoRel:
+		case DestTransientRel:
+		case DestCopyOut:
+			return false;
+		default:
+			return true;
 	}
 }
 
-/* ---- publications ---- */
+static void
+run_query(ES_EXECUTOR_RUN_PARAMS)
+{
+	if (previous_executor_run)
+		previous_executor_run(ES_EXECUTOR_RUN_ARGS);
+	else
+		standard_ExecutorRun(ES_EXECUTOR_RUN_ARGS);
+}
 
 static void
-warn_about_publication(const char *name)
+es_executor_run(ES_EXECUTOR_RUN_PARAMS)
 {
-	StringInfoData query;
-	Oid			   am = es_am_oid();
+	bool outer = es_scan_any_order;
+	bool wanted = only_reads(query);
 
-	if (!OidIsValid(am))
-		return;
-	initStringInfo(&query);
-	appendStringInfo(&query,
-					 "SELECT count(*) FROM pg_catalog.pg_publication_tables p"
-					 " JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=)"
-					 " pg_catalog.format('%%I.%%I', p.schemaname, p.tablename)::pg_catalog.regclass"
-					 " WHERE p.pubname OPERATOR(pg_catalog.=) %s AND c.relam OPERATOR(pg_catalog.=) %u",
-					 quote_literal_cstr(name), am);
-	CommandCounterIncrement();
-	SPI_connect();
-	if (SPI_execute(query.data, false, 1) == SPI_OK_SELECT && SPI_processed == 1)
+	if (wanted == outer)
 	{
-		bool  isnull;
-		int64 n = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
-
-		if (n > 0)
-			ereport(WARNING,
-					(errmsg("publication \"%s\" contains event_store tables, and carries none of their rows",
-							name),
-					 errhint("Followers read events with event_store.read_all() and wait_for_events().")));
+		run_query(ES_EXECUTOR_RUN_ARGS);
+		return;
 	}
-	SPI_finish();
+	es_scan_any_order = wanted;
+	PG_TRY();
+	{
+		run_query(ES_EXECUTOR_RUN_ARGS);
+	}
+	PG_CATCH();
+	{
+		es_scan_any_order = outer;
+		PG_RE_THROW();
+	}
+	PG_END_TRY();
+	es_scan_any_order = outer;
 }
 
 /* ---- CREATE DATABASE ---- */
@@ -343,58 +268,231 @@ check_template(CreatedbStmt *stmt)
 	}
 }
 
+/* ---- utility statements ---- */
+
+/* An index built concurrently would be there, invalid, when its building is refused. */
+static void
+check_index(IndexStmt *stmt)
+{
+	Oid relid;
+
+	if (!stmt->concurrent || stmt->relation == NULL)
+		return;
+	relid = RangeVarGetRelid(stmt->relation, NoLock, true);
+	if (OidIsValid(relid) && es_relid_is_event_table(relid) && es_owns_relation(relid))
+		refuse(relid, "create an index on", ES_HINT_INDEX);
+}
+
+/* ALTER TABLE … SET UNLOGGED, and SET ACCESS METHOD of an unlogged table: said before a transient table is made. */
+static void
+check_unlogged(AlterTableStmt *stmt)
+{
+	bool	  unlogged = false;
+	bool	  logged = false;
+	bool	  to_event_store = false;
+	Oid		  relid;
+	ListCell *lc;
+
+	if (stmt->objtype != OBJECT_TABLE)
+		return;
+	foreach(lc, stmt->cmds)
+	{
+		AlterTableCmd *cmd = lfirst_node(AlterTableCmd, lc);
+
+		unlogged = unlogged || cmd->subtype == AT_SetUnLogged;
+		logged = logged || cmd->subtype == AT_SetLogged;
+		if (cmd->subtype == AT_SetAccessMethod && cmd->name != NULL)
+			to_event_store = OidIsValid(es_am_oid()) && get_table_am_oid(cmd->name, true) == es_am_oid();
+	}
+	if (!unlogged && (!to_event_store || logged))
+		return;
+	relid = RangeVarGetRelid(stmt->relation, NoLock, true);
+	if (!OidIsValid(relid) || get_rel_relkind(relid) != RELKIND_RELATION || !es_owns_relation(relid))
+		return;
+	if (unlogged && (to_event_store || es_relid_is_event_table(relid)))
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("event_store table \"%s\" cannot be unlogged", get_rel_name(relid)),
+				 errhint("Events are as durable as any row; unlogged tables can be made USING heap.")));
+	if (!unlogged && to_event_store && get_rel_persistence(relid) == RELPERSISTENCE_UNLOGGED)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("unlogged table \"%s\" cannot use access method event_store", get_rel_name(relid)),
+				 errhint("Make it a logged one first, with ALTER TABLE … SET LOGGED.")));
+}
+
+/*
+ * ALTER TABLE … SET ACCESS METHOD away from event_store: the new table may need a TOAST table, which the
+ * rewrite makes only for a table that has one.
+ */
+static void
+prepare_toast(AlterTableStmt *stmt)
+{
+	ListCell *lc;
+
+	if (stmt->objtype != OBJECT_TABLE || !IsTransactionState() || !OidIsValid(es_am_oid()))
+		return;
+	foreach(lc, stmt->cmds)
+	{
+		AlterTableCmd *cmd = lfirst_node(AlterTableCmd, lc);
+		Oid			   relid;
+
+		if (cmd->subtype != AT_SetAccessMethod ||
+			(cmd->name != NULL && get_table_am_oid(cmd->name, true) == es_am_oid()))
+			continue;
+		/* the lock that the command takes, with its check of who may */
+		relid = RangeVarGetRelidExtended(stmt->relation, AccessExclusiveLock, RVR_MISSING_OK,
+										 RangeVarCallbackOwnsRelation, NULL);
+		if (OidIsValid(relid) && es_relid_is_event_table(relid))
+			es_make_toast_table(relid);
+	}
+}
+
+/* What follows a statement that has succeeded; `node` is a copy of its tree if it is one of those. */
+static void
+after_utility(Node *node, EsRolesWatch *watch)
+{
+	const RangeVar *altered = NULL;
+	bool			rename = false;
+	ListCell	   *lc;
+
+	if (node != NULL)
+	{
+		switch (nodeTag(node))
+		{
+			case T_AlterTableStmt:
+				altered = ((AlterTableStmt *) node)->relation;
+				break;
+			case T_RenameStmt:
+				rename = true;
+				break;
+			default:
+				break;
+		}
+	}
+	es_roles_check(watch, altered, rename);
+	if (node == NULL)
+		return;
+
+	switch (nodeTag(node))
+	{
+		case T_CreatePublicationStmt:
+			es_publication_made(((CreatePublicationStmt *) node)->pubname);
+			break;
+		case T_AlterPublicationStmt:
+			es_publication_made(((AlterPublicationStmt *) node)->pubname);
+			break;
+		case T_CreateStmt:
+			es_publication_table_made(((CreateStmt *) node)->relation);
+			break;
+		case T_CreateTableAsStmt:
+			es_publication_table_made(((CreateTableAsStmt *) node)->into->rel);
+			break;
+		case T_AlterTableStmt:
+			foreach(lc, ((AlterTableStmt *) node)->cmds)
+			{
+				AlterTableCmd *cmd = lfirst_node(AlterTableCmd, lc);
+
+				if (cmd->subtype == AT_SetAccessMethod)
+					es_publication_table_made(altered);
+				else if (cmd->subtype == AT_AttachPartition)
+					es_publication_table_made(castNode(PartitionCmd, cmd->def)->name);
+			}
+			break;
+		default:
+			break;
+	}
+}
+
+static void
+run_utility(PlannedStmt *pstmt, const char *query_string, bool read_only, ProcessUtilityContext context,
+			ParamListInfo params, QueryEnvironment *env, DestReceiver *dest, QueryCompletion *qc,
+			EsRolesWatch *watch)
+{
+	bool any_order = es_scan_any_order;
+
+	/* a rewrite, COPY and the like */
+	es_scan_any_order = false;
+	PG_TRY();
+	{
+		if (previous_process_utility)
+			previous_process_utility(pstmt, query_string, read_only, context, params, env, dest, qc);
+		else
+			standard_ProcessUtility(pstmt, query_string, read_only, context, params, env, dest, qc);
+	}
+	PG_CATCH();
+	{
+		es_scan_any_order = any_order;
+		es_roles_unwatch(watch);
+		PG_RE_THROW();
+	}
+	PG_END_TRY();
+	es_scan_any_order = any_order;
+	es_roles_unwatch(watch);
+}
+
 static void
 es_process_utility(PlannedStmt *pstmt, const char *query_string, bool read_only,
 				   ProcessUtilityContext context, ParamListInfo params, QueryEnvironment *env,
 				   DestReceiver *dest, QueryCompletion *qc)
 {
-	Node *node = pstmt->utilityStmt;
-	Node *copy = NULL;
+	Node		*node = pstmt->utilityStmt;
+	Node		*copy = NULL;
+	EsRolesWatch watch;
 
 	if (es_shared != NULL)
 	{
-		if (IsA(node, CreatedbStmt))
-			check_template((CreatedbStmt *) node);
 		/* the statement's own tree may be changed while it runs */
-		if (IsA(node, AlterTableStmt) || IsA(node, RenameStmt) || IsA(node, CreatePublicationStmt) ||
-			IsA(node, AlterPublicationStmt))
-			copy = copyObject(node);
+		switch (nodeTag(node))
+		{
+			case T_CreatedbStmt:
+				check_template((CreatedbStmt *) node);
+				break;
+			case T_IndexStmt:
+				check_index((IndexStmt *) node);
+				break;
+			case T_AlterTableStmt:
+				check_unlogged((AlterTableStmt *) node);
+				prepare_toast((AlterTableStmt *) node);
+				copy = copyObject(node);
+				break;
+			case T_RenameStmt:
+			case T_CreatePublicationStmt:
+			case T_AlterPublicationStmt:
+			case T_CreateStmt:
+				copy = copyObject(node);
+				break;
+			case T_CreateTableAsStmt:
+				/* its query is large, and not needed */
+				copy = (Node *) makeNode(CreateTableAsStmt);
+				((CreateTableAsStmt *) copy)->into = copyObject(((CreateTableAsStmt *) node)->into);
+				break;
+			default:
+				break;
+		}
 	}
 
-	if (previous_process_utility)
-		previous_process_utility(pstmt, query_string, read_only, context, params, env, dest, qc);
-	else
-		standard_ProcessUtility(pstmt, query_string, read_only, context, params, env, dest, qc);
-
-	if (es_shared == NULL || !IsTransactionState())
-		return;
-	if (copy == NULL || !OidIsValid(es_am_oid()))
-		return;
-	if (IsA(copy, AlterTableStmt))
-		recheck_with_children(((AlterTableStmt *) copy)->relation, false);
-	else if (IsA(copy, RenameStmt))
-	{
-		RenameStmt *stmt = (RenameStmt *) copy;
-
-		if (stmt->renameType == OBJECT_COLUMN && stmt->relation != NULL)
-			recheck_with_children(stmt->relation, true);
-	}
-	else if (IsA(copy, CreatePublicationStmt))
-		warn_about_publication(((CreatePublicationStmt *) copy)->pubname);
-	else
-		warn_about_publication(((AlterPublicationStmt *) copy)->pubname);
+	es_roles_watch(&watch);
+	run_utility(pstmt, query_string, read_only, context, params, env, dest, qc, &watch);
+	if (es_shared != NULL && (copy != NULL || watch.touched != NIL) && IsTransactionState() &&
+		OidIsValid(es_am_oid()))
+		after_utility(copy, &watch);
 }
 
-/* Tables and databases that go leave storages behind. */
+/* Tables and databases that go leave storages behind; columns may have a role. */
 static void
 es_object_access(ObjectAccessType access, Oid class_id, Oid object_id, int sub_id, void *arg)
 {
 	if (previous_object_access)
 		previous_object_access(access, class_id, object_id, sub_id, arg);
-	if (access != OAT_DROP || sub_id != 0 || es_shared == NULL)
+	if (es_shared == NULL)
 		return;
-	if (class_id == DatabaseRelationId ||
-		(class_id == RelationRelationId && es_relid_is_event_table(object_id)))
+	if (class_id == RelationRelationId && sub_id > 0 &&
+		(access == OAT_POST_CREATE || access == OAT_POST_ALTER || access == OAT_DROP))
+		es_roles_touch(object_id, access == OAT_POST_ALTER);
+	if (access == OAT_DROP && sub_id == 0 &&
+		(class_id == DatabaseRelationId ||
+		 (class_id == RelationRelationId && es_relid_is_event_table(object_id))))
 		es_storages_changed = true;
 }
 
@@ -406,6 +504,8 @@ es_tam_init(void)
 	object_access_hook = es_object_access;
 	previous_executor_start = ExecutorStart_hook;
 	ExecutorStart_hook = es_executor_start;
+	previous_executor_run = ExecutorRun_hook;
+	ExecutorRun_hook = es_executor_run;
 	previous_process_utility = ProcessUtility_hook;
 	ProcessUtility_hook = es_process_utility;
 }

@@ -7,6 +7,13 @@
  * takes the next shard that nobody has taken; the leader's dead batches (rolled-back
  * savepoints) travel in the shared scan descriptor.
  *
+ * Rows come in no particular order if they bring their positions: whoever stores them again (a rewrite, a
+ * dump, INSERT … SELECT) keeps the order with the position.  Those of a table without the role have their place
+ * only in the order in which they come, so a sequential scan gives them by position; and so it does
+ * when the transaction has rows of its own there, which have no position yet and follow all others.
+ * That costs a multiple, so a query that only reads (es_scan_any_order) is spared.  In a parallel scan rows come by
+ * position within a shard, and so within a context.
+ *
  * Cursors that can go back: while a portal with SCROLL runs, a scan keeps what it gave out in a
  * tuplestore (which spills to disk beyond work_mem), and going back or starting over reads from
  * there; so the order stays what it was although a flush may have moved rows meanwhile.
@@ -23,6 +30,7 @@
 #include "access/tableam.h"
 #include "access/tsmapi.h"
 #include "access/xact.h"
+#include "catalog/pg_type.h"
 #include "executor/executor.h"
 #include "miscadmin.h"
 #include "nodes/execnodes.h"
@@ -40,6 +48,8 @@
 #include "tam/scan.h"
 #include "tam/xact.h"
 
+bool es_scan_any_order = false;
+
 #define SAMPLE_PAGE_ROWS 128 /* rows of a virtual page for TABLESAMPLE */
 
 /* Shared state of a parallel scan. */
@@ -47,6 +57,7 @@ typedef struct EsParallelScanData
 {
 	ParallelTableScanDescData base;
 	pg_atomic_uint32		  next_shard;
+	EsScanOrder				  order; /* workers do not know what the query is for */
 	uint32					  ndead[ES_MAX_SHARDS];
 	EsLsn					  starts[FLEXIBLE_ARRAY_MEMBER]; /* shard by shard */
 } EsParallelScanData;
@@ -176,6 +187,36 @@ es_scan_rescan(TableScanDesc sscan, struct ScanKeyData *key, bool set_params, bo
 	scan->sample_next = 0;
 }
 
+/* A column that will have the role once the table is rewritten. */
+static bool
+version_to_be(TupleDesc desc)
+{
+	for (int i = 0; i < desc->natts; i++)
+	{
+		Form_pg_attribute att = TupleDescAttr(desc, i);
+
+		if (!att->attisdropped && att->atttypid == INT8OID && strcmp(NameStr(att->attname), "version") == 0)
+			return true;
+	}
+	return false;
+}
+
+static EsScanOrder
+scan_order(Relation rel)
+{
+	const EsTableInfo *info;
+
+	if (es_scan_any_order)
+		return ES_ORDER_ANY;
+	es_wait_store_ready();
+	info = es_table_info(rel);
+	if (info->roles.position == 0 || es_xact_table(&info->key) != NULL)
+		return ES_ORDER_POSITION;
+	/* a rewrite numbers rows as they come */
+	return info->roles.version == 0 && version_to_be(RelationGetDescr(rel)) ? ES_ORDER_POSITION
+																			: ES_ORDER_ANY;
+}
+
 /* Opens the next reader: the whole table, or in a parallel scan the next free shard. */
 static bool
 open_reader(EsScan scan)
@@ -186,6 +227,10 @@ open_reader(EsScan scan)
 	if (scan->done)
 		return false;
 	es_reader_spec_init(&spec);
+	if (scan->base.rs_parallel != NULL)
+		spec.order = ((EsParallelScanData *) scan->base.rs_parallel)->order;
+	else if ((scan->base.rs_flags & SO_TYPE_SEQSCAN) != 0)
+		spec.order = scan_order(scan->base.rs_rd);
 	old = MemoryContextSwitchTo(scan->context);
 	if (scan->base.rs_parallel != NULL)
 	{
@@ -399,6 +444,7 @@ es_parallelscan_initialize(Relation rel, ParallelTableScanDesc pscan)
 #endif
 	shared->base.phs_syncscan = false;
 	pg_atomic_init_u32(&shared->next_shard, 0);
+	shared->order = scan_order(rel);
 	n = collect_dead(rel, shared->ndead, shared->starts);
 	return offsetof(EsParallelScanData, starts) + sizeof(EsLsn) * n;
 }
@@ -489,38 +535,11 @@ es_fetch_row(Relation rel, ItemPointer tid, Snapshot snapshot, TupleTableSlot *s
 
 /* ---- ANALYZE: one block, all rows ---- */
 
-/*
- * ANALYZE copies its sample out of the slot as heap tuples and sorts them by t_self; the copy of a virtual slot
- * has none.  So its slot, which nobody else sees, gets a copy function that keeps the TID.
- */
-static HeapTuple
-copy_with_tid(TupleTableSlot *slot)
-{
-	HeapTuple tuple = TTSOpsVirtual.copy_heap_tuple(slot);
-
-	tuple->t_self = slot->tts_tid;
-	tuple->t_tableOid = slot->tts_tableOid;
-	return tuple;
-}
-
-static void
-keep_tid_in_copies(TupleTableSlot *slot)
-{
-	static TupleTableSlotOps ops;
-
-	if (slot->tts_ops != &TTSOpsVirtual)
-		return;
-	ops = TTSOpsVirtual;
-	ops.copy_heap_tuple = copy_with_tid;
-	*(const TupleTableSlotOps **) &slot->tts_ops = &ops;
-}
-
 bool
 es_analyze_next_tuple(TableScanDesc sscan, double *liverows, TupleTableSlot *slot)
 {
 	EsScan scan = (EsScan) sscan;
 
-	keep_tid_in_copies(slot);
 	if (!read_row(scan, slot))
 		return false;
 	*liverows += 1;

@@ -21,6 +21,12 @@ extern void es_scan_rescan(TableScanDesc scan, struct ScanKeyData *key, bool set
 						   bool allow_sync, bool allow_pagemode);
 extern bool es_scan_getnextslot(TableScanDesc scan, ScanDirection direction, TupleTableSlot *slot);
 
+/*
+ * True while a query runs that stores no rows: the order in which it reads others, which nobody asked
+ * for, does not matter.  Set by hooks.c.
+ */
+extern bool es_scan_any_order;
+
 extern Size es_parallelscan_estimate(Relation rel);
 extern Size es_parallelscan_initialize(Relation rel, ParallelTableScanDesc pscan);
 extern void es_parallelscan_reinitialize(Relation rel, ParallelTableScanDesc pscan);

@@ -158,6 +158,12 @@ es_roles_from_desc(TupleDesc desc, EsRoles *roles)
 
 		if (att->attisdropped)
 			continue;
+		if (att->attlen < -1)
+			ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+							errmsg("column \"%s\" of an event_store table cannot have type %s", name,
+								   format_type_be(att->atttypid)),
+							errdetail("Its values are C strings, without a length."),
+							errhint("Use a type of variable length, such as text.")));
 		if (strcmp(name, "context_id") == 0)
 		{
 			roles->context = i + 1;
@@ -201,6 +207,34 @@ es_check_not_null(TupleDesc desc, const EsRoles *roles)
 							errdetail("The store fills it at commit, after constraints were checked."),
 							errhint("Leave NOT NULL out: committed events always have it.")));
 	}
+}
+
+/* DDL keeps the column (roles.c); who drops it without a statement has a table that can only be read. */
+void
+es_check_has_context(Relation rel)
+{
+	int attno = es_table_info(rel)->roles.context;
+
+	if (attno > RelationGetNumberOfAttributes(rel) ||
+		TupleDescAttr(RelationGetDescr(rel), attno - 1)->attisdropped)
+		ereport(ERROR, (errcode(ERRCODE_INVALID_TABLE_DEFINITION),
+						errmsg("event_store table \"%s\" has lost its column \"context_id\"",
+							   RelationGetRelationName(rel)),
+						errhint("Move its rows to another table, and drop it.")));
+}
+
+/* A rewrite fills a transient table: messages name the one that the user knows. */
+const char *
+es_visible_name(Relation rel)
+{
+	unsigned oid;
+	int		 n = 0;
+	char	*name;
+
+	if (sscanf(RelationGetRelationName(rel), "pg_temp_%u%n", &oid, &n) == 1 &&
+		RelationGetRelationName(rel)[n] == '\0' && (name = get_rel_name(oid)) != NULL)
+		return name;
+	return RelationGetRelationName(rel);
 }
 
 /* ---- metapage ---- */
@@ -278,7 +312,8 @@ read_metapage(Relation rel, EsMetapage *meta)
 	EsError	 err;
 	EsStatus status;
 
-	if (RelationGetNumberOfBlocks(rel) == 0)
+	/* the file's size, not what our own callback says */
+	if (table_block_relation_size(rel, MAIN_FORKNUM) == 0)
 		ereport(ERROR, (errcode(ERRCODE_DATA_CORRUPTED),
 						errmsg("table \"%s\" has no metapage", RelationGetRelationName(rel)),
 						errdetail("Its file is empty.")));

@@ -42,6 +42,10 @@ es_table_hashed(const EsTableInfo *info)
 
 extern const EsTableInfo *es_table_info(Relation rel);
 
+/* Why there are no indexes. */
+#define ES_HINT_INDEX \
+	"Contexts are found without an index, and scans are columnar: drop indexes before SET ACCESS METHOD, keep unique keys in a heap table, or use \"event_id\" for idempotency within a context."
+
 extern bool es_is_event_table(Relation rel);
 extern bool es_relid_is_event_table(Oid relid);
 
@@ -51,10 +55,17 @@ extern Oid es_am_oid(void);
 /* Opens a table by OID and makes sure that it is an event_store table (42809 otherwise). */
 extern Relation es_table_open(Oid relid, LOCKMODE lockmode);
 
-/* Roles from names and types of columns; ERROR if there is no usable context_id. */
+/* Roles from names and types of columns; ERROR if there is no usable context_id, or a
+ * column of a type that cannot be stored. */
 extern void es_roles_from_desc(TupleDesc desc, EsRoles *roles);
 /* ERROR if position or version is NOT NULL. */
 extern void es_check_not_null(TupleDesc desc, const EsRoles *roles);
+
+/* ERROR if the column is not there any more. */
+extern void es_check_has_context(Relation rel);
+
+/* The table's name for messages, also when it is a rewrite's transient one. */
+extern const char *es_visible_name(Relation rel);
 
 /* Metapage: written by relation_set_new_filelocator with a fresh storage id. */
 extern void es_metapage_create(Relation rel, void *newrlocator, char persistence);
@@ -73,6 +84,9 @@ extern uint64 es_tid_decode(const ItemPointerData *tid, bool *own);
 
 /* Physical description of an attribute. */
 extern EsColumnDesc es_column_desc(Form_pg_attribute att);
+
+/* Gives an event table that becomes a heap a TOAST table: a rewrite makes one only if there was one. */
+extern void es_make_toast_table(Oid relid);
 
 extern void					 es_tam_init(void);
 extern const TableAmRoutine *es_tam_routine(void);

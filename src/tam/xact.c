@@ -24,10 +24,12 @@
 
 #include "access/detoast.h"
 #include "access/parallel.h"
+#include "access/tupdesc_details.h"
 #include "access/xact.h"
 #include "common/hashfn.h"
 #include "miscadmin.h"
 #include "storage/predicate.h"
+#include "utils/fmgrprotos.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
 
@@ -56,6 +58,10 @@ static int			 builder_cache_next;
 
 /* Detoasted values of the row being inserted. */
 static MemoryContext row_context;
+
+/* Our part of COMMIT (or PREPARE) is done: what a callback of another library inserts now nobody would finish,
+ * also if the transaction had no events before. */
+static bool past_commit = false;
 
 static EsBatchBuilder *
 take_builder(const EsColumnDesc *columns, int ncols)
@@ -243,12 +249,38 @@ count_own_row(EsXactTable *t, uint64 hash, SubTransactionId subid)
 	c->ncounts++;
 }
 
+/* Is it the value that rows have from before the column was added? */
+static bool
+is_missing_value(TupleDesc desc, int att, const EsColumnDesc *column, const void *value)
+{
+	Datum		missing;
+	const void *other;
+	const char *data[2];
+	size_t		len[2];
+
+	if (desc->constr == NULL || desc->constr->missing == NULL || !desc->constr->missing[att].am_present)
+		return value == NULL;
+	if (value == NULL)
+		return false;
+	missing = desc->constr->missing[att].am_value;
+	if (column->len > 0)
+	{
+		other = (column->flags & ES_COLUMN_BYVAL) ? (const void *) &missing : DatumGetPointer(missing);
+		return memcmp(value, other, column->len) == 0;
+	}
+	es_varlena_data(value, &data[0], &len[0]);
+	es_varlena_data(PG_DETOAST_DATUM_PACKED(missing), &data[1], &len[1]);
+	return len[0] == len[1] && memcmp(data[0], data[1], len[0]) == 0;
+}
+
 /*
  * 128 bits over the columns that make up an event's content: two runs of
- * hash_bytes_extended with different seeds, chained from column to column.
+ * hash_bytes_extended with different seeds, chained from column to column, each with its number.  A column
+ * that has the value which it would have in a row from before it was added, mostly NULL, counts for nothing: so an event
+ * that is sent again is still the same after ADD COLUMN.
  */
 static void
-content_hash(const EsTableInfo *info, const EsColumnDesc *columns, const void *const *values,
+content_hash(TupleDesc desc, const EsTableInfo *info, const EsColumnDesc *columns, const void *const *values,
 			 uint64 result[2])
 {
 	const bool *hashed = es_table_hashed(info);
@@ -260,7 +292,7 @@ content_hash(const EsTableInfo *info, const EsColumnDesc *columns, const void *c
 		const char *data = "";
 		size_t		len = 0;
 
-		if (!hashed[i])
+		if (!hashed[i] || is_missing_value(desc, i, &columns[i], values[i]))
 			continue;
 		if (values[i] != NULL)
 		{
@@ -303,7 +335,7 @@ es_content_hash(Relation rel, TupleTableSlot *slot, uint64 result[2])
 	const void		 **values = palloc(sizeof(void *) * Max(info->natts, 1));
 
 	row_values(slot, info->columns, info->natts, values);
-	content_hash(info, info->columns, values, result);
+	content_hash(RelationGetDescr(rel), info, info->columns, values, result);
 	pfree(values);
 }
 
@@ -319,33 +351,40 @@ batch_failed(EsStatus status, Relation rel)
 }
 
 /*
- * A row that brings its position (a restore or a rewrite), or not.  Both may come in one
- * transaction (a rewrite copies the transaction's own rows as well): those
- * without get positions above all given ones.
+ * What append() has promised, for a row that may be its own.  Triggers came in between.  One may have appended to the
+ * same context: then the row comes behind that.  One may have given the row another context: then the
+ * version, which append() put there, means nothing and is left out.  True: the row is as promised.
  */
-static void
-note_position(EsXactTable *t, bool is_null, int64 position)
+static bool
+take_promise(EsXactTable *t, Relation rel, TupleTableSlot *slot, const void **values, uint64 hash)
 {
-	if (is_null)
+	static int64  version;
+	int			  att = t->roles.version - 1;
+	EsOwnContext *own;
+
+	if (!es_promise.active || es_promise.relid != RelationGetRelid(rel) ||
+		es_promise.depth != DatumGetInt32(DirectFunctionCall1(pg_trigger_depth, (Datum) 0)) ||
+		(att >= 0 && (values[att] == NULL || DatumGetInt64(slot->tts_values[att]) != es_promise.version)))
+		return false;
+	if (hash != es_promise.hash)
 	{
-		t->assigned = true;
-		return;
+		if (att >= 0)
+		{
+			values[att] = NULL;
+			slot->tts_isnull[att] = true;
+		}
+		return false;
 	}
-	if (position < 1)
-		ereport(ERROR, (errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
-						errmsg("position " INT64_FORMAT " is out of range", position),
-						errdetail("Positions begin with 1."),
-						errhint("Leave \"position\" out: the store fills it at commit.")));
-	if (!t->given)
+	own = es_xact_context(t, hash);
+	if (att >= 0 && own != NULL)
 	{
-		t->given_lowest = t->given_highest = position;
-		es_check_given(t);
-		t->given = true;
+		version = es_promise.head + es_own_rows(own) + 1;
+		es_promise.version = version;
+		values[att] = &version;
+		slot->tts_values[att] = Int64GetDatum(version);
 	}
-	if ((uint64) position < t->given_lowest)
-		t->given_lowest = position;
-	if ((uint64) position > t->given_highest)
-		t->given_highest = position;
+	es_promise.inserted++;
+	return true;
 }
 
 uint64
@@ -374,9 +413,7 @@ es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked)
 						errmsg("cannot insert tuples in a parallel worker")));
 
 	es_wait_store_ready();
-	t = es_xact_table_get(rel);
-	x = es_xact;
-	if (x->finished)
+	if (past_commit)
 		ereport(
 			ERROR,
 			(errcode(ERRCODE_INVALID_TRANSACTION_STATE),
@@ -384,6 +421,8 @@ es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked)
 					RelationGetRelationName(rel)),
 			 errdetail(
 				 "A commit callback of another library inserted events after event_store had finished the transaction.")));
+	t = es_xact_table_get(rel);
+	x = es_xact;
 
 	CheckForSerializableConflictIn(rel, NULL, InvalidBlockNumber);
 
@@ -391,21 +430,26 @@ es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked)
 	row_values(slot, t->columns, t->natts, values);
 
 	if (values[t->roles.context - 1] == NULL)
-		ereport(ERROR, (errcode(ERRCODE_NOT_NULL_VIOLATION),
-						errmsg("null value in column \"%s\" of relation \"%s\" violates not-null constraint",
-							   NameStr(TupleDescAttr(desc, t->roles.context - 1)->attname),
-							   RelationGetRelationName(rel)),
-						errdetail("The context routes an event to its shard."), errtable(rel)));
+	{
+		es_check_has_context(rel);
+		ereport(ERROR,
+				(errcode(ERRCODE_NOT_NULL_VIOLATION),
+				 errmsg("null value in column \"%s\" of relation \"%s\" violates not-null constraint",
+						NameStr(TupleDescAttr(desc, t->roles.context - 1)->attname), es_visible_name(rel)),
+				 errdetail("The context routes an event to its shard."), errtable(rel)));
+	}
 	es_context_bytes(t->roles.context_class, t->columns[t->roles.context - 1].len,
 					 values[t->roles.context - 1], &scratch, &bytes, &len);
 	hash = es_context_hash(t->roles.context_class, bytes, len);
 	shard = es_shard_of_hash(hash);
+	checked = take_promise(t, rel, slot, values, hash) || checked;
 
 	if (t->roles.position != 0)
 	{
 		int att = t->roles.position - 1;
 
-		note_position(t, slot->tts_isnull[att], DatumGetInt64(slot->tts_values[att]));
+		es_given_note(t, rel, !slot->tts_isnull[att], DatumGetInt64(slot->tts_values[att]),
+					  t->roles.version != 0 && values[t->roles.version - 1] != NULL);
 		if (!slot->tts_isnull[att])
 			flags |= ES_BATCH_GIVEN_POSITIONS;
 	}
@@ -428,7 +472,7 @@ es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked)
 		if (values[t->roles.event_id - 1] != NULL)
 		{
 			info = es_table_info(rel);
-			content_hash(info, t->columns, values, hash_value);
+			content_hash(desc, info, t->columns, values, hash_value);
 			values[t->natts] = hash_value;
 			memcpy(es_last_content_hash, hash_value, sizeof(hash_value));
 			flags |= ES_BATCH_HAS_EVENT_IDS;
@@ -462,15 +506,6 @@ es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked)
 	x->next_ordinal++;
 	if (flags != 0)
 		es_batch_add_flags(b, flags);
-
-	if (es_promise.active && es_promise.relid == RelationGetRelid(rel) && es_promise.hash == hash &&
-		(t->roles.version == 0 ||
-		 (!slot->tts_isnull[t->roles.version - 1] &&
-		  DatumGetInt64(slot->tts_values[t->roles.version - 1]) == es_promise.version)))
-	{
-		checked = true;
-		es_promise.inserted++;
-	}
 
 	if (t->locking)
 	{
@@ -586,6 +621,8 @@ subxact_abort(SubTransactionId subid)
 			drop_batch(b);
 		}
 
+		es_given_rollback(t, subid);
+
 		for (uint32 i = 0; i < t->ncontexts; i++)
 		{
 			EsOwnContext *c = &t->contexts[i];
@@ -615,6 +652,7 @@ xact_forget(void)
 			t->builders[s] = NULL;
 		}
 		es_kept_free(t);
+		es_given_free(t);
 	}
 	es_xact = NULL;
 }
@@ -631,10 +669,12 @@ hint_collector(void)
 static void
 xact_callback(XactEvent event, void *arg)
 {
+	past_commit = false;
 	switch (event)
 	{
 		case XACT_EVENT_PRE_COMMIT:
 			es_xact_precommit();
+			past_commit = true;
 			break;
 		case XACT_EVENT_COMMIT:
 			es_xact_commit();
@@ -654,6 +694,7 @@ xact_callback(XactEvent event, void *arg)
 						(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
 						 errmsg("cannot PREPARE a transaction that has inserted into an event_store table"),
 						 errhint("Commit the events in a transaction of their own.")));
+			past_commit = true;
 			break;
 		case XACT_EVENT_PREPARE:
 		case XACT_EVENT_PARALLEL_COMMIT:

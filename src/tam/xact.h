@@ -8,6 +8,7 @@
  * send.c	logging and sending batches
  * commit.c	PRE_COMMIT, COMMIT, ABORT
  * locks.c	context locks
+ * given.c	positions that rows bring along
  *
  *-------------------------------------------------------------------------
  */
@@ -84,11 +85,15 @@ typedef struct EsXactTable
 	dlist_head		  batches; /* EsXactBatch: logged */
 	uint32			 *ndead;   /* per shard: dead batches that were sent */
 
-	bool	   given;	 /* some rows come with positions (restore, rewrite) */
-	bool	   assigned; /* some do not */
-	EsPosition given_lowest;
-	EsPosition given_highest;
-	bool	   unchecked; /* some row has an expected version or an event id that no
+	bool			 given;			 /* some rows come with positions (restore, rewrite) */
+	bool			 assigned;		 /* some do not */
+	bool			 given_versions; /* those that come with positions come with versions, too */
+	EsPosition		 given_lowest;
+	EsPosition		 given_highest;
+	SubTransactionId given_subid; /* of the first such row; valid if given */
+	SubTransactionId assigned_subid;
+	struct EsGiven	*positions; /* given ones (given.c), or NULL */
+	bool			 unchecked; /* some row has an expected version or an event id that no
 								 * append() has checked under the lock */
 
 	/* context locks, for tables with version or event_id */
@@ -133,7 +138,9 @@ typedef struct EsPromise
 	bool   active;
 	Oid	   relid;
 	uint64 hash;
-	int64  version;	 /* 0 = the table has no versions */
+	int64  head;	 /* version of the context before the transaction */
+	int64  version;	 /* 0 = the table has no versions; triggers that append to the context raise it */
+	int	   depth;	 /* of triggers */
 	uint64 inserted; /* rows that used the promise */
 } EsPromise;
 
@@ -196,6 +203,16 @@ extern void es_xact_precommit(void);
 extern void es_check_given(const EsXactTable *t);
 extern void es_xact_commit(void);
 extern void es_xact_abort(void);
+
+/* ---- given.c ---- */
+
+/* A row of a table with the position role: throws if it must not come here. */
+extern void es_given_note(EsXactTable *t, Relation rel, bool given, int64 position, bool has_version);
+/* Subtransaction subid and all that began after it are rolled back.  Does not throw. */
+extern void es_given_rollback(EsXactTable *t, SubTransactionId subid);
+/* Throws if a position was given twice.  At PRE_COMMIT: no row may be noted behind it. */
+extern void es_given_check_unique(const EsXactTable *t);
+extern void es_given_free(EsXactTable *t);
 
 /* ---- kept.c: the backend's own copy of rows that AFTER ROW triggers refetch ---- */
 

@@ -1,0 +1,157 @@
+-- Promise: append, replay and read_all do what they say on any table and in any transaction.
+
+-- event_store.events as users change it
+SELECT event_store.append('fn-1', 'made', '{"a": 1}');
+BEGIN;
+DO $$ BEGIN FOR i IN 1..40 LOOP EXECUTE format('ALTER TABLE event_store.events ADD COLUMN c%s text', i); END LOOP; END $$;
+INSERT INTO event_store.events (context_id, payload, c40) VALUES ('fn-1', '{"b": 2}', 'forty');
+SELECT context_id, version, event_type, payload, c1, c40 FROM event_store.replay('fn-1');
+ROLLBACK;
+BEGIN;
+ALTER TABLE event_store.events ADD COLUMN amount numeric DEFAULT 4.5;
+SELECT payload, amount FROM event_store.replay('fn-1');
+SELECT payload, amount FROM event_store.replay('fn-1', since => '-infinity');
+ALTER TABLE event_store.events DROP COLUMN metadata;
+SELECT payload, amount FROM event_store.replay('fn-1');
+ROLLBACK;
+BEGIN;
+ALTER TABLE event_store.events ALTER payload TYPE json;
+SELECT payload, pg_typeof(payload) FROM event_store.replay('fn-1');
+ROLLBACK;
+BEGIN;
+CREATE TABLE fn_other (context_id text, event_type text, payload jsonb) USING event_store;
+INSERT INTO fn_other VALUES ('a', 'paid', '{"c": 3}');
+ALTER TABLE event_store.events ALTER recorded_at TYPE text;
+SELECT payload, pg_typeof(recorded_at) FROM event_store.replay('fn-1');
+SELECT event_type, payload, recorded_at FROM event_store.replay('a', store => 'fn_other');
+ROLLBACK;
+
+-- tables of another shape: what has no place comes as the payload
+CREATE TABLE fn_shape (position bigint, context_id text, payload jsonb, amount float8, j json) USING event_store;
+INSERT INTO fn_shape (context_id, payload, amount, j) VALUES ('a', '{"k": 1}', 4.5, '{"z": "\u0000 \\u0000 \ud83d\ude00 \ud83d \ude00x \u0041"}');
+SELECT payload FROM event_store.replay('a', store => 'fn_shape');
+SELECT payload->>'amount' AS amount FROM event_store.read_all(store => 'fn_shape');
+BEGIN;
+ALTER TABLE event_store.events ADD COLUMN amount float8, ADD COLUMN j json;
+SELECT payload, amount FROM event_store.replay('a', store => 'fn_shape');
+ROLLBACK;
+CREATE TABLE fn_same (context_id text, payload jsonb) USING event_store;
+INSERT INTO fn_same VALUES ('a', '{"k": 1}');
+SELECT payload FROM event_store.replay('a', store => 'fn_same');
+
+-- from the 17th context on
+CREATE FUNCTION fn_append(n int) RETURNS bigint LANGUAGE sql VOLATILE AS $$
+  SELECT count(*) FROM (SELECT event_store.append('fn-17-' || i, 'x', NULL) FROM generate_series(1, n) i OFFSET 0) s $$;
+BEGIN;
+SELECT fn_append(17);
+SELECT * FROM event_store.append('fn-17-17', 'x', NULL, expected_version => -1);
+SELECT * FROM event_store.append('fn-17-18', 'x', NULL, expected_version => -1);
+ROLLBACK;
+BEGIN;
+SELECT fn_append(17);
+SELECT * FROM event_store.append('fn-17-18', 'x', NULL, expected_version => 9223372036854775807);
+ROLLBACK;
+BEGIN;
+SELECT fn_append(17);
+SAVEPOINT s;
+SELECT * FROM event_store.append('fn-17-18', 'x', NULL);
+ROLLBACK TO s;
+SELECT * FROM event_store.append('fn-17-18', 'x', NULL, expected_version => -1);
+ROLLBACK;
+BEGIN;
+SELECT fn_append(17);
+SELECT * FROM event_store.append('fn-17-17', 'x', NULL, expected_version => 1);
+COMMIT;
+SELECT * FROM event_store.append('fn-17-17', 'x', NULL, expected_version => 9223372036854775807);
+SELECT * FROM event_store.append('fn-17-17', 'x', NULL, expected_version => 2);
+
+-- row security changes which rows are seen, nothing else
+CREATE TABLE fn_rls (position bigint, context_id text, payload jsonb, owner text) USING event_store;
+CREATE TABLE fn_child () INHERITS (fn_rls) USING event_store;
+INSERT INTO fn_rls (context_id, payload, owner) VALUES ('a', '1', 'fn_user'), ('a', '2', 'other');
+INSERT INTO fn_child (context_id, payload, owner) VALUES ('a', '3', 'fn_user');
+INSERT INTO fn_rls (context_id, payload, owner) SELECT 'b', to_jsonb(i), 'fn_user' FROM generate_series(1, 3000) i;
+CREATE ROLE fn_user;
+GRANT USAGE ON SCHEMA event_store TO fn_user;
+GRANT SELECT ON fn_rls TO fn_user;
+ALTER TABLE fn_rls ENABLE ROW LEVEL SECURITY;
+CREATE POLICY p ON fn_rls USING (owner = current_user);
+SELECT payload FROM event_store.replay('a', store => 'fn_rls');
+SET ROLE fn_user;
+SELECT payload FROM event_store.replay('a', store => 'fn_rls');
+SELECT payload FROM event_store.read_all(store => 'fn_rls', max_count => 2);
+SELECT count(*) FROM event_store.replay('b', store => 'fn_rls');
+SELECT payload FROM event_store.replay('a', event_type => 'x', store => 'fn_rls');
+RESET ROLE;
+SELECT payload FROM event_store.replay('a', event_type => 'x', store => 'fn_rls');
+DROP TABLE fn_child, fn_rls;
+DROP OWNED BY fn_user;
+DROP ROLE fn_user;
+
+-- an event that is sent again is the same after ADD COLUMN
+CREATE TABLE fn_id (position bigint, context_id text, version bigint, event_id uuid, event_type text, payload jsonb) USING event_store;
+CREATE FUNCTION fn_retry(p jsonb DEFAULT '{"x": 1}') RETURNS text LANGUAGE sql VOLATILE AS $$
+  SELECT outcome || ' ' || version FROM event_store.append('a', 't', p, event_id => '00000000-0000-0000-0000-000000000001', store => 'fn_id') $$;
+SELECT fn_retry();
+ALTER TABLE fn_id ADD COLUMN x text;
+SELECT fn_retry();
+ALTER TABLE fn_id ADD COLUMN y text DEFAULT 'why', ADD COLUMN z int DEFAULT 5, ADD COLUMN u uuid DEFAULT '00000000-0000-0000-0000-000000000002';
+SELECT fn_retry();
+INSERT INTO fn_id (context_id, event_type, payload, event_id) VALUES ('a', 't', '{"x": 1}', '00000000-0000-0000-0000-000000000001');
+SELECT count(*) FROM fn_id;
+\set VERBOSITY sqlstate
+INSERT INTO fn_id (context_id, event_type, payload, event_id, z) VALUES ('a', 't', '{"x": 1}', '00000000-0000-0000-0000-000000000001', 6);
+INSERT INTO fn_id (context_id, event_type, payload, event_id, z) VALUES ('a', 't', '{"x": 1}', '00000000-0000-0000-0000-000000000001', NULL);
+INSERT INTO fn_id (context_id, event_type, payload, event_id, x) VALUES ('a', 't', '{"x": 1}', '00000000-0000-0000-0000-000000000001', '');
+INSERT INTO fn_id (context_id, event_type, payload, event_id) VALUES ('a', NULL, '{"x": 1}', '00000000-0000-0000-0000-000000000001');
+SELECT fn_retry('{"x": 2}');
+\set VERBOSITY default
+ALTER TABLE fn_id ALTER x TYPE varchar, ALTER z TYPE bigint;
+SELECT fn_retry();
+SELECT count(*) FROM fn_id;
+
+-- triggers that change what append() does
+CREATE TABLE fn_trigger (position bigint, context_id text, version bigint, event_type text) USING event_store;
+INSERT INTO fn_trigger (context_id) VALUES ('a'), ('a'), ('other');
+CREATE FUNCTION fn_redirect() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.context_id = 'other'; RETURN NEW; END $$;
+CREATE FUNCTION fn_again() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF NEW.event_type = 'outer' THEN
+    RAISE NOTICE 'inner: %', event_store.append(NEW.context_id, 'inner', NULL, store => 'fn_trigger');
+  END IF;
+  RETURN NEW;
+END $$;
+CREATE TRIGGER t BEFORE INSERT ON fn_trigger FOR EACH ROW EXECUTE FUNCTION fn_redirect();
+SELECT * FROM event_store.append('a', 'redirected', NULL, store => 'fn_trigger');
+SELECT * FROM event_store.append('a', 'redirected', NULL, expected_version => 2, store => 'fn_trigger');
+SELECT * FROM event_store.append('a', 'redirected', NULL, expected_version => 3, store => 'fn_trigger');
+DROP TRIGGER t ON fn_trigger;
+CREATE TRIGGER t BEFORE INSERT ON fn_trigger FOR EACH ROW EXECUTE FUNCTION fn_again();
+SELECT * FROM event_store.append('a', 'outer', NULL, store => 'fn_trigger');
+BEGIN;
+SELECT * FROM event_store.append('a', 'outer', NULL, expected_version => 4, store => 'fn_trigger');
+SELECT * FROM event_store.append('a', 'plain', NULL, expected_version => 6, store => 'fn_trigger');
+COMMIT;
+DROP TRIGGER t ON fn_trigger;
+CREATE TRIGGER t AFTER INSERT ON fn_trigger FOR EACH ROW EXECUTE FUNCTION fn_again();
+SELECT * FROM event_store.append('a', 'outer', NULL, store => 'fn_trigger');
+SELECT context_id, version, event_type FROM fn_trigger ORDER BY position;
+
+-- said clearly: what events do not have
+SELECT xmin FROM fn_trigger;
+SELECT cmax FROM fn_trigger;
+SELECT count(ctid), min(tableoid::regclass::text) FROM fn_trigger;
+CREATE TYPE fn_cstring;
+\set VERBOSITY sqlstate
+CREATE FUNCTION fn_cstring_in(cstring) RETURNS fn_cstring LANGUAGE internal IMMUTABLE STRICT AS 'cstring_in';
+CREATE FUNCTION fn_cstring_out(fn_cstring) RETURNS cstring LANGUAGE internal IMMUTABLE STRICT AS 'cstring_out';
+\set VERBOSITY default
+CREATE TYPE fn_cstring (INPUT = fn_cstring_in, OUTPUT = fn_cstring_out, LIKE = cstring);
+CREATE TABLE fn_c (context_id text, c fn_cstring) USING event_store;
+ALTER TABLE fn_same ADD COLUMN c fn_cstring;
+SELECT * FROM fn_same;
+
+SET client_min_messages = error;
+DROP TYPE fn_cstring CASCADE;
+DROP TABLE fn_shape, fn_same, fn_id, fn_trigger;
+DROP FUNCTION fn_append, fn_retry, fn_redirect, fn_again;
