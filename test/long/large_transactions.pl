@@ -3,7 +3,7 @@
 
 use strict;
 use warnings;
-use EventStore::Server qw(new_server kill_all crash_restart wait_open sql try_sql processes);
+use EventStore::Server qw(new_server kill_all children crash_restart wait_open sql try_sql processes);
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(sleep time);
@@ -19,18 +19,25 @@ SQL
 my $insert_ev = "INSERT INTO ev (context_id, n, v) SELECT 'c' || g % 100000, g, md5(g::text) FROM generate_series(1, $rows) g";
 my $insert_plain = "INSERT INTO plain SELECT g % 100000, g, md5(g::text) FROM generate_series(1, $rows) g";
 
-# Memory of all of our processes that is theirs alone, and the shared arenas that they map: kB.
+# Memory of all of our processes that is theirs alone, and the shared segments that processes of this server map: kB.
 sub memory
 {
 	my $sum = 0;
+	my %segments;
 	foreach my $pid (processes($node, 'event_store %'))
 	{
 		my $status = eval { slurp_file("/proc/$pid/status") } // '';
 		$sum += $1 if $status =~ /^RssAnon:\s+(\d+)/m;
 	}
-	foreach my $file (glob('/dev/shm/PostgreSQL.*'))
+	foreach my $pid (children($node->{_pid}))
 	{
-		$sum += int((stat($file))[12] / 2) if defined((stat($file))[12]) && -o $file;
+		my $maps = eval { slurp_file("/proc/$pid/maps") } // '';
+		$segments{$_} = 1 foreach $maps =~ m{(/dev/shm/PostgreSQL\.\d+)}g;
+	}
+	foreach my $file (keys %segments)
+	{
+		my $blocks = (stat($file))[12];
+		$sum += int($blocks / 2) if defined $blocks;
 	}
 	return $sum;
 }
@@ -76,6 +83,7 @@ sub nothing_left
 }
 
 my $idle = memory();
+cmp_ok($idle, '>', 0, 'memory can be measured');
 foreach my $case ([ 'with versions', $insert_ev ], [ 'plain', $insert_plain ])
 {
 	my ($name, $insert) = @$case;

@@ -18,7 +18,12 @@ max_worker_processes = 16
 max_connections = 40
 CONF
 $node->start;
-$node->safe_psql('postgres', 'CREATE SCHEMA event_store_test; CREATE EXTENSION event_store_test');
+$node->safe_psql('postgres', <<'SQL');
+CREATE SCHEMA event_store_test;
+CREATE EXTENSION event_store_test;
+CREATE EXTENSION event_store;
+CREATE TABLE t (context_id int, position bigint, version bigint, v text) USING event_store;
+SQL
 
 my @pids = map { $node->safe_psql('postgres', "SELECT event_store_test.shard_pid($_)") } 0 .. 3;
 
@@ -51,7 +56,18 @@ sub settle
 my $all = "SELECT event_store_test.echo(s, 100) FROM generate_series(0, 3) s;\n";
 my $dir = PostgreSQL::Test::Utils::tempdir();
 append_to_file("$dir/all.sql",  $all);
-append_to_file("$dir/send.sql", "SELECT event_store_test.send_without_waiting(0, 500, 20);\n");
+# four contexts: most shards; now and then a transaction that does not commit
+append_to_file("$dir/write.sql", <<'SQL');
+\set c random(1, 1000000)
+\set r random(1, 10)
+INSERT INTO t (context_id, v) SELECT :c + g, 'v' || :c FROM generate_series(0, 3) g;
+\if :r = 1
+BEGIN;
+INSERT INTO t (context_id, v) VALUES (:c, 'dead');
+SELECT count(*) FROM t WHERE context_id = :c;
+ROLLBACK;
+\endif
+SQL
 
 # ---- sessions
 
@@ -63,12 +79,36 @@ $node->command_ok(
 	[ 'pgbench', '-n', '-C', '-c', '8', '-t', $sessions / 8, '-f', "$dir/all.sql", 'postgres' ],
 	"$sessions sessions connect, send and disconnect");
 is(settle($idle), $idle, 'no segment stays mapped');
-for my $i (0 .. 3)
+sub has_not_grown
 {
-	my $grown = resident($pids[$i]) - $before[$i];
+	my ($by) = @_;
 
-	cmp_ok($grown, '<', 2000, "shard $i has not grown ($grown kB)");
+	for my $i (0 .. 3)
+	{
+		my $grown = resident($pids[$i]) - $before[$i];
+
+		cmp_ok($grown, '<', $by, "shard $i has not grown ($grown kB)");
+	}
+	return;
 }
+has_not_grown(2000);
+
+# the same with events: what is mapped for the MemTables and in memory for their contexts goes with a flush
+sub written { return $node->safe_psql('postgres', "SELECT count(*), count(DISTINCT position), count(*) FILTER (WHERE v = 'dead') FROM t"); }
+my $writers = "pgbench -n -C -c 8 -f $dir/write.sql";
+$node->command_ok([ split(/ /, $writers), '-t', 20, 'postgres' ], 'warm up');
+$node->safe_psql('postgres', 'SELECT event_store.flush()');
+sleep(1);
+$idle = settle('as it is after 10 s');
+@before = map { resident($_) } @pids;
+$node->command_ok([ split(/ /, $writers), '-t', $sessions / 8, 'postgres' ], "$sessions sessions connect, write and disconnect");
+my $events = 4 * ($sessions + 160);
+is(written(), "$events|$events|0", 'all of their events are there, once');
+$node->safe_psql('postgres', 'SELECT event_store.flush()');
+is(settle($idle), $idle, 'no segment stays mapped');
+has_not_grown($ENV{ES_LONG} ? 8000 : 4000);
+is($node->safe_psql('postgres', 'SELECT sum(staged_transactions) FROM event_store.stat_shards'), '0', 'nothing is staged');
+is(written(), "$events|$events|0", 'flushed');
 
 # ---- a backend takes five segments at most, and slots are used again
 

@@ -160,7 +160,9 @@ for my $i (1 .. 8)
 	$waiting[ $i - 1 ]->query_until(qr/begin/, "\\echo begin\nSELECT echo(0, $bytes);\n\\echo end\n");
 }
 my $old = run('SELECT shard_pid(0)');
-select(undef, undef, undef, 0.3);
+ok( $node->poll_query_until('postgres',
+		"SELECT count(*) = 8 FROM pg_stat_activity WHERE backend_type = 'client backend' AND wait_event_type = 'Extension' AND query LIKE '%echo(0, %'"),
+	'eight sessions wait');
 run("SELECT pg_terminate_backend($old)");
 run('SELECT pause_shard(0, false)');
 ok($node->poll_query_until('postgres', "SELECT event_store_test.shard_pid(0) NOT IN (0, $old)"), 'a new incarnation');
@@ -249,7 +251,7 @@ SKIP:
 	}
 	run("SELECT inject_fault('channel-before-flush', 'sleep')");
 	$s->query_until(qr/begin/, "\\echo begin\nSELECT echo(0, 10) > 0;\n\\echo end\n");
-	select(undef, undef, undef, 0.3);
+	$node->poll_query_until('postgres', "SELECT event_store_test.fault_hits('channel-before-flush') > 0");
 	is(run("SELECT fault_hits('channel-before-flush')"), 1, 'a session sleeps between the ready bit and the flush');
 	is(run('SELECT echo(0, 100, 100) > 0'), 't', 'others do not notice');
 	run('SELECT disarm_faults()');

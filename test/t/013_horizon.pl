@@ -239,9 +239,12 @@ SKIP:
 	for my $point (@steps, 'horizon-before-push', 'horizon-after-push')
 	{
 		my $handed_out = counter() - 1;
+		my $offset = -s $node->logfile;
 
 		$node->psql('postgres',
 			"SELECT event_store_test.inject_fault('$point', 'kill'); SELECT event_store_test.reserve_positions(3000000, ARRAY[1])");
+		# a first answer may come before the postmaster has noticed
+		$node->wait_for_log(qr/all server processes terminated; reinitializing/, $offset);
 		$node->poll_query_until('postgres', 'SELECT counter > 0 FROM event_store_test.position_state()');
 		my $next = run('SELECT reserve_positions(1)');
 		cmp_ok($next, '>', $handed_out, "no position twice after a crash at $point");

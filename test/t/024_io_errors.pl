@@ -67,6 +67,30 @@ sub crash
 sub inject { $node->safe_psql('postgres', "SELECT event_store_test.inject_fault('$_[0]', '$_[1]')"); return; }
 sub disarm { $node->safe_psql('postgres', 'SELECT event_store_test.disarm_faults()'); return; }
 
+sub hits { return $node->safe_psql('postgres', "SELECT event_store_test.fault_hits('$_[0]')"); }
+
+# Waits until the armed point was passed, with something for the shard to do meanwhile.
+sub is_hit
+{
+	my ($point, $test) = @_;
+	for (1 .. 40)
+	{
+		last if hits($point) > 0;
+		insert_rows(3000);
+		try_sql("SET statement_timeout = '500ms'; SELECT event_store.flush()") if hits($point) == 0;
+	}
+	cmp_ok(hits($point), '>', 0, $test);
+	return;
+}
+
+# A fault that fires is told to the log, once by each process.
+sub has_fired
+{
+	my ($offset, $point, $error, $test) = @_;
+	like(slurp_file($node->logfile, $offset), qr/^fault point \Q$point\E: $error in process/m, $test);
+	return;
+}
+
 ok(insert_rows(1000), 'a table with rows');
 
 # psql that may find no server, or lose it: the harness's own functions do not survive that.
@@ -81,8 +105,7 @@ sub try_sql
 
 # ---- writes
 
-for my $point ('wal-write', 'control-write', 'manifest-write', 'wal-prepare-write', 'wal-prepare-sync', 'directory-sync',
-	'file-write', 'file-sync')
+for my $point ('wal-write', 'control-write', 'manifest-write', 'wal-prepare-write', 'wal-prepare-sync', 'directory-sync')
 {
 	for my $error ('enospc', 'eio')
 	{
@@ -98,8 +121,11 @@ for my $point ('wal-write', 'control-write', 'manifest-write', 'wal-prepare-writ
 
 		# for a while; writers may be refused meanwhile, readers never are
 		inject($point, "$error always");
+		# files of the log that nobody needs any more would be taken instead of new ones
+		inject('job-after-take', 'sleep') if $point =~ /prepare|directory/;
 		insert_rows(20000) for 1 .. 3;
 		is_complete("$name: what was committed can be read");
+		is_hit($point, "$name: it has happened");
 		disarm();
 		insert_rows(100);
 		my $took = time();
@@ -110,7 +136,9 @@ for my $point ('wal-write', 'control-write', 'manifest-write', 'wal-prepare-writ
 		# and a crash while nothing can be written
 		inject($point, "$error always");
 		insert_rows(20000);
+		is_hit($point, "$name: again") if $point !~ /prepare|directory/;
 		crash("$name: crash meanwhile");
+		has_fired($offset, $point, $error, "$name: it was told");
 		if ($point =~ /^(wal|control|manifest)-write$/)
 		{
 			my $says = $error eq 'enospc' ? 'No space left on device' : 'Input/output error';
@@ -119,6 +147,47 @@ for my $point ('wal-write', 'control-write', 'manifest-write', 'wal-prepare-writ
 		}
 	}
 }
+
+# ---- files that are made at start
+
+for my $point ('file-write', 'file-sync')
+{
+	for my $error ('enospc', 'eio')
+	{
+		# the first of them, and one of the next
+		for my $nth (1, 2)
+		{
+			my $name = "$point $error at start ($nth)";
+			my $offset = -s $node->logfile;
+
+			insert_rows(500);
+			$node->stop('immediate');
+			{
+				local $ENV{ES_FAULTS} = "$point:$error:$nth";
+				$node->start;
+			}
+			for (1 .. 300)
+			{
+				last if slurp_file($node->logfile, $offset) =~ /^fault point /m;
+				select(undef, undef, undef, 0.1);
+			}
+			has_fired($offset, $point, $error, "$name: it has happened");
+			# the file is thrown away and made anew, also when it was its sync that failed
+			# a shard tries again every ten seconds, and when settings are read
+			for (1 .. 60)
+			{
+				last if ask() !~ /ERROR/;
+				$node->reload;
+				select(undef, undef, undef, 0.5);
+			}
+			is_complete("$name: nothing is missing");
+			ok(insert_rows(100), "$name: takes writes");
+		}
+	}
+}
+
+# the postmaster has them in its environment
+$node->restart;
 
 # ---- syncs
 

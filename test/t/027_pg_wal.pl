@@ -49,14 +49,14 @@ $node->safe_psql('postgres', "SELECT pg_logical_emit_message(true, 'event_store1
 
 # ---- a shard that has much to recover, over several files
 
-my $before = $node->safe_psql('postgres', "$insert; SELECT event_store.sync(); SELECT pg_current_wal_lsn()");
-$before =~ s/^\s+//;
+$node->safe_psql('postgres', "$insert; SELECT event_store.sync()");
 $node->safe_psql('postgres', "$insert; SELECT event_store.pause_shard(1); $insert; $insert");
 for (1 .. 4)
 {
 	$node->safe_psql('postgres', "INSERT INTO h SELECT g, repeat('x', 500) FROM generate_series(1, 50000) g; SELECT pg_switch_wal()");
 }
 $node->safe_psql('postgres', 'CHECKPOINT');
+my $before = $node->safe_psql('postgres', "SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = 'event_store'");
 my $segment = $node->safe_psql('postgres', "SELECT pg_walfile_name('$before'::pg_lsn)");
 my $path    = $node->data_dir . "/pg_wal/$segment";
 ok(-e $path, 'the file is kept');
@@ -127,12 +127,16 @@ SKIP:
 for my $method ('sync', 'io_uring')
 {
 	$node->append_conf('postgresql.conf', "event_store.io_method = '$method'");
-	next if $method eq 'io_uring' && slurp_file($node->logfile) =~ /could not set up io_uring: (?!Input)/;
-	$node->restart;
-	is(ask("SELECT string_agg(DISTINCT io_method, ' ') FROM event_store.stat_shards"), $method, "io_method = $method");
-	my $was = ask('SELECT count(*) FROM t');
-	$node->safe_psql('postgres', "$insert; SELECT event_store.sync()");
-	is(ask('SELECT count(*) FROM t'), $was + 1000, 'writes and reads');
+  SKIP:
+	{
+		skip 'io_uring is not available here', 2
+		  if $method eq 'io_uring' && slurp_file($node->logfile) =~ /could not set up io_uring: (?!Input)/;
+		$node->restart;
+		is(ask("SELECT string_agg(DISTINCT io_method, ' ') FROM event_store.stat_shards"), $method, "io_method = $method");
+		my $was = ask('SELECT count(*) FROM t');
+		$node->safe_psql('postgres', "$insert; SELECT event_store.sync()");
+		is(ask('SELECT count(*) FROM t'), $was + 1000, 'writes and reads');
+	}
 }
 $node->stop;
 

@@ -82,6 +82,14 @@ sub attempt
 	return;
 }
 
+# A fault that fires is told to the log.
+sub has_fired
+{
+	my ($offset, $point, $test) = @_;
+	like(slurp_file($node->logfile, $offset), qr/^fault point \Q$point\E: kill in process/m, $test);
+	return;
+}
+
 consistent('nothing');
 
 # ---- killed while applying ----
@@ -90,10 +98,12 @@ foreach my $point (qw(apply-batch finish-before-frame finish-applied verdict-log
 {
 	foreach my $nth (1, 7)
 	{
+		my $offset = -s $node->logfile;
 		$node->safe_psql('postgres', "SELECT event_store_test.inject_fault('$point', 'kill', $nth)");
 		attempt("BEGIN; $small COMMIT;") if $nth == 1;
 		attempt($_) for ($large, "BEGIN; $small COMMIT;", map { "BEGIN; $_ COMMIT;" } split(/\n/, $small));
 		ok(up(), "up after a kill at $point ($nth)");
+		has_fired($offset, $point, "killed at $point ($nth): it was");
 		$node->safe_psql('postgres', 'SELECT event_store_test.disarm_faults()');
 		consistent("killed at $point ($nth)");
 	}
@@ -103,14 +113,18 @@ foreach my $point (qw(apply-batch finish-before-frame finish-applied verdict-log
 
 foreach my $point (qw(recovery-files-open recovery-own-wal-read recovery-log-open recovery-reading recovery-pg-wal-read))
 {
-	# the last 20 s are in PostgreSQL's WAL only
-	$node->safe_psql('postgres', $many) for 1 .. 15;
 	$node->safe_psql('postgres', $large);
 	my $session = $node->background_psql('postgres', on_error_stop => 0);
 	$session->query_safe($undecided);
+	$node->poll_query_until('postgres', 'SELECT pending_segments > 0 FROM event_store.stat_shards');
+	# nothing makes what comes now durable for 20 s: it is in PostgreSQL's WAL only
+	$node->safe_psql('postgres', 'SELECT event_store.sync()');
+	$node->safe_psql('postgres', $many) for 1 .. 15;
+	my $offset = -s $node->logfile;
 	$node->safe_psql('postgres', "SELECT event_store_test.inject_fault('$point', 'kill')");
 	attempt(q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'event_store shard 0'});
-	sleep 2.5;
+	$node->wait_for_log(qr/all server processes terminated; reinitializing/, $offset);
+	has_fired($offset, $point, "killed at $point: it was");
 	ok(up(), "up after a kill at $point");
 	eval { $session->quit };
 	consistent("killed at $point");
@@ -148,8 +162,10 @@ foreach my $round (1 .. 2)
 
 # ---- killed just before the clean stop is noted ----
 
+my $offset = -s $node->logfile;
 $node->safe_psql('postgres', "$small SELECT event_store_test.inject_fault('stop-before-clean', 'kill')");
 $node->stop('fast', fail_ok => 1);
+has_fired($offset, 'stop-before-clean', 'killed at stop-before-clean: it was');
 $node->stop('immediate', fail_ok => 1);
 $node->start;
 ok(up(), 'up after a kill at stop-before-clean');
@@ -161,7 +177,8 @@ $node->safe_psql('postgres', q{SELECT event_store_test.inject_fault('arena-alloc
 my $session = $node->background_psql('postgres', on_error_stop => 0);
 $session->{stdin} .= "$large \\echo done\n";
 $session->{run}->pump_nb();
-sleep 1.5;
+ok($node->poll_query_until('postgres', q{SELECT event_store_test.fault_hits('arena-alloc') > 0}), 'memory is short');
+sleep 1;
 $node->safe_psql('postgres', 'SELECT event_store_test.disarm_faults()');
 $session->query_safe('SELECT 1');
 $session->quit;

@@ -194,8 +194,11 @@ for my $crash ('none', 'shard', 'server', 'end')
 		my $pid = $node->safe_psql('postgres', 'SELECT pid FROM event_store.stat_shards WHERE shard = ' . int(rand(2)));
 
 		# a worker that dies by a signal takes the server through a crash restart
+		my $offset = -s $node->logfile;
 		kill('KILL', $pid);
 		eval { $_->{psql}->quit } for @sessions;
+		# a first answer may come before the postmaster has noticed
+		$node->wait_for_log(qr/all server processes terminated; reinitializing/, $offset);
 		$node->poll_query_until('postgres', 'SELECT true') or die;
 		connect_all();
 	}

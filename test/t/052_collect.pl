@@ -33,6 +33,8 @@ $node->safe_psql('other', 'CREATE EXTENSION event_store');
 sub segments { return $node->safe_psql('postgres', 'SELECT sum(segments) FROM event_store.stat_shards'); }
 sub files { my @f = glob($node->data_dir . '/event_store/shard_*/seg.*'); return scalar(@f); }
 
+my $faults = $node->safe_psql('postgres', 'CREATE SCHEMA event_store_test; CREATE EXTENSION event_store_test; SELECT event_store_test.fault_points_compiled()') eq 't';
+
 sub fill
 {
 	my ($database, $table, $rows) = @_;
@@ -69,8 +71,10 @@ is($all, 10, 'each table has a segment in each shard');
 # Rolled back, nothing goes; a table that is locked is no reason to believe it gone.
 $node->safe_psql('postgres', 'BEGIN; DROP TABLE dropped; TRUNCATE truncated; ROLLBACK');
 $node->safe_psql('postgres', 'ALTER TABLE moved SET TABLESPACE other');
-sleep 8;
-is(segments(), $all, 'nothing is collected after a rollback and SET TABLESPACE');
+# the collector has looked when a table beside them is gone
+fill('postgres', 'beside', 100);
+$node->safe_psql('postgres', 'DROP TABLE beside');
+goes_to($all, 'nothing else is collected after a rollback and SET TABLESPACE');
 is($node->safe_psql('postgres', 'SELECT (SELECT count(*) FROM moved), (SELECT count(*) FROM dropped)'), '100|100',
 	'all rows are there');
 
@@ -103,21 +107,42 @@ my $old = $node->background_psql('postgres', on_error_stop => 0);
 $old->query_safe('BEGIN ISOLATION LEVEL REPEATABLE READ');
 $old->query_safe('SELECT count(*) FROM kept');
 fill('postgres', 'held', 10);
+# no kill: only its hits count
+$node->safe_psql('postgres', "SELECT event_store_test.inject_fault('collect-' || p, 'kill', 1000000) FROM unnest(ARRAY['between-looks', 'before-drop']) p") if $faults;
 $node->safe_psql('postgres', 'DROP TABLE held');
-sleep 8;
+SKIP:
+{
+	skip 'no fault points in this build', 2 unless $faults;
+	ok($node->poll_query_until('postgres', "SELECT event_store_test.fault_hits('collect-between-looks') > 0"), 'a collector has looked once');
+	# it asks each second whether it may look again
+	sleep 3;
+	is($node->safe_psql('postgres', "SELECT event_store_test.fault_hits('collect-before-drop')"), '0', 'and waits');
+}
 is(segments(), $all - 2, 'nothing is collected while a snapshot is older');
 $old->query_safe('COMMIT');
 goes_to($all - 4, 'it is when that has ended');
 
-# A lock on one table: the look says nothing at all.
+# A lock on one table: the look at its database says nothing at all; that at another one does, when the transaction
+# that holds the lock is over.
 fill('postgres', 'held', 10);
+fill('other', 'beside', 10);
+my $there = $node->background_psql('other', on_error_stop => 0);
+$there->query_safe('SELECT 1');
 $old->query_safe('BEGIN');
 $old->query_safe('LOCK TABLE kept IN ACCESS EXCLUSIVE MODE');
+$node->safe_psql('postgres', "SELECT event_store_test.inject_fault('collect-between-looks', 'kill', 1000000)") if $faults;
+my $offset = -s $node->logfile;
+$there->query_safe('DROP TABLE beside');
 $node->safe_psql('postgres', 'DROP TABLE held');
-sleep 8;
-is(segments(), $all - 2, 'nothing is collected while a table cannot be looked at');
+$there->quit;
+if ($faults) { $node->poll_query_until('postgres', "SELECT event_store_test.fault_hits('collect-between-looks') > 0"); }
+else { sleep 8; }
+is(segments(), $all, 'nothing is collected while a table cannot be looked at');
 $old->query_safe('ROLLBACK');
 $old->quit;
+$node->wait_for_log(qr/event_store dropped \d+ storages/, $offset);
+my ($dropped) = slurp_file($node->logfile, $offset) =~ /event_store dropped (\d+) storages/;
+is($dropped, 1, 'then what the look has found in another database');
 fill('postgres', 'hint', 10);
 $node->safe_psql('postgres', 'DROP TABLE hint');
 goes_to($all - 4, 'it is when the lock is gone');

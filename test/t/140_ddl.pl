@@ -4,6 +4,7 @@
 use strict;
 use warnings;
 use EventStore::Server qw(new_server kill_all crash_restart wait_open sql try_sql);
+use File::Path qw(remove_tree);
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(sleep time);
@@ -178,6 +179,116 @@ like($err, qr/55006/, 'DROP DATABASE fails while somebody is connected');
 is($guest->query_safe('SELECT count(*) FROM t'), '2', 'and nothing has happened');
 $guest->quit;
 
+# ---- statements about databases that are cut off in their middle, by a cancel or by a crash
+
+sub files_are_named
+{
+	my ($name) = @_;
+	my ($files, $named) = (0, -1);
+	foreach (1 .. 50)
+	{
+		$files = () = glob($node->data_dir . '/event_store/shard_*/seg.*');
+		$named = sql($node, 'SELECT sum(segments) FROM event_store.stat_shards');
+		last if $files == $named;
+		sleep 0.2;
+	}
+	is($files, $named, "$name: no file is left over");
+	return;
+}
+
+# Runs a statement until $reached->(), and ends it there. What it said.
+sub cut_off
+{
+	my ($how, $statement, $reached) = @_;
+	my $s = $node->background_psql('postgres', on_error_stop => 0);
+	my $pid = $s->query_safe('SELECT pg_backend_pid()');
+	my $end = time() + 60;
+
+	$s->query_until(qr/begins/, "\\echo begins\n$statement;\n\\echo ended\n");
+	sleep 0.002 until $reached->() || time() > $end;
+	kill 'STOP', $pid;
+	if ($how eq 'crash')
+	{
+		kill_all($node);
+		eval { $s->quit };
+		crash_restart($node);
+		return '';
+	}
+	# nothing is asked of the server meanwhile: who stands still may hold any lock
+	kill 'INT', $pid;
+	kill 'CONT', $pid;
+	$s->query_until(qr/ended/, '');
+	my $said = $s->{stderr};
+	$s->{stderr} = '';
+	$s->quit;
+	return $said;
+}
+
+sub directories { my @d = map { glob($node->data_dir . "/$_") } 'base/[0-9]*', 'pg_tblspc/*/PG_*/[0-9]*'; return scalar(@d); }
+
+sub database { my ($name) = @_; return sql($node, "SELECT count(*) || coalesce(max(spcname), '') FROM pg_database d JOIN pg_tablespace s ON s.oid = d.dattablespace WHERE datname = '$name'"); }
+
+# enough for the copy to take a while
+sql($node, 'CREATE DATABASE mould');
+sql($node, 'CREATE EXTENSION event_store; CREATE TABLE t (position bigint, context_id text, version bigint, n int, v text) USING event_store', 'mould');
+sql($node, q{CREATE TABLE ballast AS SELECT repeat(md5(g::text), 60) AS v FROM generate_series(1, 1) g; ALTER TABLE ballast ALTER v SET STORAGE external;
+	INSERT INTO ballast SELECT repeat(md5(g::text), 60) FROM generate_series(1, 80000) g}, 'mould');
+sub fill { my ($dbname) = @_; sql($node, q{INSERT INTO t (context_id, n, v) SELECT 'c' || g % 10, g, 'v' || g FROM generate_series(1, 300) g}, $dbname); return; }
+
+foreach my $how ('cancel', 'crash')
+{
+	foreach my $strategy ('file_copy', 'wal_log')
+	{
+		my $name = "CREATE DATABASE, $strategy, $how";
+		sql($node, 'CHECKPOINT');
+		my $directories = directories();
+		my $said = cut_off($how, "CREATE DATABASE big TEMPLATE mould STRATEGY $strategy", sub { directories() > $directories });
+		like($said, qr/canceling statement/, "$name: it ended in its middle") if $how eq 'cancel';
+		is(database('big'), '0', "$name: there is no database");
+		is(sql($node, 'SELECT count(*) FROM t', 'mould'), '0', "$name: the template is empty");
+		sql($node, "CREATE DATABASE big TEMPLATE mould STRATEGY $strategy");
+		fill('big');
+		is(content('t', 'big'), $full, "$name: made again, it takes events");
+		is(sql($node, 'SELECT count(*) FROM t', 'mould'), '0', "$name: which are its own");
+		sql($node, 'DROP DATABASE big');
+	}
+	sql($node, 'CREATE DATABASE big TEMPLATE mould');
+	sql($node, q{INSERT INTO t (context_id, n, v) SELECT 'c' || g % 10, g, 'v' || g FROM generate_series(1, 150) g; SELECT event_store.flush();
+		INSERT INTO t (context_id, n, v) SELECT 'c' || g % 10, g, 'v' || g FROM generate_series(151, 300) g}, 'big');
+
+	my $name = "ALTER DATABASE SET TABLESPACE, $how";
+	my $directories = directories();
+	my $said = cut_off($how, 'ALTER DATABASE big SET TABLESPACE other', sub { directories() > $directories });
+	like($said, qr/canceling statement/, "$name: it ended in its middle") if $how eq 'cancel';
+	is(database('big'), '1pg_default', "$name: the database is where it was");
+	is(content('t', 'big'), $full, "$name: with its events");
+	# what PostgreSQL leaves of a copy that was cut off by a crash is in the way of the next
+	remove_tree($_) foreach $how eq 'crash' ? glob($node->data_dir . '/pg_tblspc/*/PG_*/' . sql($node, q{SELECT oid FROM pg_database WHERE datname = 'big'})) : ();
+	sql($node, 'ALTER DATABASE big SET TABLESPACE other');
+	is(content('t', 'big'), $full, "$name: again, and it is moved");
+	is(database('big'), '1other', "$name: to the other one");
+
+	# DROP DATABASE waits for a checkpoint in its middle: the database is there, but nobody can connect to it
+	$name = "DROP DATABASE, $how";
+	my $checkpointer = sql($node, q{SELECT pid FROM pg_stat_activity WHERE backend_type = 'checkpointer'});
+	my $left = sql($node, 'SELECT sum(memtable_rows + segment_rows) FROM event_store.stat_shards');
+	kill 'STOP', $checkpointer;
+	my $begin = time();
+	$said = cut_off($how, 'DROP DATABASE big', sub { time() > $begin + 1 });
+	kill 'CONT', $checkpointer;
+	like($said, qr/canceling statement/, "$name: it ended in its middle") if $how eq 'cancel';
+	is(database('big'), '1other', "$name: the database is still named");
+	my (undef, undef, $err) = try_sql($node, 'SELECT 1', dbname => 'big');
+	like($err, qr/cannot connect to invalid database/, "$name: but cannot be used");
+	is(sql($node, 'SELECT sum(memtable_rows + segment_rows) FROM event_store.stat_shards'), $left, "$name: its events are kept");
+	is(sql($node, 'SELECT count(*) FROM event_store.verify()'), '0', "$name: no damage");
+	sql($node, 'DROP DATABASE big');
+	is(database('big'), '0', "$name: again, and it is gone");
+	files_are_named($name);
+}
+sql($node, 'DROP DATABASE mould');
+is(sql($node, 'SELECT count(*) FROM t', 'd2'), '2', 'other databases keep theirs');
+
 # ---- what belongs to nobody is collected, soon after a hint; the rest stays
 
 sql($node, 'DROP DATABASE d2');
@@ -191,15 +302,7 @@ sql($node, 'DROP TABLE gone');
 ok($node->poll_query_until('postgres', "SELECT sum(segment_rows) + sum(memtable_rows) = $rows FROM event_store.stat_shards"), 'dropped storages are collected')
   or diag(sql($node, 'SELECT * FROM event_store.stat_segments'));
 is(content('keep'), $full, 'what was moved to another tablespace is not');
-my ($files, $named) = (0, -1);
-foreach (1 .. 50)
-{
-	$files = () = glob($node->data_dir . '/event_store/shard_*/seg.*');
-	$named = sql($node, 'SELECT sum(segments) FROM event_store.stat_shards');
-	last if $files == $named;
-	sleep 0.2;
-}
-is($files, $named, 'no file is left over');
+files_are_named('collected');
 crash_restart($node);
 is(content('keep'), $full, 'also after a crash');
 is(sql($node, 'SELECT count(*) FROM event_store.verify()'), '0', 'no damage');

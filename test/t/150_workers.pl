@@ -112,42 +112,63 @@ like($err, qr/57014/, 'who needs the one that stands still waits, and can be can
 kill 'CONT', $stopped;
 is($oracle->check($node), '', 'and on it goes');
 
-# ---- a backend that stands still between logging and sending
+# ---- a backend that stands still between logging and sending: the WAL that it logged is kept, however much comes behind it, and
+# it commits whole when it goes on, although its shards are others by then
+
+sub restart_lsn_below { my ($lsn) = @_; return sql($node, "SELECT restart_lsn < '$lsn' FROM pg_replication_slots WHERE slot_name = 'event_store'"); }
 
 SKIP:
 {
 	skip 'no fault points in this build', 1 unless faults_compiled($node);
 	foreach my $point (qw(append-after-log commit-after-log channel-before-flush))
 	{
-		my $unit = $workload->unit('many_streams');
+		# without versions: nobody is asked, and nobody waits for a lock of the one that stands still
+		my $unit = $workload->begin_unit('stopped');
 		my $s = $node->background_psql('postgres', on_error_stop => 0);
-		$s->query_safe('SELECT count(*) FROM ev');
+		my $look = $point eq 'append-after-log' ? "SELECT count(*) FROM pl;\n" : '';
+		$unit->{block} = 1;
+		$unit->{sql} = "BEGIN;\n" . $workload->insert_hp($unit) . $workload->insert_pl($unit, 40) . $look . $workload->insert_pl($unit, 3) . "COMMIT;\n";
+		$s->query_safe('SELECT count(*) FROM pl');
 		my $pid = $s->query_safe('SELECT pg_backend_pid()');
 		$oracle->begins($unit, 1);
 		$unit->{sent} = time();
 		sql($node, "SELECT event_store_test.inject_fault('$point', 'sleep')");
-		my $finished = 0;
-		my $sql = $point eq 'append-after-log' ? $unit->{sql} =~ s/INSERT INTO hp/SELECT count(*) FROM ev; INSERT INTO hp/r : $unit->{sql};
-		$s->query_until(qr/started/, "\\echo started\n$sql\n\\echo finished\n");
-		sleep 0.3;
+		$s->query_until(qr/started/, "\\echo started\n$unit->{sql}\n\\echo finished\n");
+		ok($node->poll_query_until('postgres', "SELECT event_store_test.fault_hits('$point') > 0"), "it has come to $point");
 		kill 'STOP', $pid;
-		sql($node, 'SELECT event_store_test.disarm_faults()');
-		# life goes on, everything is durable, WAL that it logged is kept
+		# its message ends before
+		my $lsn = sql($node, 'SELECT event_store_test.disarm_faults(), pg_current_wal_insert_lsn()') =~ s/^\|//r;
 		my $load = EventStore::Clients->new(
-			node => $node, n => 2, settings => ["SET lock_timeout = '1s'"],
+			node => $node, n => 2,
 			next => sub { my $u = $workload->unit('single'); $oracle->begins($u, 1); return $u; },
 			done => sub { my ($c, $u) = @_; $oracle->ends($u); });
+		my $done = $oracle->{counts}{committed};
 		$load->run(seconds => 1.5);
+		$load->drain(seconds => 60);
+		$load->close_all;
+		cmp_ok($oracle->{counts}{committed} - $done, '>', 20, "stopped at $point: others commit");
+		sql($node, 'SELECT event_store.sync()');
+		sql($node, 'SELECT pg_switch_wal()');
+		sql($node, 'CHECKPOINT');
+		is(restart_lsn_below($lsn), 't', "stopped at $point: what it logged is kept");
+		end_of('event_store shard%');
+		ok(wait_open($node), "stopped at $point: shards that were terminated are open");
+		sql($node, 'SELECT event_store.sync()');
+		is(restart_lsn_below($lsn), 't', "stopped at $point: it is kept by new shards, too");
 		kill 'CONT', $pid;
 		$s->query_until(qr/finished/, '');
 		$unit->{ended} = time();
 		$unit->{lines} = [ $s->{stderr} =~ /ERROR|FATAL/ ? 'ERROR' : 'COMMIT' ];
 		$oracle->ends($unit);
+		is($s->{stderr} =~ /ERROR|FATAL/ ? $s->{stderr} : '', '', "stopped at $point: it commits when it goes on");
 		$s->quit;
-		$load->drain(seconds => 60);
-		$load->close_all;
-		is($unit->{state}, 'committed', "stopped at $point: it commits when it goes on");
 		is($oracle->check($node), '', "stopped at $point: the oracle agrees");
+		ok($node->poll_query_until('postgres', "SELECT restart_lsn >= '$lsn' FROM pg_replication_slots WHERE slot_name = 'event_store'"),
+			"stopped at $point: then the WAL is let go");
+		kill_all($node);
+		$oracle->crashed;
+		crash_restart($node);
+		is($oracle->check($node), '', "stopped at $point: the oracle agrees after a crash");
 	}
 }
 
@@ -158,23 +179,32 @@ sub slot { return sql($node, q{SELECT count(*), bool_or(active), bool_or(restart
 is(slot(), '1|t|t', 'the slot is there, and held');
 $err = (try_sql($node, q{SELECT pg_drop_replication_slot('event_store')}))[2];
 like($err, qr/55006/, 'it cannot be dropped while it is held');
+# in the second between two keepers
 my $dropped = 0;
-foreach (1 .. 30)
+foreach (1 .. 10)
 {
-	end_of('event_store keeper');
-	($status) = try_sql($node, q{SELECT pg_drop_replication_slot('event_store')});
+	($status) = try_sql($node, <<'SQL');
+DO $$
+BEGIN
+	PERFORM pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'event_store keeper';
+	FOR i IN 1 .. 2000 LOOP
+		BEGIN
+			PERFORM pg_drop_replication_slot('event_store');
+			RETURN;
+		EXCEPTION WHEN object_in_use THEN
+			PERFORM pg_sleep(0.001);
+		END;
+	END LOOP;
+	RAISE 'the keeper was quicker';
+END $$;
+SQL
 	if ($status == 0) { $dropped = 1; last; }
-	sleep 0.1;
 }
-SKIP:
-{
-	skip 'the keeper was always quicker', 2 unless $dropped;
-	ok($node->poll_query_until('postgres', q{SELECT count(*) = 1 FROM pg_replication_slots WHERE slot_name = 'event_store' AND active}),
-		'dropped while the server runs: there is a new one');
-	ok($node->poll_query_until('postgres', q{SELECT bool_and(restart_lsn >= (SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = 'event_store')) FROM event_store.stat_shards}),
-		'which keeps what the shards need');
-}
-sql($node, "INSERT INTO ev (context_id, tid, ord) VALUES ('c1', 0, 1)") if 0;
+ok($dropped, 'it can be between two keepers');
+ok($node->poll_query_until('postgres', q{SELECT count(*) = 1 FROM pg_replication_slots WHERE slot_name = 'event_store' AND active}),
+	'dropped while the server runs: there is a new one');
+ok($node->poll_query_until('postgres', q{SELECT bool_and(restart_lsn >= (SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = 'event_store')) FROM event_store.stat_shards}),
+	'which keeps what the shards need');
 crash_restart($node);
 is($oracle->check($node), '', 'after the slot was dropped, and a crash: the oracle agrees');
 
@@ -211,16 +241,40 @@ is($oracle->check($node), '', 'and nothing is lost');
 
 # ---- WAL that is held back: no more than its own last second when events flow, 16 MB when quiet
 
-$clients->run(seconds => 2);
+# Bytes that the slot holds; and while events flow, those that are older than a second: where WAL ended a second ago.
+sub held { return sql($node, q{SELECT pg_current_wal_lsn() - restart_lsn FROM pg_replication_slots WHERE slot_name = 'event_store'}); }
+my $watch = $node->background_psql('postgres', on_error_stop => 0);
+my (@ends, @older);
+my $look = 0;
+$clients->run(seconds => 6, tick => sub {
+	return 1 if time() < $look + 0.1;
+	$look = time();
+	my ($end, $restart) = split /\|/, $watch->query_safe(
+		q{SELECT pg_current_wal_lsn() - '0/0'::pg_lsn, restart_lsn - '0/0'::pg_lsn FROM pg_replication_slots WHERE slot_name = 'event_store'});
+	push @ends, [ $look, $end ];
+	shift @ends while @ends > 1 && $ends[1][0] < $look - 1;
+	push @older, $ends[0][1] - $restart if $ends[0][0] < $look - 1;
+	return 1;
+});
 $clients->drain(seconds => 60);
-sleep 1.5;
-my $held = sql($node, q{SELECT pg_current_wal_lsn() - restart_lsn FROM pg_replication_slots WHERE slot_name = 'event_store'});
-cmp_ok($held, '<', 1024 * 1024, "a second after the load $held bytes are held");
+$watch->quit;
+my @sorted = sort { $a <=> $b } @older;
+cmp_ok(scalar(@sorted), '>', 10, scalar(@sorted) . ' looks during the load');
+# a machine that is busy with other things may make one group late
+cmp_ok($sorted[ int(@sorted * 0.75) ], '<=', 0, "three of four times nothing is held that is older than a second; at most $sorted[-1] bytes");
+my $held = 1e12;
+foreach (1 .. 50)
+{
+	$held = held();
+	last if $held < 1024 * 1024;
+	sleep 0.2;
+}
+cmp_ok($held, '<', 1024 * 1024, "after the load $held bytes are held");
 sql($node, q{CREATE TABLE ballast (v text); ALTER TABLE ballast ALTER v SET STORAGE external; INSERT INTO ballast SELECT repeat(md5(g::text), 60) FROM generate_series(1, 30000) g});
 $held = 1e12;
 foreach (1 .. 100)
 {
-	$held = sql($node, q{SELECT pg_current_wal_lsn() - restart_lsn FROM pg_replication_slots WHERE slot_name = 'event_store'});
+	$held = held();
 	last if $held < 17 * 1024 * 1024;
 	sleep 0.2;
 }

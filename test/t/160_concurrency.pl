@@ -145,8 +145,8 @@ is(gaps('doctors'), '0', 'versions have no gap');
 sql($node, 'INSERT INTO ev (context_id, n) SELECT g % 100, g FROM generate_series(1, 20000) g; ANALYZE ev');
 my $parallel = join(' ', map { "SET $_;" } 'max_parallel_workers_per_gather = 2', 'parallel_setup_cost = 0', 'parallel_tuple_cost = 0',
 	'min_parallel_table_scan_size = 0', 'parallel_leader_participation = off');
-my $plan = sql($node, "$parallel EXPLAIN SELECT count(*), sum(n) FROM ev");
-note($plan);
+my $plan = sql($node, "$parallel BEGIN; INSERT INTO ev (context_id, n) VALUES ('planned', 1); SAVEPOINT a; EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF, SUMMARY OFF) SELECT count(*), sum(n) FROM ev; ROLLBACK");
+like($plan, qr/Gather.*Workers Launched: [12]\b/s, 'in a transaction that has written, in a savepoint, a plan is parallel');
 $out = sql($node, "$parallel BEGIN; INSERT INTO ev (context_id, n) VALUES ('own', 1); SELECT count(*), sum(n) FROM ev; "
 	  . "SAVEPOINT a; INSERT INTO ev (context_id, n) VALUES ('own', 2); SELECT count(*), sum(n) FROM ev; "
 	  . "SAVEPOINT b; INSERT INTO ev (context_id, n) VALUES ('own', 3); ROLLBACK TO b; SELECT count(*), sum(n) FROM ev; "
@@ -155,6 +155,8 @@ $out = sql($node, "$parallel BEGIN; INSERT INTO ev (context_id, n) VALUES ('own'
 my $base = 20000 * 20001 / 2;
 is($out, join("\n", map { (20000 + $_->[0]) . '|' . ($base + $_->[1]) } [ 1, 1 ], [ 2, 3 ], [ 2, 3 ], [ 3002, 12003 ], [ 1, 1 ], [ 1, 1 ]),
 	'parallel SELECTs in savepoints see what was inserted before, and no more');
+$plan = sql($node, "$parallel EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF, SUMMARY OFF) CREATE TABLE planned USING event_store AS SELECT context_id, n FROM ev; DROP TABLE planned");
+like($plan, qr/Gather.*Workers Launched: [12]\b/s, 'so is that of CREATE TABLE AS');
 $out = sql($node, "$parallel CREATE TABLE copied USING event_store AS SELECT context_id, n FROM ev; SELECT count(*), sum(n) FROM copied");
 is($out, '20001|' . ($base + 1), 'CREATE TABLE AS from a parallel plan');
 

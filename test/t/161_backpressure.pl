@@ -92,12 +92,14 @@ my ($out, $err) = ('', '');
 my $file = PostgreSQL::Test::Utils::tempdir() . '/insert.sql';
 append_to_file($file, "SET event_store.enqueue_timeout = 0; INSERT INTO plain VALUES ('$context[1]', 0, ''); INSERT INTO plain $rows;\n");
 my $dies = IPC::Run::start([ 'psql', '-XAtq', '-d', $node->connstr('postgres'), '-f', $file ], '<', '/dev/null', '>', \$out, '2>', \$err, IPC::Run::timeout(60));
-sleep 1;
-sql($node, q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'INSERT INTO plain SELECT%' AND state = 'active'});
+my $waits = q{FROM pg_stat_activity WHERE query LIKE 'INSERT INTO plain SELECT%' AND state = 'active' AND wait_event_type = 'Extension'};
+ok($node->poll_query_until('postgres', "SELECT count(*) = 1 $waits"), 'a client waits for room');
+is(sql($node, "SELECT pg_terminate_backend(pid) $waits"), 't', 'and is terminated');
 eval { $dies->finish };
+ok($node->poll_query_until('postgres', "SELECT count(*) = 0 $waits"), 'it has gone');
 $count += 1;
 $c->query_until(qr/go/, "\\echo go\nINSERT INTO plain $rows;\n\\echo ended\n");
-sleep 0.5;
+ok($node->poll_query_until('postgres', "SELECT count(*) = 1 $waits"), 'another waits for room');
 sql($node, 'SELECT event_store.resume_shard(0)');
 $c->query_until(qr/ended/, '');
 is($c->{stderr} =~ /ERROR/ ? $c->{stderr} : '', '', 'who waited goes on when the shard is resumed');
@@ -110,6 +112,33 @@ foreach my $s (@s)
 	$s->quit;
 }
 is(sql($node, "SELECT count(*), max(version) FROM ev"), '4|4', 'all sessions go on');
+
+# ---- the high-water mark is exact: a shard that takes nothing has in its queue what was sent to it
+
+my $sender = $node->background_psql('postgres', on_error_stop => 0);
+$sender->query_safe('SELECT event_store_test.echo(1, 1)');
+sql($node, 'SELECT event_store.pause_shard(1)');
+sub sent
+{
+	my ($bytes, $times) = @_;
+	$sender->query_safe("SELECT event_store_test.send_without_waiting(1, $bytes, $times)") if $times > 0;
+	return $sender->query_safe('SELECT sent_bytes - taken_bytes FROM event_store_test.channel(1)');
+}
+my $base = sent(0, 0);
+my $twenty = sent(1000, 20);
+my $one = ($twenty - $base) / 20;
+cmp_ok($one, '>', 1000, "a message of 1000 bytes takes $one");
+cmp_ok($one, '<', 1100, 'and little more');
+is(counters(1)->{high}, $twenty, 'twenty of them are the high-water mark');
+sent(1000, 5);
+is(counters(1)->{high}, $base + 25 * $one, 'then twenty-five');
+sent(1800, 5);
+is(counters(1)->{high}, $base + 30 * $one + 5 * 800, 'and five longer ones');
+sql($node, 'SELECT event_store.resume_shard(1)');
+ok($node->poll_query_until('postgres', q{SELECT paused = false FROM event_store.stat_shards WHERE shard = 1}), 'resumed');
+sent(1000, 3);
+is(counters(1)->{high}, $base + 30 * $one + 5 * 800, 'it does not fall');
+$sender->quit;
 
 # ---- who may
 

@@ -251,6 +251,79 @@ test_every_length(void)
 	free(frame);
 }
 
+/*
+ * Reads the log as a starting shard does (shard/log_replay.c): all frames up to a durable end that a control block
+ * knows, and the last one's checksum must be the one that it remembers.  len: what is there of the file.
+ */
+static bool
+read_to_durable_end(const char *data, size_t len, size_t end, uint32_t end_crc, uint32_t *nframes)
+{
+	size_t	 at = 0;
+	size_t	 last_end = 0;
+	uint32_t crc = 0;
+
+	*nframes = 0;
+	while (at < end)
+	{
+		const EsFrameHeader *h;
+		const void			*payload;
+		size_t				 left = at < len ? (len < end ? len : end) - at : 0;
+		EsStatus status = es_frame_decode(data + (at < len ? at : len), left, OWN_LSN(at), SHARD, crc, &h,
+										  &payload, &crc, NULL);
+
+		if (status == ES_ERR_TRUNCATED)
+		{
+			at = (at / ES_WAL_BLOCK + 1) * ES_WAL_BLOCK;
+			continue;
+		}
+		if (status != ES_OK)
+			return false;
+		at += es_frame_size(h->payload_len);
+		last_end = at;
+		(*nframes)++;
+	}
+	return last_end == end && crc == end_crc;
+}
+
+static void
+test_every_cut(void)
+{
+	PROMISE("a log cut at any length is whole if its durable end lies before the cut, and refused if not");
+	for (int i = 0; i < 3; i++)
+	{
+		Log		 log = random_log(10);
+		uint32_t ends[2] = {log.nframes, 1 + (uint32_t) rnd_below(log.nframes - 1)};
+		char	*zeroed = calloc(1, log.len);
+
+		/* the log's last frame is durable; or an earlier one, and nobody believes what follows */
+		for (size_t cut = 0; cut <= log.len; cut++)
+		{
+			char *copy = exact_copy(log.data, cut);
+
+			for (int k = 0; k < 2; k++)
+			{
+				uint32_t n = ends[k];
+				size_t	 end = log.offset[n - 1] + es_frame_size(log.headers[n - 1].payload_len);
+				uint32_t crc = log.crcs[n - 1];
+				uint32_t found;
+				bool	 same;
+
+				CHECK(read_to_durable_end(copy, cut, end, crc, &found) == (cut >= end));
+				CHECK(found <= n && (cut < end || found == n));
+
+				/* the same with zeros where the rest was, as a file has that was filled ahead */
+				memset(zeroed, 0, log.len);
+				memcpy(zeroed, log.data, cut);
+				same = memcmp(zeroed, log.data, end) == 0;
+				CHECK(read_to_durable_end(zeroed, log.len, end, crc, &found) == same);
+			}
+			free(copy);
+		}
+		free(zeroed);
+		free(log.data);
+	}
+}
+
 static void
 test_place(void)
 {
@@ -536,6 +609,7 @@ main(void)
 	test_every_byte();
 	test_hole();
 	test_every_length();
+	test_every_cut();
 	test_place();
 	test_unpack();
 	test_control();

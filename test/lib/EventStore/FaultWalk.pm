@@ -1,11 +1,15 @@
 # Walks fault points: arms one, runs a load that reaches it until it has fired, waits until the server is back, and asks
 # the oracle. Which load reaches which point is one table here; test/t/11*_fault_walk_*.pl take a part each.
+#
+# A kill has fired when the log says that the point killed a process and that this process, and no other, was terminated by a
+# signal; an error when its pass was counted. Each action of a walk must fire at least once, in up to six tries of 10 s.
 
 package EventStore::FaultWalk;
 
 use strict;
 use warnings;
 use EventStore::Clients;
+use EventStore::Crashes;
 use EventStore::Oracle;
 use EventStore::Server qw(sql try_sql wait_open new_server crash_restart kill_all);
 use EventStore::Workload;
@@ -24,7 +28,7 @@ my @plan = (
 	[ qr/^server-|^prepare-/, 'backend', [] ],
 	[ qr/^recovery-reading/, 'start', ['unsynced'] ],
 	[ qr/^recovery-|^control-replaced|^log-(before-)?unclean|^wal-first|^manifest-(before-)?rewri|^pgwal/, 'start', ['restart'] ],
-	[ qr/^file-|^directory-sync/, 'start', ['restart'] ],
+	[ qr/^file-|^directory-sync|^uring-/, 'start', ['restart'] ],
 	[ qr/^stop-|^log-(before-)?clean|^keeper-before-exit/, 'start', ['stop'] ],
 	[ qr/^store-shard-adopted/, 'start', ['adopt'] ],
 	[ qr/^store-|^slot-(created|reserved|persisted)/, 'start', ['first'] ],
@@ -56,7 +60,7 @@ sub new
 	my $node = new_server($name, 'event_store.shards = 2', 'event_store.memtable_size = 1MB', 'event_store.spill_after = 64kB',
 		'event_store.wal_file_size = 1MB', 'autovacuum = off', 'max_wal_size = 256MB', @{ $self{conf} // [] });
 	my $self = bless {
-		node => $node, walked => 0, silent => [], workload => EventStore::Workload->new(large => 4000),
+		node => $node, walked => 0, wanted => {}, fired => {}, workload => EventStore::Workload->new(large => 4000),
 		oracle => EventStore::Oracle->new(allow => qr/fault injected/), %self
 	}, $class;
 
@@ -72,6 +76,8 @@ sub points
 	my @named = grep { $_->[0] =~ /$ENV{ES_POINTS}/ } @all if $ENV{ES_POINTS};
 
 	@all = @named if $ENV{ES_POINTS};
+	# passed only where io_uring is asked for
+	@all = grep { $_->[0] !~ /^uring-/ } @all if sql($self->{node}, 'SHOW event_store.io_method') eq 'sync';
 	return grep { (plan_of($_->[0]))[0] eq $part } @all;
 }
 
@@ -115,13 +121,53 @@ sub next_unit
 	return $unit;
 }
 
-# Runs the load with the point armed. True if it fired. $o{seconds}: how long it may take.
+# Processes that passed the point with this action, by the log from $offset on.
+sub firings
+{
+	my ($node, $point, $action, $offset) = @_;
+	my ($word) = $action =~ /^(\w+)/;
+	my @pids = PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset) =~ /^.*fault point \Q$point\E: $word in process (\d+) at /mg;
+	return @pids;
+}
+
+# When that happened first.
+sub fired_when
+{
+	my ($node, $point, $action, $offset) = @_;
+	my ($word) = $action =~ /^(\w+)/;
+	my ($when) = PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset) =~ /^.*fault point \Q$point\E: $word in process \d+ at ([\d.]+)$/m;
+	return $when;
+}
+
+# Since $offset the point has killed one process, the postmaster has seen that one end by signal 9, and nothing else
+# has crashed.
+sub killed_once
+{
+	my ($self, $node, $point, $offset, $name) = @_;
+	my @pids = firings($node, $point, 'kill', $offset);
+	my @ended;
+	my $end = time() + 10;
+
+	while (1)
+	{
+		@ended = PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset) =~ /\(PID (\d+)\) was terminated by signal 9/g;
+		last if @ended || time() > $end;
+		sleep 0.05;
+	}
+	# others may be killed by the postmaster after five seconds in which they did not quit
+	is(join(' ', scalar(@pids), grep { $_ == ($ended[0] // 0) } @pids), "1 " . ($pids[0] // 'process'), "$name: one process was killed there");
+	is(join("\n", EventStore::Crashes::unexplained($node->logfile, $offset)), '', "$name: nothing else has crashed");
+	return;
+}
+
+# Runs the load with the point armed. True if it fired. $o{seconds}: how long it may take; $o{synchronous}.
 sub under_load
 {
 	my ($self, $point, $action, $nth, $needs, %o) = @_;
 	my $node = $self->{node};
 	my $oracle = $self->{oracle};
 	my $kill = $action eq 'kill';
+	my $logged = $action !~ /^(error|fatal)/;
 	my ($lost, $fired_at, $polled, $committed_after) = (0, undef, 0, 0);
 	my $reconnect = grep { $_ eq 'reconnect' } @$needs;
 	my $overtaken = grep { $_ eq 'overtaken' } @$needs;
@@ -129,7 +175,7 @@ sub under_load
 	my $offset = -s $node->logfile;
 	my $clients;
 
-	$self->{synchronous} = rand() < 0.6 ? 1 : 0;
+	$self->{synchronous} = $o{synchronous} // (rand() < 0.6 ? 1 : 0);
 	sql($node, "SELECT event_store_test.inject_fault('$point', '$action', $nth)");
 	# one transaction stays between FINISH and its commit record
 	sql($node, "SELECT event_store_test.inject_fault('commit-after-send', 'sleep', 3)") if grep { $_ eq 'stuck' } @$needs;
@@ -145,7 +191,7 @@ sub under_load
 			$lost++ if $unit->{lost};
 			if ($unit->{sync})
 			{
-				$oracle->synced($unit->{sent}) unless $unit->{lost} || grep { /ERROR|FATAL/ } @{ $unit->{lines} };
+				$oracle->synced($unit->{sent}, $unit->{ended}) unless $unit->{lost} || grep { /ERROR|FATAL/ } @{ $unit->{lines} };
 			}
 			elsif ($unit->{tid})
 			{
@@ -156,7 +202,7 @@ sub under_load
 	$clients->run(
 		seconds => $o{seconds} // 10,
 		tick => sub {
-			return 0 if $kill && $lost;
+			return 0 if $lost && has_crashed($node, $offset);
 			if ($overtaken && time() > $polled + 1)
 			{
 				# the shard sleeps before it names a spill, while the transaction sends its FINISH
@@ -169,8 +215,12 @@ sub under_load
 			$polled = time();
 			if (!defined $fired_at)
 			{
-				my ($status, $out) = try_sql($node, "SELECT event_store_test.fault_hits('$point')");
-				$fired_at = time() if $status != 0 || $out >= $nth;
+				if ($logged) { $fired_at = time() if firings($node, $point, $action, $offset); }
+				else
+				{
+					my ($status, $out) = try_sql($node, "SELECT event_store_test.fault_hits('$point')");
+					$fired_at = time() if $status == 0 && $out >= $nth;
+				}
 				if (defined $fired_at && $action =~ /always/)
 				{
 					sleep 0.5;
@@ -182,19 +232,23 @@ sub under_load
 			return 0 if defined $fired_at && $committed_after >= 5;
 			return 1;
 		});
-	if ($kill ? $lost : has_crashed($node, $offset))
-	{
-		$clients->abandon;
-		$oracle->crashed;
-	}
-	else
+	if (!has_crashed($node, $offset))
 	{
 		try_sql($node, 'SELECT event_store_test.disarm_faults()');
 		$clients->drain(seconds => 60);
 		$clients->close_all;
 	}
-	$self->{recovered} = $committed_after >= 5 unless $kill;
-	return $kill ? $lost > 0 : defined $fired_at;
+	# also: while it was disarmed
+	my $crashed = has_crashed($node, $offset);
+	if ($crashed)
+	{
+		$clients->abandon;
+		$oracle->crashed(fired_when($node, $point, $action, $offset));
+	}
+	$oracle->problem('lost', "$lost connections were lost, but the server has not crashed") if $lost && !$crashed && $action !~ /fatal/;
+	$self->{recovered} = $committed_after >= 5 || $crashed unless $kill;
+	$self->{offset} = $offset;
+	return $logged ? firings($node, $point, $action, $offset) > 0 : defined $fired_at;
 }
 
 sub has_crashed
@@ -203,14 +257,14 @@ sub has_crashed
 	return PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset) =~ /terminating any other active server processes/;
 }
 
-# A postmaster with ES_FAULTS in its environment dies on the way; true if it did.
+# A postmaster with ES_FAULTS in its environment dies on the way, or some seconds after its shards are open; true if it did.
 sub at_start
 {
 	my ($self, $node, $point, $action, $nth) = @_;
 	local $ENV{ES_FAULTS} = "$point:$action:$nth";
 	my $offset = -s $node->logfile // 0;
-	my $end = time() + 15;
-	my $died = 0;
+	my $end = time() + 60;
+	my ($died, $open) = (0, 0);
 
 	$node->append_conf('postgresql.conf', 'restart_after_crash = off');
 	# not $node->start: it gives up when the server is gone before it has looked for its pid
@@ -218,8 +272,9 @@ sub at_start
 		'-o', '--cluster-name=' . $node->name, 'start');
 	while (time() < $end && !$died)
 	{
-		$died = -e $node->logfile
-		  && PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset) =~ /terminated by signal 9/;
+		$died = -e $node->logfile && firings($node, $point, $action, $offset) > 0;
+		my @opened = -e $node->logfile ? PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset) =~ /LOG:  event_store shard \d+ is open/g : ();
+		$end = time() + 5 if @opened >= 2 && !$open++;
 		sleep 0.05 unless $died;
 	}
 	# the postmaster ends by itself
@@ -236,31 +291,53 @@ sub at_start
 	return $died;
 }
 
-# One point, one action; adds the test's results.
+# One point, one action; adds the test's results. $o{synchronous}: synchronous_commit, else by chance; $o{tries}.
 sub walk
 {
-	my ($self, $point, $action, $nth) = @_;
+	my ($self, $point, $action, $nth, %o) = @_;
 	my ($part, $needs) = plan_of($point);
-	my $name = "$action at $point" . ($nth > 1 ? " ($nth)" : '');
+	my $name = "$action at $point" . ($nth > 1 ? " ($nth)" : '') . (defined $o{synchronous} ? ', ' . ($o{synchronous} ? 'synchronous' : 'asynchronous') : '');
 	my $node = $self->{node};
+	my $begin = time();
 	my $fired;
 
-	if (++$self->{walked} % 8 == 0)
+	foreach my $try (1 .. $o{tries} // 6)
 	{
-		EventStore::Workload::truncate_all($node);
-		$self->{oracle}->forget;
+		if (++$self->{walked} % 8 == 0 || $try > 1)
+		{
+			EventStore::Workload::truncate_all($node);
+			$self->{oracle}->forget;
+		}
+		if ($needs->[0] && $needs->[0] eq 'stop') { $fired = $self->at_stop($point, $nth); }
+		else { $fired = $self->under_load($point, $action, $try > 1 ? 1 : $nth, $needs, %o); }
+		$self->{fired}{"$action at $point"}++ if $fired;
+		my $open = wait_open($node);
+		ok($open, "$name: the shards are open" . ($fired ? '' : ' (it did not fire)'))
+		  or BAIL_OUT("$name: the shards do not open");
+		is($self->{oracle}->check($node), '', "$name: the oracle agrees");
+		last if $fired;
 	}
-	if ($needs->[0] && $needs->[0] eq 'stop') { $fired = $self->at_stop($point, $nth); }
-	else { $fired = $self->under_load($point, $action, $nth, $needs); }
-
-	$self->{fired}{$point}++ if $fired;
-	push @{ $self->{silent} }, $name unless $fired;
-	my $open = wait_open($node);
-	ok($open, "$name: the shards are open" . ($fired ? '' : ' (it did not fire)'))
-	  or BAIL_OUT("$name: the shards do not open");
-	is($self->{oracle}->check($node), '', "$name: the oracle agrees");
-	ok($self->{recovered}, "$name: work goes on") if $action ne 'kill' && $fired;
+	if ($action eq 'kill') { $self->killed_once($node, $point, $self->{offset}, $name) if $fired; }
+	else { ok($self->{recovered}, "$name: work goes on") if $fired; }
+	note sprintf('%s: %.1f s%s', $name, time() - $begin, $fired ? '' : ', silent');
 	return $fired;
+}
+
+# The same, and finish() wants it to have fired.
+sub walk_surely
+{
+	my ($self, $point, $action, $nth, %o) = @_;
+	$self->{wanted}{"$action at $point"} = 1;
+	return $self->walk($point, $action, $nth, %o);
+}
+
+# What a test of its own has done with a point: finish() wants that it fired.
+sub note_firing
+{
+	my ($self, $point, $fired) = @_;
+	$self->{wanted}{"kill at $point"} = 1;
+	$self->{fired}{"kill at $point"}++ if $fired;
+	return;
 }
 
 # Random transactions for some seconds, all of them ended.
@@ -290,7 +367,8 @@ sub at_stop
 	sql($node, "SELECT event_store_test.inject_fault('$point', 'kill', $nth)");
 	$node->append_conf('postgresql.conf', 'restart_after_crash = off');
 	$node->stop('fast', fail_ok => 1);
-	my $fired = PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset) =~ /terminated by signal 9/;
+	my $fired = firings($node, $point, 'kill', $offset);
+	$self->{offset} = $offset;
 	my $end = time() + 30;
 	sleep 0.05 while -e $node->data_dir . '/postmaster.pid' && time() < $end;
 	$node->{_pid} = undef;
@@ -300,7 +378,16 @@ sub at_stop
 	return $fired;
 }
 
-# Walks a part: kill at the first and at a later pass, and the errors that may happen.
+# Points that need a situation of their own, which walk_part does not make.
+sub is_special
+{
+	my ($point) = @_;
+	my (undef, $needs) = plan_of($point);
+	return scalar grep { /^(first|adopt|lost_slot|detach|unsynced)$/ } @$needs;
+}
+
+# Walks a part: kill at the first and at a later pass, and the errors that may happen. What decides about a commit is walked with
+# synchronous_commit on and off.
 sub walk_part
 {
 	my ($self, $part) = @_;
@@ -309,27 +396,33 @@ sub walk_part
 	{
 		my ($point, $may_throw, $may_fail, $process) = @$entry;
 		my (undef, $needs) = plan_of($point);
-		next if grep { /^(first|adopt|lost_slot|detach|unsynced)$/ } @$needs;
+		my $stop = grep { $_ eq 'stop' } @$needs;
+		next if is_special($point);
 
-		$self->walk($point, 'kill', 1);
-		$self->walk($point, 'kill', 2 + int(rand(6))) if $ENV{ES_LONG} && !grep { $_ eq 'stop' } @$needs;
-		$self->walk($point, 'error', 1) if $may_throw eq 't';
-		$self->walk($point, 'fatal', 1 + int(rand(3))) if $may_throw eq 't' && $ENV{ES_LONG};
-		$self->walk($point, 'enospc always', 1) if $may_fail eq 't';
-		$self->walk($point, 'eio', 1) if $may_fail eq 't' && $ENV{ES_LONG};
+		foreach my $synchronous ($point =~ /^(append|commit|reserve|horizon)-|^abort/ ? (1, 0) : (undef))
+		{
+			my %o = (synchronous => $synchronous);
+			$self->walk_surely($point, 'kill', 1, %o);
+			$self->walk($point, 'kill', 2 + int(rand(6)), %o, tries => 1) if $ENV{ES_LONG} && !$stop;
+			$self->walk_surely($point, 'error', 1, %o) if $may_throw eq 't';
+			$self->walk_surely($point, 'fatal', 1 + int(rand(3)), %o) if $may_throw eq 't' && $ENV{ES_LONG};
+			$self->walk_surely($point, 'enospc always', 1, %o) if $may_fail eq 't';
+			$self->walk_surely($point, 'eio', 1, %o) if $may_fail eq 't' && $ENV{ES_LONG};
+		}
 	}
 	return;
 }
 
-# Every point of the part has fired at least once.
+# Everything that was walked surely has fired; with $o{all}: every point of the part was.
 sub finish
 {
-	my ($self, $part) = @_;
-	my @never = grep { !$self->{fired}{$_} } map { $_->[0] } $self->points($part);
+	my ($self, $part, %o) = @_;
+	my @never = grep { !$self->{fired}{$_} } sort keys %{ $self->{wanted} };
+	my @left_out = grep { !$self->{wanted}{"kill at $_"} && ($o{all} || !is_special($_)) } map { $_->[0] } $self->points($part);
 	my $node = $self->{node};
 
-	is(join(' ', @never), '', 'every point of this part has fired');
-	note 'did not fire: ' . join(', ', @{ $self->{silent} }) if @{ $self->{silent} };
+	is(join(', ', @never), '', 'every action at every point of this part has fired');
+	is(join(', ', @left_out), '', 'no point was left out');
 	is(sql($node, 'SELECT count(*) FROM event_store.verify()'), '0', 'no file is damaged');
 	sql($node, 'SELECT event_store.flush()');
 	is($self->{oracle}->check($node), '', 'all flushed: the oracle agrees');

@@ -59,10 +59,7 @@ sub ends
 	$unit->{state} = EventStore::Workload::outcome($unit);
 	$unit->{durable} = $unit->{state} eq 'committed' && $unit->{synchronous};
 	$self->{counts}{ $unit->{state} }++;
-	if ($unit->{durable} && $unit->{sent} > ($self->{durable_since} // 0))
-	{
-		$self->{durable_since} = $unit->{sent};
-	}
+	$self->synced($unit->{sent}, $unit->{ended}) if $unit->{durable};
 	foreach my $line (@{ $unit->{lines} })
 	{
 		$unit->{versions}{$1} = $2 if $line =~ /^APPENDED (\d+) ([1-9]\d*) appended$/;
@@ -75,21 +72,30 @@ sub ends
 	return;
 }
 
-# sync() was called at $sent and has returned: what had been acknowledged before the call is durable.
+# sync(), or a synchronous commit, was called at $sent and has returned at $ended: what had been acknowledged before the call is
+# durable.
 sub synced
 {
-	my ($self, $sent) = @_;
-	$self->{durable_since} = $sent if $sent > ($self->{durable_since} // 0);
+	my ($self, $sent, $ended) = @_;
+	push @{ $self->{durable_since} }, [ $sent, $ended // time() ];
 	return;
 }
 
 # The server ended without a clean stop. What was acknowledged before a durable commit was sent is durable as
 # well: one log. The rest may be lost, whole. The next check() must come before any new unit.
+#
+# $when: a server that restarts by itself may have answered a sync() that was sent to it before it died: what was answered
+# later than this proves nothing about what was before.
 sub crashed
 {
-	my ($self) = @_;
-	my $since = $self->{durable_since} // 0;
+	my ($self, $when) = @_;
+	my $since = 0;
 
+	foreach my $proof (@{ delete $self->{durable_since} // [] })
+	{
+		next if defined $when && $proof->[1] >= $when;
+		$since = $proof->[0] if $proof->[0] > $since;
+	}
 	foreach my $unit (values %{ $self->{units} })
 	{
 		next if $unit->{state} ne 'committed' || $unit->{durable};
@@ -275,7 +281,7 @@ sub check_units
 			}
 		}
 		my $n = keys %$found;
-		my $story = "transaction $tid ($unit->{kind}, $unit->{state}"
+		my $story = "transaction $tid ($unit->{kind}, " . ($unit->{synchronous} ? '' : 'asynchronous, ') . $unit->{state}
 		  . ($unit->{seen} ? ', seen before' : '') . "): $n rows are there, expected $expected, missing $missing";
 
 		if ($unit->{state} eq 'committed')

@@ -247,7 +247,7 @@ est_shard_counter(PG_FUNCTION_ARGS)
 		const char		 *name;
 		pg_atomic_uint64 *counter;
 	} known[] = {{"messages", &counters->messages},
-				 {"queue_depth", &counters->queue_depth},
+				 {"last_drain", &counters->last_drain},
 				 {"queue_high_water", &counters->queue_high_water},
 				 {"queue_full_waits", &counters->queue_full_waits},
 				 {"queue_full_wait_us", &counters->queue_full_wait_us},

@@ -77,7 +77,7 @@ COMMENT ON FUNCTION shard_pid(integer) IS 'process of the shard, 0 = none';
 CREATE FUNCTION shard_counter(shard integer, name text) RETURNS bigint
 	AS 'MODULE_PATHNAME', 'est_shard_counter' LANGUAGE C STRICT VOLATILE;
 COMMENT ON FUNCTION shard_counter(integer, text) IS
-	'messages, queue_depth, queue_high_water, queue_full_waits, queue_full_wait_us or queue_timeouts';
+	'messages, last_drain, queue_high_water, queue_full_waits, queue_full_wait_us or queue_timeouts';
 
 -- ---- positions and horizon ----
 
