@@ -120,7 +120,7 @@ MAINT_OBJS = \
 	src/maint/worker.o
 
 TAM_OBJS = \
-	src/tam/commit.o \
+	src/tam/commit.o src/tam/content.o \
 	src/tam/estimate.o \
 	src/tam/given.o \
 	src/tam/handler.o \

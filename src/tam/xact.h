@@ -153,6 +153,10 @@ extern uint64 es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, 
 /* Content hash of a row of the table (16 bytes), as es_xact_insert stores it. */
 extern void es_content_hash(Relation rel, TupleTableSlot *slot, uint64 result[2]);
 
+/* The same of values as es_batch_add takes them (content.c). */
+extern void es_hash_content(TupleDesc desc, const EsTableInfo *info, const EsColumnDesc *columns,
+							const void *const *values, uint64 result[2]);
+
 /* Content hash of the last row with an event id that this backend inserted. */
 extern uint64 es_last_content_hash[2];
 

@@ -8,7 +8,7 @@ use EventStore::Server qw(new_server sql faults_compiled);
 use Test::More;
 use Time::HiRes qw(sleep time);
 
-my $node = new_server('slow', 'event_store.shards = 2');
+my $node = new_server('slow', 'event_store.shards = 2', q{shared_preload_libraries = 'commit_callback, event_store'});
 plan skip_all => 'no fault points in this build' unless faults_compiled($node);
 sql($node, <<'SQL');
 CREATE TABLE v (position bigint, context_id text, n int) USING event_store;
@@ -26,19 +26,21 @@ my $all = '0';
 
 foreach my $point (qw(reserve-after-publish reserve-after-take commit-after-reserve commit-after-log commit-after-send commit-after-commit horizon-before-push horizon-after-push))
 {
-	foreach my $end ('commits', 'is ended')
+	foreach my $end ('commits', 'fails')
 	{
 		my $committed = $point =~ /^commit-after-commit|^horizon/;
 		next if $end ne 'commits' && $committed;
 
 		my $s = $node->background_psql('postgres', on_error_stop => 0);
-		my $pid = $s->query_safe('SELECT pg_backend_pid() FROM v LIMIT 1');
+		$s->query_safe('SELECT count(*) FROM v');
+		# another library's callback behind ours
+		my $fails = $end eq 'commits' ? '' : q{SET LOCAL commit_callback.statement = 'SELECT 1 / 0';};
 		my $slow = ++$n;
 		my $quick = ++$n;
 		my $name = "$point, $end";
 
 		sql($node, "SELECT event_store_test.inject_fault('$point', 'sleep')");
-		$s->query_until(qr/go/, "\\echo go\nINSERT INTO v (context_id, n) VALUES ('slow', $slow);\n\\echo done\n");
+		$s->query_until(qr/go/, "\\echo go\nBEGIN; $fails INSERT INTO v (context_id, n) VALUES ('slow', $slow); COMMIT;\n\\echo done\n");
 		ok($node->poll_query_until('postgres', "SELECT event_store_test.fault_hits('$point') > 0"), "$name: a committer sleeps");
 
 		# others commit; those of the same table are visible, but nobody passes the slow one
@@ -60,10 +62,8 @@ foreach my $point (qw(reserve-after-publish reserve-after-take commit-after-rese
 		}
 		is(sql($node, q{SELECT event_store.horizon('other') > max(position) FROM other}), 't', "$name: another table's horizon does not wait");
 
-		sql($node, "SELECT pg_terminate_backend($pid)") if $end ne 'commits';
 		sql($node, 'SELECT event_store_test.disarm_faults()');
-		if ($end eq 'commits') { $s->query_until(qr/done/, ''); }
-		else { $node->poll_query_until('postgres', "SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = $pid"); }
+		$s->query_until(qr/done/, '');
 		eval { $s->quit };
 		my $now = rows();
 		$all = $now;
