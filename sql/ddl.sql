@@ -133,9 +133,12 @@ DROP POLICY only_c1 ON e;
 REVOKE ALL ON e FROM regress_reader;
 DROP ROLE regress_reader;
 -- a publication carries none of the rows
+SET client_min_messages = error; -- PostgreSQL's own about wal_level
+CREATE PUBLICATION pub;
+CREATE PUBLICATION pub_heap;
 SET client_min_messages = warning;
-CREATE PUBLICATION pub FOR TABLE e, h;
-CREATE PUBLICATION pub_heap FOR TABLE h;
+ALTER PUBLICATION pub ADD TABLE e, h;
+ALTER PUBLICATION pub_heap ADD TABLE h;
 DROP PUBLICATION pub, pub_heap;
 RESET client_min_messages;
 DROP FUNCTION same;

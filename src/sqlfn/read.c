@@ -4,7 +4,7 @@
  *	  replay() and read_all(): events of one context from its shard, and of all of them in the
  *	  global order.
  *
- * Rows stream: each call fetches the next row of a reader, which holds two answers at most.
+ * Rows stream: they come from a reader, which holds two answers at most.
  * Under row security the executor reads the table instead, through a query that says
  * the same, so policies apply.
  *
@@ -71,27 +71,74 @@ close_read(Datum arg)
 	state->rel = NULL;
 }
 
+/*
+ * In FROM the executor puts all rows into a tuplestore before it goes on; then they go there
+ * directly.  Elsewhere each call returns one.
+ */
+static bool
+wants_all(FunctionCallInfo fcinfo)
+{
+	const ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+	int					 all = SFRM_Materialize | SFRM_Materialize_Preferred;
+
+	return rsinfo != NULL && IsA(rsinfo, ReturnSetInfo) && (rsinfo->allowedModes & all) == all;
+}
+
 static ReadState *
-begin_read(FunctionCallInfo fcinfo, FuncCallContext *funcctx, Relation rel, Snapshot snapshot,
-		   const EsReaderSpec *spec)
+begin_read(FunctionCallInfo fcinfo, Relation rel, Snapshot snapshot, const EsReaderSpec *spec)
 {
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
 	ReadState	  *state = palloc0(sizeof(ReadState));
 
+	/* first: shards work on it while the rest is prepared */
+	state->rel = rel;
+	state->reader = es_reader_begin(rel, snapshot, spec);
 	if (get_call_result_type(fcinfo, NULL, &state->desc) != TYPEFUNC_COMPOSITE)
 		elog(ERROR, "return type must be a row type");
 	state->desc = BlessTupleDesc(state->desc);
-	state->rel = rel;
 	state->map = es_event_map(rel, state->desc);
 	state->values = palloc(sizeof(Datum) * Max(state->desc->natts, 1));
 	state->nulls = palloc(sizeof(bool) * Max(state->desc->natts, 1));
 	state->slot = table_slot_create(rel, NULL);
-	state->reader = es_reader_begin(rel, snapshot, spec);
 	state->row_context =
 		AllocSetContextCreate(CurrentMemoryContext, "event_store row", ALLOCSET_DEFAULT_SIZES);
 	RegisterExprContextCallback(rsinfo->econtext, close_read, PointerGetDatum(state));
-	funcctx->user_fctx = state;
 	return state;
+}
+
+static void
+end_read(FunctionCallInfo fcinfo, ReadState *state)
+{
+	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+
+	UnregisterExprContextCallback(rsinfo->econtext, close_read, PointerGetDatum(state));
+	close_read(PointerGetDatum(state));
+}
+
+/* The next row's values; false behind the last one. */
+static bool
+read_values(ReadState *state)
+{
+	MemoryContext old;
+
+	if (!es_reader_next(state->reader, state->slot))
+		return false;
+	MemoryContextReset(state->row_context);
+	old = MemoryContextSwitchTo(state->row_context);
+	es_event_values(state->map, state->slot, state->values, state->nulls);
+	MemoryContextSwitchTo(old);
+	return true;
+}
+
+static Datum
+all_rows(FunctionCallInfo fcinfo, ReadState *state)
+{
+	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+
+	while (read_values(state))
+		tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, state->values, state->nulls);
+	end_read(fcinfo, state);
+	return (Datum) 0;
 }
 
 static Datum
@@ -99,26 +146,45 @@ next_row(FunctionCallInfo fcinfo)
 {
 	FuncCallContext *funcctx = SRF_PERCALL_SETUP();
 	ReadState		*state = funcctx->user_fctx;
-	MemoryContext	 old;
 	HeapTuple		 tuple;
 
-	if (state == NULL || !es_reader_next(state->reader, state->slot))
+	if (state == NULL || !read_values(state))
 	{
 		if (state != NULL)
-		{
-			ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
-
-			UnregisterExprContextCallback(rsinfo->econtext, close_read, PointerGetDatum(state));
-			close_read(PointerGetDatum(state));
-		}
+			end_read(fcinfo, state);
 		SRF_RETURN_DONE(funcctx);
 	}
-	MemoryContextReset(state->row_context);
-	old = MemoryContextSwitchTo(state->row_context);
-	es_event_values(state->map, state->slot, state->values, state->nulls);
-	MemoryContextSwitchTo(old);
 	tuple = heap_form_tuple(state->desc, state->values, state->nulls);
 	SRF_RETURN_NEXT(funcctx, HeapTupleGetDatum(tuple));
+}
+
+/*
+ * Begins to read, or closes the relation if there is `nothing` to read; in FROM returns all rows at once.
+ * Everything that the caller made is in the context of the call, or of all calls.
+ */
+static Datum
+first_rows(FunctionCallInfo fcinfo, FuncCallContext *funcctx, Relation rel, Snapshot snapshot,
+		   const EsReaderSpec *spec, bool nothing)
+{
+	if (funcctx == NULL)
+	{
+		InitMaterializedSRF(fcinfo, 0);
+		if (nothing)
+			table_close(rel, NoLock);
+		else
+			(void) all_rows(fcinfo, begin_read(fcinfo, rel, snapshot, spec));
+		return (Datum) 0;
+	}
+	if (nothing)
+		table_close(rel, NoLock);
+	else
+	{
+		MemoryContext old = MemoryContextSwitchTo(funcctx->multi_call_memory_ctx);
+
+		funcctx->user_fctx = begin_read(fcinfo, rel, snapshot, spec);
+		MemoryContextSwitchTo(old);
+	}
+	return next_row(fcinfo);
 }
 
 /* ---- under row security: a query of the same meaning, materialized ---- */
@@ -302,15 +368,14 @@ es_replay(PG_FUNCTION_ARGS)
 {
 	if (SRF_IS_FIRSTCALL())
 	{
-		FuncCallContext *funcctx;
-		MemoryContext	 old;
+		FuncCallContext *funcctx = NULL;
+		MemoryContext	 old = CurrentMemoryContext;
 		Relation		 rel;
 		EsRoles			 roles;
 		ReplayArgs		 a;
 		EsContextArg	 context;
 		EsReaderSpec	 spec;
 		StringInfoData	 filters;
-		bool			 nothing = false;
 
 		if (PG_ARGISNULL(0))
 			ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("context_id must not be NULL")));
@@ -321,8 +386,11 @@ es_replay(PG_FUNCTION_ARGS)
 			(a.has_since && TupleDescAttr(RelationGetDescr(rel), a.since_column - 1)->atthasmissing))
 			return replay_by_query(fcinfo, rel, &a);
 
-		funcctx = SRF_FIRSTCALL_INIT();
-		old = MemoryContextSwitchTo(funcctx->multi_call_memory_ctx);
+		if (!wants_all(fcinfo))
+		{
+			funcctx = SRF_FIRSTCALL_INIT();
+			MemoryContextSwitchTo(funcctx->multi_call_memory_ctx);
+		}
 		roles = es_table_info(rel)->roles;
 		es_context_arg(rel, a.context, &context);
 
@@ -332,7 +400,6 @@ es_replay(PG_FUNCTION_ARGS)
 		spec.context = context.bytes;
 		spec.context_len = context.len;
 		spec.context_hash = context.hash;
-		nothing = a.max_count == 0;
 		spec.max_rows = a.max_count > 0 ? a.max_count : 0;
 
 		initStringInfo(&filters);
@@ -363,11 +430,8 @@ es_replay(PG_FUNCTION_ARGS)
 		spec.filters = filters.data;
 		spec.filters_len = filters.len;
 
-		if (!nothing)
-			begin_read(fcinfo, funcctx, rel, GetActiveSnapshot(), &spec);
-		else
-			table_close(rel, NoLock);
 		MemoryContextSwitchTo(old);
+		return first_rows(fcinfo, funcctx, rel, GetActiveSnapshot(), &spec, a.max_count == 0);
 	}
 	return next_row(fcinfo);
 }
@@ -379,8 +443,8 @@ es_read_all(PG_FUNCTION_ARGS)
 {
 	if (SRF_IS_FIRSTCALL())
 	{
-		FuncCallContext *funcctx;
-		MemoryContext	 old;
+		FuncCallContext *funcctx = NULL;
+		MemoryContext	 old = CurrentMemoryContext;
 		Relation		 rel;
 		EsTableKey		 key;
 		EsRoles			 roles;
@@ -396,9 +460,11 @@ es_read_all(PG_FUNCTION_ARGS)
 		key = es_table_info(rel)->key;
 		roles = es_table_info(rel)->roles;
 
-		funcctx = SRF_FIRSTCALL_INIT();
-		old = MemoryContextSwitchTo(funcctx->multi_call_memory_ctx);
-
+		if (!wants_all(fcinfo))
+		{
+			funcctx = SRF_FIRSTCALL_INIT();
+			MemoryContextSwitchTo(funcctx->multi_call_memory_ctx);
+		}
 		es_reader_spec_init(&spec);
 		initStringInfo(&filters);
 		nothing = max_count == 0;
@@ -447,7 +513,8 @@ es_read_all(PG_FUNCTION_ARGS)
 			if (!PG_ARGISNULL(2))
 				appendStringInfo(&where, " AND event_type::pg_catalog.text = ANY (%s::pg_catalog.text[])",
 								 quote_literal_cstr(OidOutputFunctionCall(F_ARRAY_OUT, PG_GETARG_DATUM(2))));
-			end_MultiFuncCall(fcinfo, funcctx);
+			if (funcctx != NULL)
+				end_MultiFuncCall(fcinfo, funcctx);
 			/* not read-only: SPI then takes a new snapshot, which is behind the horizon's reading */
 			return read_by_query(fcinfo, rel, where.data, "ORDER BY \"position\"", nothing ? 0 : max_count,
 								 false);
@@ -461,11 +528,8 @@ es_read_all(PG_FUNCTION_ARGS)
 		spec.filters = filters.data;
 		spec.filters_len = filters.len;
 
-		if (!nothing && horizon > spec.after + 1)
-			begin_read(fcinfo, funcctx, rel, snapshot, &spec);
-		else
-			table_close(rel, NoLock);
 		MemoryContextSwitchTo(old);
+		return first_rows(fcinfo, funcctx, rel, snapshot, &spec, nothing || horizon <= spec.after + 1);
 	}
 	return next_row(fcinfo);
 }

@@ -18,6 +18,7 @@
 
 #include "access/tupdesc_details.h"
 #include "common/hashfn.h"
+#include "fmgr.h"
 
 #include "core/route.h"
 #include "tam/tam.h"
