@@ -8,7 +8,7 @@ CREATE TABLE src (id int, b bool, i2 int2, i4 int4, i8 int8, f4 float4, f8 float
 INSERT INTO src
 SELECT i, i % 2 = 0, i, i, i * 1000000000::bigint, i / 3.0, i / 7.0, i * 1.0000000001::numeric ^ 30, repeat('t', i * 13), 'v' || i, 'c' || i, 'name' || i,
   decode(md5(i::text), 'hex'), md5(i::text)::uuid, '2020-01-01'::date + i, '12:00'::time + i * interval '1 s', '12:00+02'::timetz, '2020-01-01'::timestamp + i * interval '1 day',
-  '2020-01-01 00:00+00'::timestamptz + i * interval '1 h', i * interval '1 month 2 days', '{"a" : 1}', jsonb_build_object('i', i, 'long', repeat('x', i * 50)), '<a/>', point(i, -i), box(point(0,0), point(i, i)),
+  '2020-01-01 00:00+00'::timestamptz + i * interval '1 h', i * interval '1 month 2 days', '{"a" : 1}', jsonb_build_object('i', i, 'long', repeat('x', i * 50)), NULL, point(i, -i), box(point(0,0), point(i, i)),
   '10.0.0.1'::inet + i, '10.1.0.0/16', '08:00:2b:01:02:03', i::bit(5), '101'::varbit, ARRAY[i, NULL, i + 1], ARRAY['a', repeat('b', i), NULL], int4range(i, i + 5), '{[1,3),[5,7)}',
   (ARRAY['sad', 'ok', 'happy'])[1 + i % 3]::mood, ROW(i, 'p' || i)::pair, i + 1, 'q', i, to_tsvector('simple', 'word' || i), i::numeric::money
 FROM generate_series(0, 59) i;

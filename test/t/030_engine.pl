@@ -94,7 +94,8 @@ foreach my $mode (qw(immediate fast smart))
 	$node->safe_psql('postgres', $one);
 	$node->safe_psql('postgres', 'SELECT event_store.flush()');
 	consistent("flushed after $mode");
-	$node->restart($mode);
+	$node->stop($mode);
+	$node->start;
 	consistent("flushed and restarted, $mode");
 }
 
