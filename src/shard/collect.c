@@ -43,6 +43,7 @@
 #include "ipc/server.h"
 #include "shard/apply.h"
 #include "shard/collect.h"
+#include "shard/idle.h"
 #include "shard/log.h"
 #include "shard/shard.h"
 
@@ -162,6 +163,7 @@ stage(const EsBatchRequest *r, Size len)
 static void
 on_message(EsConn *conn, const EsRequest *req, Size len)
 {
+	es_idle_message(conn->slot);
 	switch ((EsRequestType) req->type)
 	{
 		case ES_REQ_BATCH:
