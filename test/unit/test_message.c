@@ -15,7 +15,8 @@ __asan_default_options(void)
 	return "allocator_may_return_null=1:max_allocation_size_mb=256";
 }
 
-static const uint8_t uuid[ES_UUID_LEN] = "store uuid 16 by";
+static const uint8_t uuid[ES_UUID_LEN] = {'s', 't', 'o', 'r', 'e', ' ', 'u', 'u',
+										  'i', 'd', ' ', '1', '6', ' ', 'b', 'y'};
 
 /* ---- messages as lists of records ---- */
 
