@@ -271,7 +271,14 @@ foreach my $how ('cancel', 'crash')
 	# DROP DATABASE waits for a checkpoint in its middle: the database is there, but nobody can connect to it
 	$name = "DROP DATABASE, $how";
 	my $checkpointer = sql($node, q{SELECT pid FROM pg_stat_activity WHERE backend_type = 'checkpointer'});
-	my $left = sql($node, 'SELECT sum(memtable_rows + segment_rows) FROM event_store.stat_shards');
+	# what was dropped before is collected meanwhile
+	my ($left, $seen) = (-1, -2);
+	while ($left != $seen)
+	{
+		$seen = $left;
+		sleep 3 if $seen >= 0;
+		$left = sql($node, 'SELECT sum(memtable_rows + segment_rows) FROM event_store.stat_shards');
+	}
 	kill 'STOP', $checkpointer;
 	my $begin = time();
 	$said = cut_off($how, 'DROP DATABASE big', sub { time() > $begin + 1 });
