@@ -77,7 +77,7 @@ SHARD_OBJS = \
 	src/shard/finish_pending.o \
 	src/shard/flush.o \
 	src/shard/flush_request.o \
-	src/shard/heads.o src/shard/idle.o \
+	src/shard/heads.o \
 	src/shard/keeper.o \
 	src/shard/log.o \
 	src/shard/log_file.o \

@@ -170,7 +170,6 @@ es_shmem_startup(void)
 		es_shared->ring_lock = &GetNamedLWLockTranche(TRANCHE_RING)->lock;
 		pg_atomic_init_u32(&es_shared->table_waiters, 0);
 		pg_atomic_init_u32(&es_shared->spinners, 0);
-		pg_atomic_init_u32(&es_shared->spinning_shards, 0);
 
 		es_shared->jobs = (EsJobQueue *) memory;
 		es_shared->jobs->lock = &GetNamedLWLockTranche(TRANCHE_JOBS)->lock;

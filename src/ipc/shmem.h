@@ -240,8 +240,7 @@ typedef struct EsShared
 	EsHorizonEntry ring_overflow;		/* folded entries, of all tables */
 	uint64		   ring_oldest_running; /* no snapshot considers an older fxid running */
 
-	pg_atomic_uint32 spinners;		  /* backends that spin for an answer; at most one does */
-	pg_atomic_uint32 spinning_shards; /* shards that spin for a question; at most one does */
+	pg_atomic_uint32 spinners; /* backends that spin for an answer; at most one does */
 
 	/* --- waiting (wait_for_events) --- */
 	pg_atomic_uint32 table_waiters; /* how many wait for a table: who clears the slot that was the

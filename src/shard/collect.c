@@ -43,7 +43,6 @@
 #include "ipc/server.h"
 #include "shard/apply.h"
 #include "shard/collect.h"
-#include "shard/idle.h"
 #include "shard/log.h"
 #include "shard/shard.h"
 
@@ -163,7 +162,6 @@ stage(const EsBatchRequest *r, Size len)
 static void
 on_message(EsConn *conn, const EsRequest *req, Size len)
 {
-	es_idle_message(conn->slot);
 	switch ((EsRequestType) req->type)
 	{
 		case ES_REQ_BATCH:

@@ -52,7 +52,6 @@
 #include "shard/arena.h"
 #include "shard/collect.h"
 #include "shard/files.h"
-#include "shard/idle.h"
 #include "shard/log.h"
 #include "shard/segments.h"
 #include "shard/shard.h"
@@ -60,6 +59,7 @@
 
 /* µs of scanning per turn while other work waits */
 #define SCAN_SLICE 1000
+#define NAP		   1000L /* µs between two looks at the queues while only commits come */
 /* ms between two polls of verdicts, sweeps of connections and the like */
 #define POLL_INTERVAL 1000
 /* ms until a shard that must not open tries again */
@@ -348,6 +348,22 @@ es_worker_make_room(void)
 		es_apply_limit_staging();
 		wait_for_events(10);
 	} while (es_worker_overloaded());
+}
+
+/*
+ * After a turn that took only what needs no answer (commits): sleeps a moment without
+ * the latch, so that those who commit meanwhile find a latch that is set or that nobody
+ * sleeps on, and need no system call; the next turn takes all of them at once.
+ * es_wake_shard ends it with a signal.
+ */
+static void
+nap(long timeout)
+{
+	pg_atomic_write_u32(&es_shard->napping, 1);
+	pg_memory_barrier();
+	if (pg_atomic_read_u32(&es_shard->urgent) == 0)
+		pg_usleep(Min(timeout * 1000L, NAP));
+	pg_atomic_write_u32(&es_shard->napping, 0);
 }
 
 static long
@@ -681,8 +697,8 @@ es_shard_main(Datum arg)
 			stay_detached();
 		}
 		if (timeout != 0 && taken > 0 && idle && !urgent)
-			es_idle_nap(timeout < 0 ? 1 : timeout);
-		else if (timeout != 0 && !(taken > 0 && idle && es_idle_spin()))
+			nap(timeout < 0 ? 1 : timeout);
+		else if (timeout != 0)
 			wait_for_events(timeout);
 		else if (!PostmasterIsAlive())
 			proc_exit(1);
