@@ -184,5 +184,18 @@ SET ROLE rs_other;
 ALTER TABLE rs SET ACCESS METHOD heap;
 RESET ROLE;
 DROP ROLE rs_other;
+-- a savepoint takes along what one that was released into it had noted, also when it notes some itself
+CREATE TABLE rs_nested (position bigint, context_id text, n int) USING event_store;
+BEGIN;
+SAVEPOINT outer_one;
+SAVEPOINT inner_one;
+INSERT INTO rs_nested SELECT event_store.horizon('rs_nested') + i, 'a', i FROM generate_series(1, 2) i;
+RELEASE inner_one;
+INSERT INTO rs_nested SELECT event_store.horizon('rs_nested') + 3, 'a', 3;
+ROLLBACK TO outer_one;
+INSERT INTO rs_nested SELECT event_store.horizon('rs_nested') + i, 'a', i FROM generate_series(1, 3) i;
+COMMIT;
+SELECT n FROM rs_nested ORDER BY position;
+DROP TABLE rs_nested;
 DROP TABLE rs_v, rs_copy, rs_neither, rs_late, rs_p, rs_heap, rs, rs_toast, rs_saved;
 DROP FUNCTION rs_order, rs_check;

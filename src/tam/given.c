@@ -41,7 +41,7 @@
 
 #define BUFFER_POSITIONS 1024
 
-/* How many positions there were when the subtransaction noted its first. */
+/* How many positions there were when the subtransaction, or one released into it, noted its first. */
 typedef struct Mark
 {
 	SubTransactionId subid;
@@ -93,9 +93,11 @@ write_buffer(EsGiven *g)
 static void
 mark_subtransaction(EsGiven *g, SubTransactionId subid)
 {
+	uint64 n = g->n;
+
 	/* what is above has been released: it goes when this one goes */
 	while (g->nmarks > 0 && g->marks[g->nmarks - 1].subid > subid)
-		g->nmarks--;
+		n = g->marks[--g->nmarks].n;
 	if (g->nmarks > 0 && g->marks[g->nmarks - 1].subid == subid)
 		return;
 	if (g->nmarks == g->marks_allocated)
@@ -104,7 +106,7 @@ mark_subtransaction(EsGiven *g, SubTransactionId subid)
 		g->marks = g->marks == NULL ? MemoryContextAlloc(es_xact->context, g->marks_allocated * sizeof(Mark))
 									: repalloc_huge(g->marks, g->marks_allocated * sizeof(Mark));
 	}
-	g->marks[g->nmarks++] = (Mark){subid, g->n};
+	g->marks[g->nmarks++] = (Mark){subid, n};
 }
 
 static void
