@@ -3,60 +3,18 @@
 
 use strict;
 use warnings;
-use PostgreSQL::Test::Cluster;
+use EventStore::FlushLoad qw(flush_server);
+use EventStore::Server qw(wait_open);
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(sleep);
 
-my $node = PostgreSQL::Test::Cluster->new('engine');
-$node->init;
-$node->append_conf('postgresql.conf', <<'CONF');
-shared_preload_libraries = 'event_store'
-wal_level = replica
-event_store.shards = 2
-event_store.spill_after = 64kB
-max_worker_processes = 16
-fsync = on
-CONF
-$node->start;
+my $node = flush_server('engine', 'event_store.memtable_size = 64MB', 'event_store.wal_file_size = 16MB');
 
-$node->safe_psql('postgres', <<'SQL');
-CREATE EXTENSION event_store;
-CREATE TABLE plain (position bigint, context_id text, n int, filler text) USING event_store;
-CREATE TABLE versioned (position bigint, context_id text, version bigint, n int) USING event_store;
-CREATE TABLE heap (kind text, context_id text, n int);
-SQL
-
-# What is in the event tables is what is in the heap table; versions have no gap and agree with positions.
 sub consistent
 {
 	my ($name) = @_;
-	my $wrong = $node->safe_psql('postgres', <<'SQL');
-SELECT 'plain differs: ' || (SELECT count(*) FROM plain) || ' <> ' || (SELECT count(*) FROM heap WHERE kind = 'plain')
-WHERE (SELECT (count(*), count(DISTINCT position), sum(hashtext(context_id || n)::bigint))::text FROM plain)
-   <> (SELECT (count(*), count(*), sum(hashtext(context_id || n)::bigint))::text FROM heap WHERE kind = 'plain')
-UNION ALL
-SELECT 'versioned differs: ' || (SELECT count(*) FROM versioned) || ' <> ' || (SELECT count(*) FROM heap WHERE kind = 'versioned')
-WHERE (SELECT (count(*), count(DISTINCT position), sum(hashtext(context_id || n)::bigint))::text FROM versioned)
-   <> (SELECT (count(*), count(*), sum(hashtext(context_id || n)::bigint))::text FROM heap WHERE kind = 'versioned')
-UNION ALL
-SELECT 'gap in ' || context_id FROM versioned GROUP BY context_id
-HAVING count(*) <> max(version) OR min(version) <> 1 OR count(DISTINCT version) <> count(*)
-UNION ALL
-SELECT 'order in ' || context_id FROM (SELECT context_id, version,
-	row_number() OVER (PARTITION BY context_id ORDER BY position) AS rank FROM versioned) x
-WHERE version <> rank
-UNION ALL
-SELECT 'no position' FROM plain WHERE position IS NULL
-SQL
-	is($wrong, '', "$name: all that was committed is there, once and in order");
-	return;
-}
-
-sub shards_open
-{
-	return $node->poll_query_until('postgres',
-		q{SELECT count(*) = 2 FROM event_store.stat_shards WHERE state = 'open'});
+	return EventStore::FlushLoad::consistent($node, $name);
 }
 
 # ---- every way to stop ----
@@ -116,7 +74,7 @@ is($session->query_safe(q{SELECT count(*) FROM plain WHERE context_id LIKE 'long
 $node->safe_psql('postgres',
 	q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type LIKE 'event_store shard%'});
 sleep 0.5;
-ok(shards_open(), 'terminated shards come back');
+ok(wait_open($node), 'terminated shards come back');
 is($session->query_safe(q{SELECT count(*) FROM plain WHERE context_id LIKE 'long%'}), '2000',
 	'own rows are visible after the restart of the shards');
 $session->query_safe(q{INSERT INTO plain VALUES (NULL, 'long', 0, '')});
@@ -160,7 +118,7 @@ load(8, sub {
 			  . "WHERE backend_type = 'event_store shard " . ($i % 2) . "'");
 	}
 });
-ok(shards_open(), 'shards are open after the load');
+ok(wait_open($node), 'shards are open after the load');
 consistent('shards terminated under load');
 
 foreach my $mode (qw(immediate fast immediate))
