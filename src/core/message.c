@@ -48,6 +48,7 @@ struct EsMessageWriter
 	int				own_parts_cap;
 	char		   *buffer; /* joined and compressed payload */
 	size_t			buffer_cap;
+	LZ4_stream_t   *lz4; /* its table is cleared once, not for each of many small messages */
 };
 
 static EsMessageWriter *spare_writer = NULL;
@@ -59,6 +60,7 @@ writer_free(EsMessageWriter *w)
 		return;
 	free(w->own_parts);
 	free(w->buffer);
+	LZ4_freeStream(w->lz4);
 	free(w);
 }
 
@@ -112,8 +114,13 @@ compress_payload(EsMessageWriter *w)
 			joined += w->parts[i].len;
 		}
 	}
-	stored_len = LZ4_compress_default(raw, w->buffer, (int) raw_len, (int) room);
-	if (stored_len > 0)
+	if (w->lz4 == NULL && (w->lz4 = LZ4_createStream()) == NULL)
+		return ES_ERR_NOMEM;
+	LZ4_resetStream_fast(w->lz4);
+	stored_len = LZ4_compress_fast_continue(w->lz4, raw, w->buffer, (int) raw_len, (int) room, 1);
+	if (stored_len <= 0)
+		(void) LZ4_initStream(w->lz4, sizeof(*w->lz4)); /* it did not fit: the stream is undefined now */
+	else
 	{
 		w->header.flags = ES_MESSAGE_LZ4;
 		w->header.stored_len = (uint32_t) stored_len;
