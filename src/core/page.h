@@ -144,6 +144,7 @@ typedef struct EsPage
 	struct EsPage *hash_next;
 	struct EsPage *newer;
 	struct EsPage *older;
+	bool		   used; /* since it became the newest */
 } EsPage;
 
 /* Decompression state, made when first needed. */

@@ -3,9 +3,11 @@
  * segment_cache.c
  *	  Pages of an open segment: read, checked, decoded, kept.
  *
- * The cache is a hash table of decoded pages by file offset with a list in order
- * of use.  It holds one reference to each page, readers hold more: a page that
- * is thrown out while a block points into it lives until the block lets it go.
+ * The cache is a hash table of decoded pages by file offset with a list in the order
+ * in which they came.  The oldest goes first, but one that was used since gets a second chance at the
+ * other end (the clock algorithm): so a look-up writes to no page but its own.  The cache holds one
+ * reference to each page, readers hold more: a page that is thrown out while a block points into it lives
+ * until the block lets it go.
  *
  * Pages of a chunk lie side by side; those that are missing are read together, up
  * to ES_SEGMENT_READ_LEN at a time.
@@ -26,7 +28,7 @@ bucket_of(const EsPageCache *c, uint64_t offset)
 }
 
 static void
-unlink_used(EsPageCache *c, EsPage *p)
+unlink_page(EsPageCache *c, EsPage *p)
 {
 	if (p->newer)
 		p->newer->older = p->older;
@@ -64,24 +66,29 @@ cache_find(EsPageCache *c, uint64_t offset, EsPageKind kind, uint32_t zone, uint
 	for (p = c->buckets[bucket_of(c, offset)]; p != NULL; p = p->hash_next)
 		if (p->offset == offset && p->kind == (uint8_t) kind && p->zone == zone && p->column == column)
 			break;
-	if (p != NULL && p != c->newest)
-	{
-		unlink_used(c, p);
-		link_newest(c, p);
-	}
+	if (p != NULL)
+		p->used = true;
 	return p;
 }
 
 static void
 cache_drop_oldest(EsPageCache *c)
 {
-	EsPage	*p = c->oldest;
-	EsPage **link = &c->buckets[bucket_of(c, p->offset)];
+	EsPage	*p;
+	EsPage **link;
 
+	/* ends: each round clears one mark */
+	while ((p = c->oldest)->used && p != c->newest)
+	{
+		p->used = false;
+		unlink_page(c, p);
+		link_newest(c, p);
+	}
+	link = &c->buckets[bucket_of(c, p->offset)];
 	while (*link != p)
 		link = &(*link)->hash_next;
 	*link = p->hash_next;
-	unlink_used(c, p);
+	unlink_page(c, p);
 	c->npages--;
 	c->bytes -= p->memory;
 	es_page_unref(p);
@@ -123,6 +130,7 @@ cache_keep(EsPageCache *c, EsPage *p)
 	bucket = &c->buckets[bucket_of(c, p->offset)];
 	p->hash_next = *bucket;
 	*bucket = p;
+	p->used = false;
 	link_newest(c, p);
 	c->npages++;
 	c->bytes += p->memory;
