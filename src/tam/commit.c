@@ -245,7 +245,8 @@ prepare(uint32 shards, const EsPrepareAnswer **answers)
 
 /*
  * Positions are given only to restore what was: above everything that the table holds.  Asked
- * at the first such row, and again at COMMIT, under the table's gate.
+ * at the first such row, and again at COMMIT about the lowest of all; nobody else writes into the
+ * table meanwhile (given.c).
  */
 void
 es_check_given(const EsXactTable *t)
@@ -392,7 +393,7 @@ precommit(void)
 			if (!table_has_shard(t, s))
 				continue;
 			live |= UINT32_C(1) << s;
-			locking |= t->locking || t->given;
+			locking |= t->locking;
 			if (t->unchecked || (t->given && t->locking))
 				check |= UINT32_C(1) << s;
 		}

@@ -6,6 +6,10 @@
  * What holds for them within a table and a transaction:
  *
  *	 - no two rows have the same;
+ *	 - nobody else writes into the table: what brings a position holds ShareRowExclusiveLock on it
+ *	   to the end of the transaction, which conflicts with the lock that every writer has.  Else
+ *	   positions could be given that another transaction has just reserved, or lower ones
+ *	   become visible behind the horizon of those who have seen higher ones;
  *	 - rows that bring one come before those that do not, which are new events and get positions
  *	   above all given ones, so that the order of rows is that of positions;
  *	 - in a table with versions either all rows that bring a position bring their version,
@@ -30,6 +34,7 @@
 #include "catalog/pg_type.h"
 #include "miscadmin.h"
 #include "storage/buffile.h"
+#include "storage/lmgr.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
 #include "utils/resowner.h"
@@ -169,6 +174,7 @@ es_given_note(EsXactTable *t, Relation rel, bool given, int64 position, bool has
 			 errtable(rel)));
 	if (!t->given)
 	{
+		LockRelation(rel, ShareRowExclusiveLock);
 		t->given_lowest = t->given_highest = position;
 		es_check_given(t);
 		t->given = true;

@@ -14,9 +14,8 @@
  *	 big	takes the gate exclusively, so that no slot can be taken any more, and
  *			no slots; if somebody still holds one of those it needs, it opens
  *			the gate again, waits for that transaction, and starts over.
- * A transaction that gives positions (a restore) behaves like a big one: it is alone in its table while it
- * commits.  A statement (append) holds the gate only while it takes its slot.  So nobody
- * waits for the gate behind an idle transaction, and nobody upgrades.
+ * A statement (append) holds the gate only while it takes its slot.  So nobody waits for the
+ * gate behind an idle transaction, and nobody upgrades.
  *
  *-------------------------------------------------------------------------
  */
@@ -82,13 +81,12 @@ note_slot(EsXactTable *t, uint16 k)
 	if (has_slot(t, k))
 		return;
 
-	if (t->nslots == ES_TABLE_MAX_SLOTS || es_xact->nslots == ES_XACT_MAX_SLOTS)
-		t->big = true;
-	if (t->big && t->slot_bitmap == NULL)
+	if (!t->big && (t->nslots == ES_TABLE_MAX_SLOTS || es_xact->nslots == ES_XACT_MAX_SLOTS))
 	{
 		t->slot_bitmap = MemoryContextAllocZero(es_xact->context, BITMAP_WORDS * sizeof(uint64));
 		for (uint32 i = 0; i < t->nslots; i++)
 			t->slot_bitmap[t->slots[i] / 64] |= UINT64CONST(1) << (t->slots[i] % 64);
+		t->big = true;
 	}
 	if (t->big)
 		t->slot_bitmap[k / 64] |= UINT64CONST(1) << (k % 64);
@@ -155,14 +153,7 @@ lock_big(EsXactTable *t)
 
 		SetInvalidVirtualTransactionId(holder);
 		lock_slot(t, 0, ExclusiveLock);
-		for (uint32 i = 0; t->slot_bitmap == NULL && i < t->nslots; i++)
-		{
-			holder = slot_holder(t, t->slots[i]);
-			if (VirtualTransactionIdIsValid(holder))
-				break;
-		}
-		for (int w = 0; t->slot_bitmap != NULL && w < BITMAP_WORDS && !VirtualTransactionIdIsValid(holder);
-			 w++)
+		for (int w = 0; w < BITMAP_WORDS && !VirtualTransactionIdIsValid(holder); w++)
 		{
 			for (uint64 bits = t->slot_bitmap[w]; bits != 0; bits &= bits - 1)
 			{
@@ -199,7 +190,7 @@ es_lock_precommit(void)
 	{
 		EsXactTable *t = dlist_container(EsXactTable, node, iter.cur);
 
-		if ((t->locking && (t->nslots > 0 || t->big)) || t->given)
+		if (t->locking && (t->nslots > 0 || t->big))
 			tables[n++] = t;
 	}
 	qsort(tables, n, sizeof(EsXactTable *), compare_tables);
@@ -208,7 +199,7 @@ es_lock_precommit(void)
 	{
 		EsXactTable *t = tables[i];
 
-		if (t->big || t->given)
+		if (t->big)
 		{
 			lock_big(t);
 			continue;
