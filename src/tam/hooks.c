@@ -388,6 +388,11 @@ after_utility(Node *node, EsRolesWatch *watch)
 		case T_CreateTableAsStmt:
 			es_publication_table_made(((CreateTableAsStmt *) node)->into->rel);
 			break;
+		case T_AlterObjectSchemaStmt:
+			if (((AlterObjectSchemaStmt *) node)->objectType == OBJECT_TABLE)
+				es_publication_table_moved(((AlterObjectSchemaStmt *) node)->relation,
+										   ((AlterObjectSchemaStmt *) node)->newschema);
+			break;
 		case T_AlterTableStmt:
 			foreach(lc, ((AlterTableStmt *) node)->cmds)
 			{
@@ -460,6 +465,7 @@ es_process_utility(PlannedStmt *pstmt, const char *query_string, bool read_only,
 			case T_CreatePublicationStmt:
 			case T_AlterPublicationStmt:
 			case T_CreateStmt:
+			case T_AlterObjectSchemaStmt:
 				copy = copyObject(node);
 				break;
 			case T_CreateTableAsStmt:

@@ -2,7 +2,8 @@
  *
  * publication.c
  *	  Publications carry no rows of event tables, because decoders do not see
- *	  events: whoever makes one for them, or makes an event table that one takes in, is warned.
+ *	  events: whoever makes one for them, or makes an event table that one takes in, or moves it
+ *	  there, is warned.
  *
  * Leaf partitions count, whatever table of their tree is named, and also when the publication shows
  * its root only (publish_via_partition_root).
@@ -66,6 +67,15 @@ publication_of(Oid relid)
 	return pubs == NIL ? InvalidOid : linitial_oid(pubs);
 }
 
+static void
+warn_of(Oid pub, Oid relid)
+{
+	ereport(WARNING,
+			(errmsg("publication \"%s\" takes in event_store table \"%s\", and carries none of its rows",
+					get_publication_name(pub, false), get_rel_name(relid)),
+			 errhint(HINT)));
+}
+
 void
 es_publication_table_made(const RangeVar *table)
 {
@@ -83,10 +93,31 @@ es_publication_table_made(const RangeVar *table)
 
 		if (!es_relid_is_event_table(lfirst_oid(lc)) || !OidIsValid(pub = publication_of(lfirst_oid(lc))))
 			continue;
-		ereport(WARNING,
-				(errmsg("publication \"%s\" takes in event_store table \"%s\", and carries none of its rows",
-						get_publication_name(pub, false), get_rel_name(lfirst_oid(lc))),
-				 errhint(HINT)));
+		warn_of(pub, lfirst_oid(lc));
+		return;
+	}
+}
+
+void
+es_publication_table_moved(const RangeVar *table, const char *schema)
+{
+	Oid		  schema_id = get_namespace_oid(schema, true);
+	List	 *pubs = OidIsValid(schema_id) ? GetSchemaPublications(schema_id) : NIL;
+	Oid		  relid = pubs != NIL ? get_relname_relid(table->relname, schema_id) : InvalidOid;
+	List	 *relids;
+	ListCell *lc;
+
+	/* none with IF EXISTS */
+	if (!OidIsValid(relid))
+		return;
+	/* partitions are taken in with their root, and stay in their own schemas */
+	relids = get_rel_relkind(relid) == RELKIND_PARTITIONED_TABLE ? find_all_inheritors(relid, NoLock, NULL)
+																 : list_make1_oid(relid);
+	foreach(lc, relids)
+	{
+		if (!es_relid_is_event_table(lfirst_oid(lc)))
+			continue;
+		warn_of(linitial_oid(pubs), lfirst_oid(lc));
 		return;
 	}
 }
