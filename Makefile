@@ -148,13 +148,21 @@ SQLFN_OBJS = \
 	src/sqlfn/read.o \
 	src/sqlfn/stat.o
 
+# The program that prints our files: these, and src/core/.
+FILEDUMP_OBJS = \
+	src/tools/es_filedump.o \
+	src/tools/print_log.o \
+	src/tools/print_manifest.o \
+	src/tools/print_segment.o \
+	src/tools/words.o
+
 OBJS = $(TOP_OBJS) $(CORE_OBJS) $(IPC_OBJS) $(SHARD_OBJS) $(MAINT_OBJS) $(TAM_OBJS) $(PLAN_OBJS) $(SQLFN_OBJS)
 
 # Regression tests, in order: sql/NAME.sql, expected/NAME.out.
 REGRESS = basic refused append replay types ddl exec restore functions guards
 
 # Isolation tests: test/isolation/specs/NAME.spec, test/isolation/expected/NAME.out.
-ISOLATION = visibility versions horizon serializable cursors savepoints
+ISOLATION = visibility versions horizon serializable cursors savepoints restore
 
 # FAULTS=1 compiles the fault points in. For tests only, and their default.
 FAULTS ?= 0
@@ -178,7 +186,7 @@ check:
 	@test/run-check
 
 check-long:
-	@test/run-check --long
+	@test/long/run
 
 check-cassert:
 	@test/cassert/run
@@ -254,7 +262,7 @@ $(OBJS): .build-flags
 # A failed build of one program must not hide the others, so each is on its own.
 UNIT = $(patsubst test/unit/%.c,build/unit/%,$(wildcard test/unit/test_*.c))
 FUZZ = $(patsubst test/fuzz/%.c,build/fuzz/%,$(wildcard test/fuzz/fuzz_*.c))
-TOOLS = $(patsubst src/tools/%.c,bin/%,$(wildcard src/tools/*.c))
+TOOLS = bin/es_filedump
 FUZZ_SECONDS ?= 20
 
 PLAIN_CPPFLAGS = -Isrc -isystem $(shell $(PG_CONFIG) --includedir-server) -DFRONTEND -D_GNU_SOURCE
@@ -270,9 +278,10 @@ SANITIZE = -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitiz
 UNIT_CORE = $(CORE_OBJS:src/%.o=build/unit/%.o)
 FUZZ_CORE = $(CORE_OBJS:src/%.o=build/fuzz/%.o)
 TOOL_CORE = $(CORE_OBJS:src/%.o=build/tools/%.o)
+FILEDUMP = $(FILEDUMP_OBJS:src/%.o=build/tools/%.o)
 
 .PHONY: unit unit-build fuzz fuzz-build tools
-.SECONDARY: $(UNIT_CORE) $(FUZZ_CORE) $(TOOL_CORE)
+.SECONDARY: $(UNIT_CORE) $(FUZZ_CORE) $(TOOL_CORE) $(FILEDUMP)
 
 unit: unit-build
 	@test/lib/run_units $(UNIT)
@@ -299,14 +308,14 @@ build/fuzz/fuzz_%: test/fuzz/fuzz_%.c $(FUZZ_CORE) .build-flags
 
 tools: $(TOOLS)
 
-build/tools/core/%.o: src/core/%.c .build-flags
+build/tools/%.o: src/%.c .build-flags
 	@mkdir -p $(@D)
 	$(CC) $(PLAIN_CFLAGS) -O2 $(PLAIN_CPPFLAGS) -c -o $@ $<
-bin/%: src/tools/%.c $(TOOL_CORE) .build-flags
+bin/es_filedump: $(FILEDUMP) $(TOOL_CORE) .build-flags
 	@mkdir -p $(@D) && rm -f $@
-	$(CC) $(PLAIN_CFLAGS) -O2 $(PLAIN_CPPFLAGS) -o $@ $< $(TOOL_CORE) $(PLAIN_LIBS)
+	$(CC) $(PLAIN_CFLAGS) -O2 -o $@ $(FILEDUMP) $(TOOL_CORE) $(PLAIN_LIBS)
 
--include $(wildcard build/*/*.d build/*/core/*.d bin/*.d)
+-include $(wildcard build/*/*.d build/*/core/*.d build/tools/tools/*.d)
 
 # What run-check asks.
 print-%:
