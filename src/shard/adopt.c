@@ -9,10 +9,15 @@
  * MemTable.
  *
  * When the commit record is flushed and the FINISH frame durable, one manifest record
- * adopts all segments of the transaction; those without a live row, and those of an
+ * adopts all segments of the transaction; those that FINISH does not name, and those of an
  * aborted transaction, are dropped.  Until then FINISH must stay in own WAL, so
  * a flush waits for adoptions of committed transactions (es_adopt_settled) and logs
  * the sections of undecided ones again (es_adopt_carry).
+ *
+ * As long as the FINISH frame is there to be replayed, each batch that it names must be, too: without one,
+ * recovery could not apply it, nor any FINISH behind it.  So a segment of which no row was taken
+ * (events that were there already) is adopted all the same, and goes with the flush that lets go of
+ * the frame (es_adopt_drop_empty); and a dropped storage stays that long (drop.c).
  *
  * After a crash between ADOPT and the flush that lets go of the FINISH frame, recovery sees
  * that frame, and perhaps frames of batches that the segment holds.  es_adopt_recall gives
@@ -53,6 +58,7 @@ typedef struct Recallable
 
 static Recallable *recallable;
 static uint32	   nrecallable;
+static bool		   recovered;
 
 /* ---- registration ---- */
 
@@ -157,6 +163,16 @@ es_adopt_recall(EsTxn *txn)
 		es_adopt_register(txn);
 }
 
+void
+es_adopt_recovered(void)
+{
+	if (recallable != NULL)
+		pfree(recallable);
+	recallable = NULL;
+	nrecallable = 0;
+	recovered = true;
+}
+
 /*
  * While recovery replays FINISHes, an adopted segment may belong to one that comes later than
  * the one at work: its rows are not there yet for a context's head.
@@ -191,9 +207,20 @@ es_flush_finish_pending(EsTxn *txn, const EsSectionHeader *section)
 
 /* ---- verdict ---- */
 
+/* Does FINISH name a batch of it? */
+static bool
+is_named(const EsSegmentRef *ref)
+{
+	return ref->finished && (ref->entry.nlive > 0 || ref->entry.dead_bitmap != NULL);
+}
+
 static void
 end_adoption(Adoption *a)
 {
+	ListCell *lc;
+
+	foreach(lc, a->txn->pending)
+		((EsSegmentRef *) lfirst(lc))->needed = a->section != NULL ? a->memtable : 0;
 	list_free(a->txn->pending);
 	a->txn->pending = NIL;
 	dlist_delete(&a->node);
@@ -216,7 +243,7 @@ settle(Adoption *a, bool committed)
 
 		if (ref->entry.adopted)
 			continue;
-		if (committed && ref->finished && ref->entry.nlive > 0)
+		if (committed && is_named(ref))
 		{
 			ref->entry.pending = false;
 			ref->entry.adopted = true;
@@ -255,7 +282,7 @@ submit(Adoption *a, bool committed)
 
 		if (e->adopted)
 			continue;
-		if (committed && ref->finished && e->nlive > 0)
+		if (committed && is_named(ref))
 		{
 			EsManifestAdopt adopt = {.id = e->segment.id,
 									 .fxid = a->txn->fxid,
@@ -359,6 +386,59 @@ es_adopt_committed(uint64 memtable)
 			return false;
 	}
 	return true;
+}
+
+/* Has recovery given it back to its transaction, and not taken it away again? */
+static bool
+in_adoption(EsSegmentRef *ref)
+{
+	EsTxn *txn = es_txn_find(ref->entry.segment.min_fxid);
+
+	return txn != NULL && list_member_ptr(txn->pending, ref);
+}
+
+/*
+ * Drops in a flush's manifest record the adopted segments without a live row that no replay needs behind
+ * it.  Returns their ids, palloc'd in the current context, for es_segments_drop when it is durable.
+ */
+uint64 *
+es_adopt_drop_empty(EsManifestEdit *edit, uint64 memtable, uint32 *n)
+{
+	uint64		 *ids = NULL;
+	uint32		  allocated = 0;
+	uint32		  state = 0;
+	EsSegmentRef *ref;
+
+	*n = 0;
+	/* while recovery runs, FINISHes of own WAL may still come that need them */
+	while (recovered && (ref = es_segments_each(&state)) != NULL)
+	{
+		if (!ref->entry.adopted || ref->entry.nlive > 0 || ref->needed > memtable || in_adoption(ref))
+			continue;
+		if (*n == allocated)
+		{
+			allocated = Max(16, allocated * 2);
+			ids = ids == NULL ? palloc(allocated * sizeof(uint64))
+							  : repalloc_huge(ids, (Size) allocated * sizeof(uint64));
+		}
+		ids[(*n)++] = ref->entry.segment.id;
+		es_edit_check(es_manifest_edit_drop(edit, ref->entry.segment.id));
+	}
+	return ids;
+}
+
+bool
+es_adopt_needed(EsSegmentRef *ref, uint64 *memtable)
+{
+	*memtable = 0;
+	if (ref->entry.pending)
+		return ref->txn == NULL || ref->txn->verdict != ES_VERDICT_ABORTED;
+	if (!ref->entry.adopted)
+		return false;
+	if (in_adoption(ref))
+		return true;
+	*memtable = ref->needed;
+	return !es_flush_retired(ref->needed);
 }
 
 static void

@@ -8,9 +8,10 @@
  * the storage.  So nothing is checked here, and asking twice does no harm.
  *
  * One manifest record says it for all keys of a request.  When that is durable the segments go.
- * Not before every MemTable with rows of the storage is flushed: as long as own WAL is replayed for
- * it, the versions that its FINISHes were promised follow from the rows in its segments, and a
- * shard that finds others does not open.
+ * Not before every MemTable with rows of the storage is flushed, and every one at whose time a
+ * FINISH came that names batches in its segments: as long as own WAL is replayed for them, the versions that
+ * its FINISHes were promised follow from the rows in its segments, and a FINISH without its batches
+ * cannot be applied, nor any behind it; a shard that finds that does not open.
  *
  *-------------------------------------------------------------------------
  */
@@ -28,8 +29,7 @@ typedef struct Request
 	dlist_node node;
 	EsConn	  *conn; /* NULL = closed */
 	uint64	   id;
-	uint64	   edit;  /* ticket, 0 = not submitted */
-	bool	   asked; /* for a flush of the rows in MemTables */
+	uint64	   edit; /* ticket, 0 = not submitted */
 	uint64	   nkeys;
 	EsTableKey keys[FLEXIBLE_ARRAY_MEMBER];
 } Request;
@@ -121,13 +121,41 @@ complete(Request *r)
 	pfree(r);
 }
 
+/* Asks for the flushes behind which the storage may go.  True: they are not done yet. */
 static bool
-in_memory(const Request *r)
+is_needed(const EsTableKey *key)
 {
+	bool		   needed = in_memtables(key);
+	int			   n;
+	EsSegmentRef **refs;
+
+	if (needed)
+		(void) es_flush_ask();
+	refs = es_segments_of(key, &n);
+	for (int i = 0; i < n; i++)
+	{
+		uint64 memtable;
+
+		if (es_adopt_needed(refs[i], &memtable))
+		{
+			needed = true;
+			es_flush_ask_past(memtable);
+		}
+		es_segment_unref(refs[i]);
+	}
+	if (refs != NULL)
+		pfree(refs);
+	return needed;
+}
+
+static bool
+in_use(const Request *r)
+{
+	bool needed = false;
+
 	for (uint64 i = 0; i < r->nkeys; i++)
-		if (in_memtables(&r->keys[i]))
-			return true;
-	return false;
+		needed |= is_needed(&r->keys[i]);
+	return needed;
 }
 
 /* False: another record is under way. */
@@ -175,14 +203,7 @@ es_drop_tick(void)
 
 		if (r->edit == 0)
 		{
-			if (in_memory(r))
-			{
-				if (!r->asked)
-					(void) es_flush_ask();
-				r->asked = true;
-				return;
-			}
-			if (!submit(r))
+			if (in_use(r) || !submit(r))
 				return;
 		}
 		else if (es_edit_done(r->edit))

@@ -128,6 +128,8 @@ extern void es_flush_txn_decided(EsTxn *txn);
 /* Recovery, for the transaction of each frame: gives it back segments that were adopted already, so that their
  * batches are not adopted again. */
 extern void es_adopt_recall(EsTxn *txn);
+/* Recovery is done. */
+extern void es_adopt_recovered(void);
 /* Recovery: belongs an adopted segment to a FINISH that has not been replayed yet? */
 extern bool es_adopt_ahead(const EsSegmentRef *ref);
 extern void es_handle_drop_storage(EsConn *conn, const EsDropRequest *req);

@@ -301,7 +301,7 @@ find_dead_rows(Finishing *f, EsSegmentRef *ref, Table *t, int64 deadline)
 			return false;
 		mark_dead_rows(f, ref, t);
 	}
-	if (e->nlive > 0)
+	if (e->nlive > 0 || e->dead_bitmap != NULL)
 	{
 		const EsSegmentInfo *info = es_segment_info(open_segment(ref));
 

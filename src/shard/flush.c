@@ -96,13 +96,16 @@ typedef struct Flush
 	uint64		carry_ticket; /* last frame that was carried over */
 	uint64		directory;	  /* ticket of the fsync */
 	uint64		edit;		  /* ticket of the manifest record */
-	EsOwnLsn	lsn;		  /* of the boundary */
+	uint64	   *empty;		  /* segments that it drops */
+	uint32		nempty;
+	EsOwnLsn	lsn; /* of the boundary */
 } Flush;
 
 static dlist_head flushes = DLIST_STATIC_INIT(flushes); /* oldest first */
 static int		  nflushes;
 
-static uint64	asked;		  /* MemTables up to this id are to be flushed */
+static uint64	asked;		  /* MemTables up to this id are to be flushed, if they have rows */
+static uint64	asked_empty;  /* ... also if they have none */
 static uint64	last_retired; /* MemTable */
 static uint64	last_ticket;  /* of the log at the last boundary */
 static EsOwnLsn last_lsn;	  /* of the boundary of the last flush */
@@ -126,7 +129,7 @@ wants_to_turn(TimestampTz now)
 	EsMemTable *mt = es_memtable_active;
 	Size		size = (Size) es_guc_memtable_size * 1024;
 
-	if (mt->id <= asked && mt->nrows > 0)
+	if ((mt->id <= asked && mt->nrows > 0) || mt->id <= asked_empty)
 		return nflushes < MAX_ASKED;
 	if (nflushes >= MAX_PASSIVE)
 		return false;
@@ -406,6 +409,7 @@ static bool
 submit_record(Flush *f)
 {
 	EsManifestEdit *edit = es_edit_begin();
+	MemoryContext	old;
 
 	if (edit == NULL)
 		return false;
@@ -417,6 +421,9 @@ submit_record(Flush *f)
 		if (!es_storage_dropped(&entry.table))
 			es_edit_check(es_manifest_edit_segment(edit, &entry));
 	}
+	old = MemoryContextSwitchTo(TopMemoryContext);
+	f->empty = es_adopt_drop_empty(edit, f->memtable->id, &f->nempty);
+	MemoryContextSwitchTo(old);
 	es_edit_check(es_manifest_edit_flushed(edit, f->lsn));
 	f->edit = es_edit_submit(edit);
 	return true;
@@ -443,6 +450,10 @@ retire(Flush *f)
 		(void) es_segments_add(&entry, NULL);
 		es_build_free(build);
 	}
+	for (uint32 i = 0; i < f->nempty; i++)
+		es_segments_drop(f->empty[i]);
+	if (f->empty != NULL)
+		pfree(f->empty);
 	last_retired = f->memtable->id;
 	es_memtable_retire(f->memtable);
 	if (!f->left)
@@ -560,6 +571,12 @@ es_flush_ask(void)
 	else
 		return 0;
 	return asked;
+}
+
+void
+es_flush_ask_past(uint64 memtable)
+{
+	asked_empty = Max(asked_empty, memtable);
 }
 
 void

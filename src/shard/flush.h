@@ -30,6 +30,8 @@
 
 /* Has the active MemTable flushed soon; returns the newest one that has rows to flush, 0 = none has. */
 extern uint64 es_flush_ask(void);
+/* The same for MemTables up to this id, with rows or without. */
+extern void es_flush_ask_past(uint64 memtable);
 /* Are this MemTable and all older ones gone? */
 extern bool es_flush_retired(uint64 memtable);
 /* What keeps flushes and spills from going on, if it is something that a client should hear of. */
@@ -151,6 +153,10 @@ extern void es_adopt_carry(uint64 memtable);
 extern void es_adopt_carry_txn(EsTxn *txn);
 /* Are all committed transactions that finished in MemTables up to this id adopted? */
 extern bool es_adopt_committed(uint64 memtable);
+/* Segments without a live row, in the manifest record of the flush that no replay goes behind. */
+extern uint64 *es_adopt_drop_empty(EsManifestEdit *edit, uint64 memtable, uint32 *n);
+/* Might a replay need this segment?  *memtable is to be flushed before it may go. */
+extern bool es_adopt_needed(EsSegmentRef *ref, uint64 *memtable);
 extern bool es_adopt_idle(void);
 
 /* ---- finish_pending.c ---- */

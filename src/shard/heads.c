@@ -328,8 +328,8 @@ search_memtables(Search *s)
 EsVerdict
 es_segment_verdict(EsSegmentRef *ref)
 {
-	/* finished without a live row: it goes when its transaction is decided */
-	if (ref->finished && ref->entry.nlive == 0)
+	/* finished without a live row: it goes when no replay needs it any more */
+	if ((ref->finished || ref->entry.adopted) && ref->entry.nlive == 0)
 		return ES_VERDICT_ABORTED;
 	if (ref->txn != NULL)
 		return es_txn_verdict(ref->txn);

@@ -253,6 +253,9 @@ apply_held(bool lossy)
 		/* logged a second time by a flush: the first one did it */
 		if (held_done > 0 && f->start == held[held_done - 1].start)
 			continue;
+		/* has come again from PostgreSQL's WAL */
+		if (lossy && known_lookup(known, f->start) != NULL)
+			continue;
 		txn = es_txn_get(f->fxid);
 		if (finish_verdict(txn, f->start) != ES_VERDICT_ABORTED && !txn->finished &&
 			!es_finish_complete(txn, f->section, f->len))
@@ -274,22 +277,61 @@ apply_held(bool lossy)
 	MemoryContextSwitchTo(old);
 }
 
+/* For release_wal. */
+static void
+apply_what_is_there(void)
+{
+	es_versions_as_promised = true;
+	apply_held(true);
+	es_versions_as_promised = false;
+}
+
+static void
+lacks_rows(const HeldFinish *f, const char *detail)
+{
+	ereport(
+		ERROR,
+		(errcode(ERRCODE_DATA_CORRUPTED),
+		 errmsg("own write-ahead log of shard %d lacks rows of transaction %llu, whose FINISH is at %X/%X",
+				es_shard_id, (unsigned long long) f->fxid, LSN_FORMAT_ARGS(f->start)),
+		 errdetail_internal("%s", detail),
+		 errhint(
+			 "Restore a file-system snapshot. event_store.release_wal(%d) opens the shard without the events that are in no file any more.",
+			 es_shard_id)));
+}
+
 static void
 apply_own_wal(bool clean)
 {
 	qsort(held, nheld, sizeof(HeldFinish), compare_held);
 	apply_held(false);
 
-	if (clean && held_done < nheld)
-		ereport(ERROR,
-				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("own write-ahead log of shard %d lacks rows of transaction %llu", es_shard_id,
-						(unsigned long long) held[held_done].fxid),
-				 errdetail("The shard was stopped cleanly, so it should have everything in its own files.")));
+	if (clean && held_done < nheld && pg_atomic_read_u32(&es_shard->release_wal) == 0)
+		lacks_rows(&held[held_done],
+				   "The shard was stopped cleanly, so it should have everything in its own files.");
 
 	/* the rest comes again from PostgreSQL's WAL: its starts lie behind that of a batch that does */
 	for (uint32 i = held_done; i < nheld; i++)
 		(void) known_delete(known, held[i].start);
+	if (clean && held_done < nheld)
+		apply_what_is_there();
+}
+
+/*
+ * What was left to PostgreSQL's WAL has come from there?  A FINISH that has not is a commit that would be
+ * lost without a word.
+ */
+static void
+check_held(void)
+{
+	for (uint32 i = held_done; i < nheld; i++)
+	{
+		const HeldFinish *f = &held[i];
+
+		if (known_lookup(known, f->start) == NULL &&
+			es_txn_verdict(es_txn_get(f->fxid)) != ES_VERDICT_ABORTED)
+			lacks_rows(f, "Its FINISH is older than what was read of PostgreSQL's WAL.");
+	}
 }
 
 /* ---- PostgreSQL's WAL ---- */
@@ -329,6 +371,7 @@ pg_message(void *arg, const EsMessageHeader *h, const void *payload, size_t len,
 			if (section == NULL || known_lookup(known, start) != NULL)
 				break;
 			finish_verdict(es_txn_get(h->fxid), start);
+			remember(start);
 			while (!es_apply_finish(h->fxid, start, end, section, section->len, false))
 				es_worker_make_room();
 			break;
@@ -403,15 +446,16 @@ read_pg_wal(bool released)
 {
 	if (pg_atomic_read_u32(&es_shard->release_wal) == 0)
 		es_pgwal_read((uint16) es_shard_id, restart_lsn, es_recovery_end, pg_message, NULL);
-	else if (!read_available_pg_wal())
+	else
+	{
+		(void) read_available_pg_wal();
 		released = true;
+	}
 
 	if (released)
-	{
-		es_versions_as_promised = true;
-		apply_held(true);
-		es_versions_as_promised = false;
-	}
+		apply_what_is_there();
+	else
+		check_held();
 }
 
 /* ---- positions ---- */
@@ -511,6 +555,7 @@ es_recover(void)
 			 LSN_FORMAT_ARGS(es_recovery_end),
 			 (unsigned long long) pg_atomic_read_u64(&es_shard->counters.memtable_rows))));
 
+	es_adopt_recovered();
 	MemoryContextDelete(recovery_context);
 	known = NULL;
 	held = NULL;

@@ -214,8 +214,8 @@ judge_segment(EsScan *scan, EsScanSegment *s)
 	const EsManifestSegment *m = &ref->entry.segment;
 	EsFxid					 own = scan->snapshot.own;
 
-	/* finished without a live row: it goes when its transaction is decided */
-	if (ref->finished && ref->entry.nlive == 0)
+	/* finished without a live row: it goes when no replay needs it any more */
+	if ((ref->finished || ref->entry.adopted) && ref->entry.nlive == 0)
 		return false;
 	if (ref->txn != NULL || ref->entry.pending)
 	{

@@ -50,6 +50,7 @@ typedef struct EsSegmentRef
 								 * and every older snapshot can judge by fxid */
 	bool			finished; /* pending: FINISH applied; readers judge by txn */
 	bool			dropped;  /* no longer live: unlink at the last unref */
+	uint64			needed;	  /* adopted: a replay needs it until this MemTable is flushed; 0 = no more */
 	uint64		   *starts;	  /* entry.starts: pending: the batches it holds */
 	EsSegment	   *segment;  /* opened lazily */
 	int				fd;		  /* a File of PostgreSQL's fd.h; -1 = not open */

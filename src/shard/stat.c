@@ -146,14 +146,15 @@ note_segments(Stats *s)
 		{
 			t->pending_rows += ref->finished ? e->nlive : e->segment.nrows;
 			t->segment_bytes += e->segment.file_len;
-			if (ref->finished)
+			if (ref->finished && e->nlive > 0)
 				note_positions(t, e->segment.min_position, e->segment.max_position);
 			continue;
 		}
 		t->segments++;
 		t->segment_rows += e->adopted ? e->nlive : e->segment.nrows;
 		t->segment_bytes += e->segment.file_len;
-		note_positions(t, e->segment.min_position, e->segment.max_position);
+		if (!e->adopted || e->nlive > 0)
+			note_positions(t, e->segment.min_position, e->segment.max_position);
 		seg = es_segment_handle(ref, &err);
 		if (seg != NULL)
 		{
