@@ -62,3 +62,35 @@ SELECT * FROM event_store.append('00000000-0000-0000-0000-00000000000a', 'click'
 SELECT * FROM event_store.append('not a uuid', 'click', NULL, store => 'clicks');
 SELECT * FROM event_store.append('00000000-0000-0000-0000-00000000000a', 'click', NULL, expected_version => 1, store => 'clicks');
 DROP TABLE clicks;
+
+-- a trigger that appends in more shapes than there are plans of INSERT kept: the outer call's plan stays
+CREATE SCHEMA plans;
+CREATE FUNCTION plans.append_all() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  PERFORM event_store.append('c', CASE WHEN i & 1 > 0 THEN 'x' END, CASE WHEN i & 2 > 0 THEN '{}'::jsonb END,
+    metadata => CASE WHEN i & 4 > 0 THEN '{}'::jsonb END, store => format('plans.e%s', t)::regclass)
+  FROM generate_series(1, 9) t, generate_series(0, 7) i;
+  RETURN NEW;
+END $$;
+DO $$ BEGIN
+  FOR t IN 0 .. 9 LOOP
+    EXECUTE format('CREATE TABLE plans.e%s (context_id text, version bigint, event_type text, payload jsonb, metadata jsonb) USING event_store', t);
+  END LOOP;
+END $$;
+CREATE TRIGGER all_plans BEFORE INSERT ON plans.e0 FOR EACH ROW EXECUTE FUNCTION plans.append_all();
+SELECT * FROM event_store.append('c', 'x', '{}', store => 'plans.e0');
+SELECT * FROM event_store.append('c', 'x', '{}', store => 'plans.e0');
+SELECT count(*), max(version) FROM plans.e0;
+SELECT count(*), max(version) FROM plans.e9;
+-- rules that put something else in the place of the event
+CREATE TABLE plans.other (n text);
+CREATE RULE instead AS ON INSERT TO plans.e9 DO INSTEAD NOTHING;
+SELECT * FROM event_store.append('c', 'x', '{}', store => 'plans.e9');
+CREATE OR REPLACE RULE instead AS ON INSERT TO plans.e9 DO INSTEAD SELECT 1;
+SELECT * FROM event_store.append('c', 'x', '{}', store => 'plans.e9');
+CREATE OR REPLACE RULE instead AS ON INSERT TO plans.e9 DO INSTEAD UPDATE plans.other SET n = NEW.context_id;
+SELECT * FROM event_store.append('c', 'x', '{}', store => 'plans.e9');
+SELECT count(*), max(version) FROM plans.e9;
+SET client_min_messages = warning;
+DROP SCHEMA plans CASCADE;
+RESET client_min_messages;

@@ -54,12 +54,16 @@ typedef struct AppendCall
 	FunctionCallInfo fcinfo;
 } AppendCall;
 
-/* Plans of INSERT per table and set of columns, for the life of the backend. */
+/*
+ * Plans of INSERT per table and set of columns, for the life of the backend.  A trigger that calls
+ * append() runs while the outer call's plan does: what is in use is not freed.
+ */
 typedef struct InsertPlan
 {
 	Oid		   relid;	/* hash key */
 	int		   columns; /* bits: event_type, payload, event_id, metadata, version */
 	SPIPlanPtr plan;
+	int		   users; /* calls that execute it */
 } InsertPlan;
 
 #define COL_EVENT_TYPE 0x01
@@ -72,8 +76,27 @@ typedef struct InsertPlan
 static InsertPlan plans[MAX_PLANS];
 static int		  next_plan;
 
+/* NULL: all slots are in use. */
+static InsertPlan *
+free_slot(void)
+{
+	for (int i = 0; i < MAX_PLANS; i++)
+	{
+		InsertPlan *p = &plans[next_plan];
+
+		next_plan = (next_plan + 1) % MAX_PLANS;
+		if (p->users == 0)
+			return p;
+	}
+	return NULL;
+}
+
+/*
+ * The plan, and in *used its slot with one more user.  *used = NULL: the plan is gone with SPI_finish, there
+ * are as many nested calls as slots.
+ */
 static SPIPlanPtr
-insert_plan(AppendCall *a, int columns, Oid *argtypes)
+insert_plan(AppendCall *a, int columns, Oid *argtypes, InsertPlan *volatile *used)
 {
 	static const char *const names[] = {"event_type", "payload", "event_id", "metadata", "version"};
 	Oid						 relid = RelationGetRelid(a->rel);
@@ -81,13 +104,18 @@ insert_plan(AppendCall *a, int columns, Oid *argtypes)
 	StringInfoData			 sql;
 	StringInfoData			 values;
 	InsertPlan				*p;
+	SPIPlanPtr				 plan;
 	int						 n = 1;
 
 	for (int i = 0; i < MAX_PLANS; i++)
 	{
-		if (plans[i].relid == relid && plans[i].columns == columns && plans[i].plan != NULL &&
-			SPI_plan_is_valid(plans[i].plan))
-			return plans[i].plan;
+		p = &plans[i];
+		if (p->relid == relid && p->columns == columns && p->plan != NULL && SPI_plan_is_valid(p->plan))
+		{
+			p->users++;
+			*used = p;
+			return p->plan;
+		}
 	}
 
 	initStringInfo(&sql);
@@ -107,18 +135,22 @@ insert_plan(AppendCall *a, int columns, Oid *argtypes)
 	}
 	appendStringInfo(&sql, ") VALUES (%s)", values.data);
 
-	p = &plans[next_plan];
-	next_plan = (next_plan + 1) % MAX_PLANS;
+	plan = SPI_prepare(sql.data, n, argtypes);
+	if (plan == NULL)
+		elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));
+	p = free_slot();
+	if (p == NULL)
+		return plan;
 	if (p->plan != NULL)
 		SPI_freeplan(p->plan);
 	p->plan = NULL;
+	SPI_keepplan(plan);
 	p->relid = relid;
 	p->columns = columns;
-	p->plan = SPI_prepare(sql.data, n, argtypes);
-	if (p->plan == NULL)
-		elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));
-	SPI_keepplan(p->plan);
-	return p->plan;
+	p->plan = plan;
+	p->users = 1;
+	*used = p;
+	return plan;
 }
 
 /* Runs the INSERT; returns whether a row was stored (a trigger may say no). */
@@ -133,7 +165,9 @@ insert_row(AppendCall *a, int64 version)
 	Datum			 args[6];
 	int				 columns = 0;
 	int				 n = 0;
+	volatile int	 result = 0;
 	bool			 stored;
+	InsertPlan *volatile plan = NULL;
 
 	types[n] = TupleDescAttr(desc, a->roles.context - 1)->atttypid;
 	args[n++] = a->context.value;
@@ -195,9 +229,20 @@ insert_row(AppendCall *a, int64 version)
 	}
 
 	SPI_connect();
-	if (SPI_execute_plan(insert_plan(a, columns, types), args, NULL, false, 0) != SPI_OK_INSERT)
-		elog(ERROR, "unexpected result of INSERT: %s", SPI_result_code_string(SPI_result));
-	stored = SPI_processed > 0;
+	PG_TRY();
+	{
+		result = SPI_execute_plan(insert_plan(a, columns, types, &plan), args, NULL, false, 0);
+	}
+	PG_FINALLY();
+	{
+		if (plan != NULL)
+			plan->users--;
+	}
+	PG_END_TRY();
+	/* rewritten: a rule does something else instead */
+	if (result != SPI_OK_INSERT && result != SPI_OK_REWRITTEN)
+		elog(ERROR, "unexpected result of INSERT: %s", SPI_result_code_string(result));
+	stored = result == SPI_OK_INSERT && SPI_processed > 0;
 	SPI_finish();
 	return stored;
 }
