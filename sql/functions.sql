@@ -110,6 +110,25 @@ ALTER TABLE fn_id ALTER x TYPE varchar, ALTER z TYPE bigint;
 SELECT fn_retry();
 SELECT count(*) FROM fn_id;
 
+-- an event that is sent again: triggers have their say, but its content is its own
+CREATE TABLE fn_seen (context_id text, position bigint, event_id uuid, event_type text) USING event_store;
+CREATE FUNCTION fn_see() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  INSERT INTO fn_seen (context_id, event_id, event_type) VALUES ('a', gen_random_uuid(), NEW.payload ->> 'x');
+  RETURN NULL;
+END $$;
+CREATE FUNCTION fn_refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+CREATE TRIGGER see AFTER INSERT ON fn_id FOR EACH ROW EXECUTE FUNCTION fn_see();
+SELECT fn_retry();
+SELECT fn_retry('{"x": 2}');
+CREATE TRIGGER refuse BEFORE INSERT ON fn_id FOR EACH ROW EXECUTE FUNCTION fn_refuse();
+SELECT * FROM event_store.append('a', 't', '{"x": 1}', event_id => '00000000-0000-0000-0000-000000000001', store => 'fn_id');
+SELECT (SELECT count(*) FROM fn_id), (SELECT count(*) FROM fn_seen);
+DROP TRIGGER see ON fn_id;
+DROP TRIGGER refuse ON fn_id;
+DROP TABLE fn_seen;
+DROP FUNCTION fn_see, fn_refuse;
+
 -- triggers that change what append() does
 CREATE TABLE fn_trigger (position bigint, context_id text, version bigint, event_type text) USING event_store;
 INSERT INTO fn_trigger (context_id) VALUES ('a'), ('a'), ('other');

@@ -153,9 +153,12 @@ insert_plan(AppendCall *a, int columns, Oid *argtypes, InsertPlan *volatile *use
 	return plan;
 }
 
-/* Runs the INSERT; returns whether a row was stored (a trigger may say no). */
+/*
+ * Runs the INSERT with the promise, in which it notes what became of it; returns whether a row was stored (a
+ * trigger may say no).
+ */
 static bool
-insert_row(AppendCall *a, int64 version)
+insert_row(AppendCall *a, EsPromise *promise)
 {
 	FunctionCallInfo fcinfo = a->fcinfo;
 	TupleDesc		 desc = RelationGetDescr(a->rel);
@@ -167,6 +170,7 @@ insert_row(AppendCall *a, int64 version)
 	int				 n = 0;
 	volatile int	 result = 0;
 	bool			 stored;
+	EsPromise		 outer; /* of an append() whose trigger calls this one */
 	InsertPlan *volatile plan = NULL;
 
 	types[n] = TupleDescAttr(desc, a->roles.context - 1)->atttypid;
@@ -221,20 +225,28 @@ insert_row(AppendCall *a, int64 version)
 		types[n] = JSONBOID;
 		args[n++] = PG_GETARG_DATUM(5);
 	}
-	if (version > 0)
+	if (promise->version > 0)
 	{
 		columns |= COL_VERSION;
 		types[n] = INT8OID;
-		args[n++] = Int64GetDatum(version);
+		args[n++] = Int64GetDatum(promise->version);
 	}
 
+	promise->relid = RelationGetRelid(a->rel);
+	promise->hash = a->context.hash;
+	promise->event_id = a->has_event_id ? a->event_id->data : NULL;
+	promise->depth = DatumGetInt32(DirectFunctionCall1(pg_trigger_depth, (Datum) 0));
+	outer = es_promise;
 	SPI_connect();
 	PG_TRY();
 	{
+		es_promise = *promise;
 		result = SPI_execute_plan(insert_plan(a, columns, types, &plan), args, NULL, false, 0);
 	}
 	PG_FINALLY();
 	{
+		*promise = es_promise;
+		es_promise = outer;
 		if (plan != NULL)
 			plan->users--;
 	}
@@ -249,20 +261,23 @@ insert_row(AppendCall *a, int64 version)
 
 /*
  * What would this row's content hash be?  Only defaults, triggers and generated columns know, so
- * the row is inserted in a subtransaction, which is rolled back.
+ * the row is inserted in a subtransaction, which is rolled back.  promise->inserted is 0 if triggers have given
+ * it another context or event id.  Returns whether it would be stored.
  */
-static void
-hash_of_row(AppendCall *a, uint64 result[2])
+static bool
+probe_row(AppendCall *a, EsPromise *promise)
 {
 	MemoryContext old = CurrentMemoryContext;
 	ResourceOwner owner = CurrentResourceOwner;
-	bool		  stored;
+	volatile bool stored = false;
 
+	memset(promise, 0, sizeof(*promise));
+	promise->active = true;
+	promise->probe = true;
 	BeginInternalSubTransaction(NULL);
 	PG_TRY();
 	{
-		stored = insert_row(a, 0);
-		memcpy(result, es_last_content_hash, sizeof(es_last_content_hash));
+		stored = insert_row(a, promise);
 		RollbackAndReleaseCurrentSubTransaction();
 		MemoryContextSwitchTo(old);
 		CurrentResourceOwner = owner;
@@ -280,8 +295,7 @@ hash_of_row(AppendCall *a, uint64 result[2])
 		ReThrowError(error);
 	}
 	PG_END_TRY();
-	if (!stored)
-		result[0] = result[1] = 0;
+	return stored;
 }
 
 pg_attribute_noreturn() static void version_conflict(const AppendCall *a, int64 expected, int64 actual)
@@ -430,17 +444,17 @@ result_row(FunctionCallInfo fcinfo, int64 version, const char *outcome)
 Datum
 es_append(PG_FUNCTION_ARGS)
 {
-	AppendCall	   a;
-	EsXactTable	  *t;
-	EsOwnContext  *own;
-	EsHeadAnswer  *head = NULL;
-	bool		   has_expected = !PG_ARGISNULL(3);
-	int64		   expected = has_expected ? PG_GETARG_INT64(3) : 0;
-	int64		   actual = 0;
-	volatile int64 version = 0; /* set before PG_TRY, read behind it */
-	EsPromise	   outer;		/* of an append() whose trigger calls this one */
-	bool		   locked;
-	bool		   stored;
+	AppendCall	  a;
+	EsXactTable	 *t;
+	EsOwnContext *own;
+	EsHeadAnswer *head = NULL;
+	bool		  has_expected = !PG_ARGISNULL(3);
+	int64		  expected = has_expected ? PG_GETARG_INT64(3) : 0;
+	int64		  actual = 0;
+	int64		  version;
+	EsPromise	  promise = {0};
+	bool		  locked;
+	bool		  stored;
 
 	if (PG_ARGISNULL(0))
 		ereport(ERROR, (errcode(ERRCODE_NOT_NULL_VIOLATION), errmsg("context_id must not be NULL")));
@@ -471,7 +485,7 @@ es_append(PG_FUNCTION_ARGS)
 
 	if (a.roles.version == 0 && a.roles.event_id == 0)
 	{
-		stored = insert_row(&a, 0);
+		stored = insert_row(&a, &promise);
 		table_close(a.rel, NoLock);
 		PG_RETURN_DATUM(result_row(fcinfo, 0, stored ? "appended" : "not_stored"));
 	}
@@ -487,7 +501,6 @@ es_append(PG_FUNCTION_ARGS)
 	if (a.has_event_id)
 	{
 		uint64 found_hash[2];
-		uint64 row_hash[2];
 		int64  found_version = 0;
 		bool   found = false;
 
@@ -502,12 +515,22 @@ es_append(PG_FUNCTION_ARGS)
 			found = find_own_event(&a, &found_version, found_hash);
 		if (found)
 		{
-			hash_of_row(&a, row_hash);
-			if (memcmp(found_hash, row_hash, sizeof(row_hash)) != 0)
-				content_conflict(&a);
-			pg_atomic_fetch_add_u64(&es_shared->shards[a.context.shard].counters.duplicates, 1);
-			table_close(a.rel, NoLock);
-			PG_RETURN_DATUM(result_row(fcinfo, found_version, "already_there"));
+			EsPromise probe;
+
+			if (!probe_row(&a, &probe))
+			{
+				table_close(a.rel, NoLock);
+				PG_RETURN_DATUM(result_row(fcinfo, 0, "not_stored"));
+			}
+			/* else triggers make another event of it */
+			if (probe.inserted > 0)
+			{
+				if (memcmp(found_hash, probe.content, sizeof(found_hash)) != 0)
+					content_conflict(&a);
+				pg_atomic_fetch_add_u64(&es_shared->shards[a.context.shard].counters.duplicates, 1);
+				table_close(a.rel, NoLock);
+				PG_RETURN_DATUM(result_row(fcinfo, found_version, "already_there"));
+			}
 		}
 	}
 
@@ -518,7 +541,7 @@ es_append(PG_FUNCTION_ARGS)
 		if (has_expected && (expected == -1 ? actual == 0 : actual != expected))
 			version_conflict(&a, expected, actual);
 		if (a.roles.version != 0)
-			version = actual + 1;
+			promise.version = actual + 1;
 	}
 	else if (has_expected)
 	{
@@ -526,33 +549,19 @@ es_append(PG_FUNCTION_ARGS)
 		if (expected == PG_INT64_MAX)
 			version_conflict(&a, expected, ask_head(&a)->version);
 		if (expected >= 0)
-			version = expected + 1; /* PREPARE checks it at COMMIT */
+			promise.version = expected + 1; /* PREPARE checks it at COMMIT */
 		else if (head->version == 0 && !has_own_event(&a))
 			version_conflict(&a, expected, 0);
 	}
 
-	outer = es_promise;
-	memset(&es_promise, 0, sizeof(es_promise));
 	if (locked)
 	{
-		es_promise.active = true;
-		es_promise.relid = RelationGetRelid(a.rel);
-		es_promise.hash = a.context.hash;
-		es_promise.head = head->version;
-		es_promise.version = version;
-		es_promise.depth = DatumGetInt32(DirectFunctionCall1(pg_trigger_depth, (Datum) 0));
+		promise.active = true;
+		promise.head = head->version;
 	}
-	PG_TRY();
-	{
-		stored = insert_row(&a, version);
-		/* a trigger may have given the event another context, whose version is known at COMMIT */
-		version = es_promise.inserted > 0 ? es_promise.version : 0;
-	}
-	PG_FINALLY();
-	{
-		es_promise = outer;
-	}
-	PG_END_TRY();
+	stored = insert_row(&a, &promise);
+	/* a trigger may have given the event another context, whose version is known at COMMIT */
+	version = promise.inserted > 0 ? promise.version : 0;
 
 	table_close(a.rel, NoLock);
 	PG_RETURN_DATUM(result_row(fcinfo, stored ? version : 0, stored ? "appended" : "not_stored"));

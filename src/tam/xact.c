@@ -41,7 +41,6 @@
 
 EsXact	 *es_xact = NULL;
 EsPromise es_promise;
-uint64	  es_last_content_hash[2];
 
 /* Builders that no transaction uses, for the next one that has the same columns. */
 typedef struct CachedBuilder
@@ -300,8 +299,18 @@ take_promise(EsXactTable *t, Relation rel, TupleTableSlot *slot, const void **va
 	EsOwnContext *own;
 
 	if (!es_promise.active || es_promise.relid != RelationGetRelid(rel) ||
-		es_promise.depth != DatumGetInt32(DirectFunctionCall1(pg_trigger_depth, (Datum) 0)) ||
-		(att >= 0 && (values[att] == NULL || DatumGetInt64(slot->tts_values[att]) != es_promise.version)))
+		es_promise.depth != DatumGetInt32(DirectFunctionCall1(pg_trigger_depth, (Datum) 0)))
+		return false;
+	if (es_promise.probe)
+	{
+		const void *id = values[t->roles.event_id - 1];
+
+		if (hash != es_promise.hash || id == NULL || memcmp(id, es_promise.event_id, ES_UUID_LEN) != 0)
+			return false;
+		es_promise.inserted++;
+		return true;
+	}
+	if (att >= 0 && (values[att] == NULL || DatumGetInt64(slot->tts_values[att]) != es_promise.version))
 		return false;
 	if (hash != es_promise.hash)
 	{
@@ -342,6 +351,7 @@ es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked)
 	uint64			   hash;
 	uint64			   ordinal;
 	uint16			   flags = 0;
+	bool			   promised;
 	int				   shard;
 	EsStatus		   status;
 
@@ -379,7 +389,8 @@ es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked)
 					 values[t->roles.context - 1], &scratch, &bytes, &len);
 	hash = es_context_hash(t->roles.context_class, bytes, len);
 	shard = es_shard_of_hash(hash);
-	checked = take_promise(t, rel, slot, values, hash) || checked;
+	promised = take_promise(t, rel, slot, values, hash);
+	checked = checked || promised;
 
 	if (t->roles.position != 0)
 	{
@@ -411,7 +422,8 @@ es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked)
 			info = es_table_info(rel);
 			es_hash_content(desc, info, t->columns, values, hash_value);
 			values[t->natts] = hash_value;
-			memcpy(es_last_content_hash, hash_value, sizeof(hash_value));
+			if (promised)
+				memcpy(es_promise.content, hash_value, sizeof(hash_value));
 			flags |= ES_BATCH_HAS_EVENT_IDS;
 		}
 	}

@@ -135,13 +135,18 @@ extern void es_xact_init(void); /* callbacks; from es_tam_init */
  */
 typedef struct EsPromise
 {
-	bool   active;
-	Oid	   relid;
-	uint64 hash;
-	int64  head;	 /* version of the context before the transaction */
-	int64  version;	 /* 0 = the table has no versions; triggers that append to the context raise it */
-	int	   depth;	 /* of triggers */
-	uint64 inserted; /* rows that used the promise */
+	bool		 active;
+	bool		 probe; /* append() rolls the row back: it wants to know its content only */
+	Oid			 relid;
+	uint64		 hash;
+	int64		 head;	   /* version of the context before the transaction */
+	int64		 version;  /* 0 = none is given; triggers that append to the context raise it */
+	int			 depth;	   /* of triggers */
+	const uint8 *event_id; /* NULL = none */
+
+	/* the row that came */
+	uint64 inserted;   /* rows that used the promise */
+	uint64 content[2]; /* hash of its content, if it has an event id */
 } EsPromise;
 
 extern EsPromise es_promise;
@@ -156,9 +161,6 @@ extern void es_content_hash(Relation rel, TupleTableSlot *slot, uint64 result[2]
 /* The same of values as es_batch_add takes them (content.c). */
 extern void es_hash_content(TupleDesc desc, const EsTableInfo *info, const EsColumnDesc *columns,
 							const void *const *values, uint64 result[2]);
-
-/* Content hash of the last row with an event id that this backend inserted. */
-extern uint64 es_last_content_hash[2];
 
 extern EsXactTable	*es_xact_table(const EsTableKey *key); /* NULL if nothing was inserted */
 extern EsXactTable	*es_xact_table_get(Relation rel);
