@@ -129,6 +129,16 @@ DROP TRIGGER refuse ON fn_id;
 DROP TABLE fn_seen;
 DROP FUNCTION fn_see, fn_refuse;
 
+-- what is generated from a default that changes is no more content than the default
+CREATE TABLE fn_gen (context_id text, version bigint, event_id uuid, event_type text, payload jsonb, at timestamptz DEFAULT clock_timestamp(),
+  epoch numeric GENERATED ALWAYS AS (extract(epoch FROM at AT TIME ZONE 'UTC')) STORED, twice bigint GENERATED ALWAYS AS (version * 2) STORED,
+  who text GENERATED ALWAYS AS (payload ->> 'who' || context_id) STORED) USING event_store;
+SELECT a.* FROM event_store.append('a', 't', '{"who": "me"}', event_id => '00000000-0000-0000-0000-000000000001', store => 'fn_gen') a;
+SELECT pg_sleep(0.001);
+SELECT a.* FROM event_store.append('a', 't', '{"who": "me"}', event_id => '00000000-0000-0000-0000-000000000001', store => 'fn_gen') a;
+SELECT a.* FROM event_store.append('a', 't', '{"who": "you"}', event_id => '00000000-0000-0000-0000-000000000001', store => 'fn_gen') a;
+DROP TABLE fn_gen;
+
 -- triggers that change what append() does
 CREATE TABLE fn_trigger (position bigint, context_id text, version bigint, event_type text) USING event_store;
 INSERT INTO fn_trigger (context_id) VALUES ('a'), ('a'), ('other');

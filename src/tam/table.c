@@ -14,6 +14,7 @@
 #include "postgres.h"
 
 #include "access/generic_xlog.h"
+#include "access/sysattr.h"
 #include "access/table.h"
 #include "access/xloginsert.h"
 #include "catalog/pg_am.h"
@@ -334,23 +335,30 @@ read_metapage(Relation rel, EsMetapage *meta)
 						errdetail("Its metapage names a store that is not this cluster's.")));
 }
 
+/* The default of the column, or what it is generated from; NULL = none. */
+static Node *
+column_expression(TupleDesc desc, int attno)
+{
+	TupleConstr *constr = desc->constr;
+
+	for (int i = 0; constr != NULL && i < constr->num_defval; i++)
+	{
+		if (constr->defval[i].adnum == attno)
+			return stringToNode(constr->defval[i].adbin);
+	}
+	return NULL;
+}
+
 /* A default that may give another value for the same event: not part of its content. */
 static bool
 has_mutable_default(TupleDesc desc, int attno)
 {
 	Form_pg_attribute att = TupleDescAttr(desc, attno - 1);
-	TupleConstr		 *constr = desc->constr;
 
 	if (att->attidentity != '\0')
 		return true;
-	if (!att->atthasdef || constr == NULL || att->attgenerated != '\0')
-		return false;
-	for (int i = 0; i < constr->num_defval; i++)
-	{
-		if (constr->defval[i].adnum == attno)
-			return contain_mutable_functions((Node *) stringToNode(constr->defval[i].adbin));
-	}
-	return false;
+	return att->atthasdef && att->attgenerated == '\0' &&
+		   contain_mutable_functions(column_expression(desc, attno));
 }
 
 static bool
@@ -358,6 +366,29 @@ is_role(const EsRoles *roles, int attno)
 {
 	return attno == roles->context || attno == roles->position || attno == roles->version ||
 		   attno == roles->event_id;
+}
+
+/*
+ * Is a generated column made from columns that may differ when the same event comes again?  `hashed` tells of the
+ * others already.
+ */
+static bool
+generated_from_other(TupleDesc desc, const EsRoles *roles, int attno, const bool *hashed)
+{
+	Bitmapset *from = NULL;
+	int		   member = -1;
+	bool	   result = false;
+
+	pull_varattnos(column_expression(desc, attno), 1, &from);
+	while ((member = bms_next_member(from, member)) >= 0)
+	{
+		int source = member + FirstLowInvalidHeapAttributeNumber;
+
+		result = result ||
+				 (source > 0 && !hashed[source - 1] && source != roles->context && source != roles->event_id);
+	}
+	bms_free(from);
+	return result;
 }
 
 const EsTableInfo *
@@ -411,6 +442,11 @@ es_table_info(Relation rel)
 		if (has_hash)
 			hashed[i] =
 				!att->attisdropped && !is_role(&meta.roles, i + 1) && !has_mutable_default(desc, i + 1);
+	}
+	for (int i = 0; i < natts; i++)
+	{
+		if (hashed[i] && TupleDescAttr(desc, i)->attgenerated != '\0')
+			hashed[i] = !generated_from_other(desc, &meta.roles, i + 1, hashed);
 	}
 	if (has_hash)
 	{

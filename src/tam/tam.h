@@ -33,7 +33,8 @@ typedef struct EsTableInfo
 	EsColumnDesc columns[FLEXIBLE_ARRAY_MEMBER]; /* ncols; then natts booleans: hashed */
 } EsTableInfo;
 
-/* Is the column part of the content hash?  (Not: roles, dropped, non-immutable defaults.) */
+/* Is the column part of the content hash?  (Not: roles, dropped, non-immutable defaults and what is generated from
+ * them or from roles that the store fills.) */
 static inline const bool *
 es_table_hashed(const EsTableInfo *info)
 {
