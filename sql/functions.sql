@@ -139,6 +139,86 @@ SELECT a.* FROM event_store.append('a', 't', '{"who": "me"}', event_id => '00000
 SELECT a.* FROM event_store.append('a', 't', '{"who": "you"}', event_id => '00000000-0000-0000-0000-000000000001', store => 'fn_gen') a;
 DROP TABLE fn_gen;
 
+-- event ids that triggers and defaults give are looked for like those that append() is given
+CREATE TABLE fn_ids (context_id text, version bigint, event_id uuid, event_type text, payload jsonb) USING event_store;
+CREATE FUNCTION fn_give_id() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN NEW.event_id = rpad(coalesce(NEW.payload ->> 'id', md5(NEW.payload::text)), 32, '0')::uuid; RETURN NEW; END $$;
+CREATE TRIGGER id BEFORE INSERT ON fn_ids FOR EACH ROW EXECUTE FUNCTION fn_give_id();
+SELECT * FROM event_store.append('a', 't', '{"n": 1}', store => 'fn_ids');
+SELECT * FROM event_store.append('a', 't', '{"n": 1}', store => 'fn_ids');
+SELECT * FROM event_store.append('a', 't', '{"n": 2}', event_id => '00000000-0000-0000-0000-000000000001', store => 'fn_ids');
+SELECT * FROM event_store.append('a', 't', '{"n": 2}', event_id => '00000000-0000-0000-0000-000000000001', store => 'fn_ids');
+SELECT * FROM event_store.append('a', 't', '{"id": "5"}', store => 'fn_ids');
+SELECT * FROM event_store.append('a', 't', '{"id": "5", "n": 1}', store => 'fn_ids');
+BEGIN;
+SELECT * FROM event_store.append('a', 't', '{"n": 1}', store => 'fn_ids');
+SELECT * FROM event_store.append('a', 't', '{"n": 3}', store => 'fn_ids');
+SAVEPOINT s;
+SELECT * FROM event_store.append('a', 't', '{"n": 3}', store => 'fn_ids');
+SELECT * FROM event_store.append('a', 't', '{"n": 4}', expected_version => 4, store => 'fn_ids');
+ROLLBACK TO s;
+SELECT * FROM event_store.append('a', 't', '{"n": 5}', expected_version => 4, store => 'fn_ids');
+SELECT * FROM event_store.append('a', 't', '{"n": 3}', store => 'fn_ids');
+COMMIT;
+SELECT version, payload, event_id FROM fn_ids ORDER BY version;
+-- also those that a trigger inserts meanwhile, or a rule's function
+CREATE FUNCTION fn_before() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF pg_trigger_depth() = 1 AND TG_ARGV[0] = 'append' THEN
+    RAISE NOTICE 'inner: %', event_store.append(NEW.context_id, NEW.event_type, NEW.payload, event_id => NEW.event_id, store => 'fn_ids');
+  ELSIF pg_trigger_depth() = 1 THEN
+    INSERT INTO fn_ids SELECT NEW.*;
+  END IF;
+  RETURN NEW;
+END $$;
+CREATE TRIGGER more BEFORE INSERT ON fn_ids FOR EACH ROW EXECUTE FUNCTION fn_before('append');
+SELECT * FROM event_store.append('b', 't', '{}', event_id => '00000000-0000-0000-0000-000000000001', store => 'fn_ids');
+DROP TRIGGER more ON fn_ids;
+CREATE TRIGGER more AFTER INSERT ON fn_ids FOR EACH ROW EXECUTE FUNCTION fn_before('append');
+SELECT * FROM event_store.append('c', 't', '{}', event_id => '00000000-0000-0000-0000-000000000001', store => 'fn_ids');
+DROP TRIGGER more ON fn_ids;
+CREATE TRIGGER more BEFORE INSERT ON fn_ids FOR EACH ROW EXECUTE FUNCTION fn_before('insert');
+SELECT * FROM event_store.append('d', 't', '{}', event_id => '00000000-0000-0000-0000-000000000001', store => 'fn_ids');
+DROP TRIGGER more ON fn_ids;
+CREATE TRIGGER more AFTER INSERT ON fn_ids FOR EACH ROW EXECUTE FUNCTION fn_before('insert');
+SELECT * FROM event_store.append('e', 't', '{}', event_id => '00000000-0000-0000-0000-000000000001', store => 'fn_ids');
+SELECT context_id, count(*), max(version) FROM fn_ids WHERE context_id > 'a' GROUP BY 1 ORDER BY 1;
+CREATE TABLE fn_rule (context_id text, event_id uuid, n int) USING event_store;
+CREATE FUNCTION fn_twice(c text, id uuid) RETURNS void LANGUAGE sql AS 'INSERT INTO fn_rule VALUES (c, id, 1)';
+INSERT INTO fn_rule VALUES ('a', '00000000-0000-0000-0000-000000000001', 1);
+CREATE RULE twice AS ON INSERT TO fn_rule WHERE NEW.n IS NULL DO ALSO SELECT fn_twice(NEW.context_id, '00000000-0000-0000-0000-000000000001');
+SELECT * FROM event_store.append('a', NULL, NULL, event_id => '00000000-0000-0000-0000-000000000002', store => 'fn_rule');
+SELECT event_id, count(*) FROM fn_rule GROUP BY 1 ORDER BY 1;
+DROP TABLE fn_ids, fn_rule;
+DROP FUNCTION fn_give_id, fn_before, fn_twice;
+
+-- INSERT of what is there already counts for nothing in the versions of append(), also before COMMIT finds that out
+CREATE TABLE fn_dup (context_id text, position bigint, version bigint, event_id uuid, event_type text) USING event_store;
+INSERT INTO fn_dup (context_id, event_id) SELECT 'a', lpad(i::text, 32, '0')::uuid FROM generate_series(1, 3) i;
+BEGIN;
+INSERT INTO fn_dup (context_id, event_id) VALUES ('a', '00000000-0000-0000-0000-000000000001');
+SELECT * FROM event_store.append('a', 't', NULL, store => 'fn_dup');
+INSERT INTO fn_dup (context_id, event_id) SELECT 'a', lpad((i / 2)::text, 32, '0')::uuid FROM generate_series(4, 11) i;
+SAVEPOINT s;
+SELECT * FROM event_store.append('a', 't', NULL, expected_version => 6, store => 'fn_dup');
+INSERT INTO fn_dup (context_id, event_id) VALUES ('a', '00000000-0000-0000-0000-000000000003');
+SELECT * FROM event_store.append('a', 't', NULL, expected_version => 7, store => 'fn_dup');
+ROLLBACK TO s;
+INSERT INTO fn_dup (context_id, event_id) VALUES ('a', '00000000-0000-0000-0000-000000000004');
+SELECT * FROM event_store.append('a', 't', NULL, event_id => '00000000-0000-0000-0000-000000000006', store => 'fn_dup');
+SELECT * FROM event_store.append('a', NULL, NULL, event_id => '00000000-0000-0000-0000-000000000003', store => 'fn_dup');
+SELECT * FROM event_store.append('a', 't', NULL, store => 'fn_dup');
+COMMIT;
+SELECT version, event_type, event_id FROM fn_dup WHERE version > 3 ORDER BY position;
+-- more than append() looks at: COMMIT does
+BEGIN;
+INSERT INTO fn_dup (context_id, event_id) SELECT 'b', lpad(i::text, 32, '0')::uuid FROM generate_series(1, 1500) i;
+SELECT * FROM event_store.append('b', 't', NULL, store => 'fn_dup');
+SELECT * FROM event_store.append('b', 't', NULL, expected_version => 1501, store => 'fn_dup');
+COMMIT;
+SELECT count(*), max(version) FILTER (WHERE event_type = 't') FROM fn_dup WHERE context_id = 'b';
+DROP TABLE fn_dup;
+
 -- triggers that change what append() does
 CREATE TABLE fn_trigger (position bigint, context_id text, version bigint, event_type text) USING event_store;
 INSERT INTO fn_trigger (context_id) VALUES ('a'), ('a'), ('other');

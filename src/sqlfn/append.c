@@ -10,7 +10,8 @@
  * commit to the context, so what is returned is final if the transaction commits.
  *
  * From its 17th context on, a transaction takes no more locks at the statement
- * (PROTOCOL.md 3): version is then NULL and COMMIT makes the check.
+ * (PROTOCOL.md 3): version is then NULL and COMMIT makes the check.  So it is when INSERT has put more events
+ * with ids into the context than append() looks at.
  *
  *-------------------------------------------------------------------------
  */
@@ -71,6 +72,9 @@ typedef struct InsertPlan
 #define COL_EVENT_ID   0x04
 #define COL_METADATA   0x08
 #define COL_VERSION	   0x10
+
+/* Events of the own transaction in a context that append() looks at to tell a version. */
+#define MAX_SETTLED 1000
 
 #define MAX_PLANS 64
 static InsertPlan plans[MAX_PLANS];
@@ -261,7 +265,7 @@ insert_row(AppendCall *a, EsPromise *promise)
 
 /*
  * What would this row's content hash be?  Only defaults, triggers and generated columns know, so
- * the row is inserted in a subtransaction, which is rolled back.  promise->inserted is 0 if triggers have given
+ * the row is inserted in a subtransaction, which is rolled back.  promise->inserted is false if triggers have given
  * it another context or event id.  Returns whether it would be stored.
  */
 static bool
@@ -372,11 +376,11 @@ has_own_event(AppendCall *a)
 }
 
 /*
- * An event of the own transaction with this id in this context: its version (0 = NULL), and the hash of its
- * content.
+ * The newest but `skip` of the own transaction's events with this id in this context: its version (0 = NULL), and
+ * the hash of its content.
  */
 static bool
-find_own_event(AppendCall *a, int64 *version, uint64 hash[2])
+find_own_event(AppendCall *a, int skip, int64 *version, uint64 hash[2])
 {
 	StringInfoData	filters;
 	EsReaderSpec	spec;
@@ -395,9 +399,11 @@ find_own_event(AppendCall *a, int64 *version, uint64 hash[2])
 	spec.filters_len = filters.len;
 	reader = read_own_events(a, &spec, &snapshot);
 	slot = table_slot_create(a->rel, NULL);
-	if (es_reader_next(reader, slot) && es_reader_position(reader) == 0)
+	do
+		found = es_reader_next(reader, slot) && es_reader_position(reader) == 0;
+	while (found && skip-- > 0);
+	if (found)
 	{
-		found = true;
 		*version = 0;
 		if (a->roles.version != 0 && !slot->tts_isnull[a->roles.version - 1])
 			*version = DatumGetInt64(slot->tts_values[a->roles.version - 1]);
@@ -407,6 +413,12 @@ find_own_event(AppendCall *a, int64 *version, uint64 hash[2])
 	es_reader_end(reader);
 	UnregisterSnapshot(snapshot);
 	return found;
+}
+
+static int
+compare_ids(const void *x, const void *y)
+{
+	return memcmp(x, y, sizeof(pg_uuid_t));
 }
 
 static EsHeadAnswer *
@@ -425,6 +437,114 @@ ask_head(const AppendCall *a)
 	if (a->has_event_id)
 		memcpy(req.event_id, a->event_id->data, UUID_LEN);
 	return (EsHeadAnswer *) es_channel_call(a->context.shard, &req.req, parts, 3);
+}
+
+/*
+ * Events of the own transaction that INSERT has put into the context with ids: if an id is there already, the row
+ * will not be taken, and versions do not count it.  false: they are too many to find that out.
+ */
+static bool
+settle_own_rows(AppendCall *a, EsXactTable *t, EsOwnContext *own)
+{
+	int				att = a->roles.event_id - 1;
+	AppendCall		one = *a;
+	EsReaderSpec	spec;
+	EsReader	   *reader;
+	TupleTableSlot *slot;
+	Snapshot		snapshot;
+	pg_uuid_t	   *ids;
+	bool		   *wanted;
+	uint32			unsure = es_own_unsure(own);
+	uint32			nrows = 0;
+	uint32			nids = 0;
+	uint32			taken;
+
+	if (unsure == 0)
+		return true;
+	ids = palloc(sizeof(pg_uuid_t) * MAX_SETTLED);
+	wanted = palloc0(sizeof(bool) * RelationGetNumberOfAttributes(a->rel));
+	wanted[att] = true;
+	es_reader_spec_init(&spec);
+	spec.wanted = wanted;
+	spec.max_rows = MAX_SETTLED;
+	reader = read_own_events(a, &spec, &snapshot);
+	slot = table_slot_create(a->rel, NULL);
+	while (es_reader_next(reader, slot) && es_reader_position(reader) == 0)
+	{
+		nrows++;
+		if (!slot->tts_isnull[att])
+			ids[nids++] = *DatumGetUUIDP(slot->tts_values[att]);
+	}
+	ExecDropSingleTupleTableSlot(slot);
+	es_reader_end(reader);
+	UnregisterSnapshot(snapshot);
+	if (nrows == MAX_SETTLED)
+		return false;
+
+	/* an id is taken once, unless it was committed before */
+	taken = nrows - nids;
+	qsort(ids, nids, sizeof(pg_uuid_t), compare_ids);
+	one.has_event_id = true;
+	for (uint32 i = 0; i < nids; i++)
+	{
+		EsHeadAnswer *head;
+
+		if (i > 0 && compare_ids(&ids[i - 1], &ids[i]) == 0)
+			continue;
+		one.event_id = &ids[i];
+		head = ask_head(&one);
+		taken += !head->event_found;
+		pfree(head);
+	}
+	es_own_settle(t, own, unsure, es_own_rows(own) - taken);
+	return true;
+}
+
+/*
+ * The inserted row has an id that was not looked for before it: from a trigger or a default, or while triggers
+ * inserted more into the context.  false: the event is there already, with *version; the row will not be taken.
+ */
+static bool
+is_new_event(AppendCall *a, EsXactTable *t, EsPromise *promise, int64 *version)
+{
+	EsOwnContext *own = es_xact_context(t, a->context.hash);
+	bool		  last = own != NULL && own->changes == promise->changes;
+	AppendCall	  row = *a;
+	EsHeadAnswer *head;
+	int64		  found_version = 0;
+	uint64		  hash[2];
+	bool		  found;
+
+	row.has_event_id = true;
+	row.event_id = (pg_uuid_t *) promise->row_id;
+	head = ask_head(&row);
+	found = head->event_found;
+	if (found)
+	{
+		check_snapshot_sees(&row, head->event_fxid);
+		found_version = head->event_version;
+		memcpy(hash, head->event_content, sizeof(hash));
+	}
+	else if (own == NULL || es_own_rows(own) > 1)
+		found = find_own_event(&row, 1, &found_version, hash);
+
+	if (last)
+		es_own_settle(t, own, 1, found);
+	else
+		t->unchecked = true; /* also triggers behind it have inserted */
+	if (!found)
+		return true;
+	if (!last && !head->event_found)
+	{
+		/* which of the transaction's rows is the first with this id is found out at COMMIT */
+		*version = 0;
+		return true;
+	}
+	if (memcmp(hash, promise->content, sizeof(hash)) != 0)
+		content_conflict(&row);
+	*version = found_version;
+	pg_atomic_fetch_add_u64(&es_shared->shards[a->context.shard].counters.duplicates, 1);
+	return false;
 }
 
 static Datum
@@ -455,6 +575,7 @@ es_append(PG_FUNCTION_ARGS)
 	EsPromise	  promise = {0};
 	bool		  locked;
 	bool		  stored;
+	const char	 *outcome;
 
 	if (PG_ARGISNULL(0))
 		ereport(ERROR, (errcode(ERRCODE_NOT_NULL_VIOLATION), errmsg("context_id must not be NULL")));
@@ -512,7 +633,7 @@ es_append(PG_FUNCTION_ARGS)
 			memcpy(found_hash, head->event_content, sizeof(found_hash));
 		}
 		else if (own == NULL || es_own_rows(own) > 0)
-			found = find_own_event(&a, &found_version, found_hash);
+			found = find_own_event(&a, 0, &found_version, found_hash);
 		if (found)
 		{
 			EsPromise probe;
@@ -523,7 +644,7 @@ es_append(PG_FUNCTION_ARGS)
 				PG_RETURN_DATUM(result_row(fcinfo, 0, "not_stored"));
 			}
 			/* else triggers make another event of it */
-			if (probe.inserted > 0)
+			if (probe.inserted)
 			{
 				if (memcmp(found_hash, probe.content, sizeof(found_hash)) != 0)
 					content_conflict(&a);
@@ -535,8 +656,11 @@ es_append(PG_FUNCTION_ARGS)
 	}
 
 	if (locked)
-	{
 		check_snapshot_sees(&a, head->fxid);
+	if (locked && a.roles.version != 0 && !settle_own_rows(&a, t, own))
+		locked = false;
+	if (locked)
+	{
 		actual = head->version + es_own_rows(own);
 		if (has_expected && (expected == -1 ? actual == 0 : actual != expected))
 			version_conflict(&a, expected, actual);
@@ -558,11 +682,15 @@ es_append(PG_FUNCTION_ARGS)
 	{
 		promise.active = true;
 		promise.head = head->version;
+		promise.own_rows = es_own_rows(own);
 	}
 	stored = insert_row(&a, &promise);
 	/* a trigger may have given the event another context, whose version is known at COMMIT */
-	version = promise.inserted > 0 ? promise.version : 0;
+	version = stored && promise.inserted ? promise.version : 0;
+	outcome = stored ? "appended" : "not_stored";
+	if (stored && promise.look_again && !is_new_event(&a, t, &promise, &version))
+		outcome = "already_there";
 
 	table_close(a.rel, NoLock);
-	PG_RETURN_DATUM(result_row(fcinfo, stored ? version : 0, stored ? "appended" : "not_stored"));
+	PG_RETURN_DATUM(result_row(fcinfo, version, outcome));
 }

@@ -215,35 +215,50 @@ es_xact_context(EsXactTable *t, uint64 hash)
 uint32
 es_own_rows(const EsOwnContext *c)
 {
-	uint32 rows = 0;
+	int32 rows = 0;
 
 	for (uint32 i = 0; i < c->ncounts; i++)
 		rows += c->counts[i].rows;
 	return rows;
 }
 
-static void
-count_own_row(EsXactTable *t, uint64 hash, SubTransactionId subid)
+uint32
+es_own_unsure(const EsOwnContext *c)
 {
-	EsOwnContext *c = es_xact_context(t, hash);
+	int32 unsure = 0;
 
-	if (c == NULL)
-		return; /* beyond the limit nobody asks */
-	if (c->ncounts > 0 && c->counts[c->ncounts - 1].subid == subid)
+	for (uint32 i = 0; i < c->ncounts; i++)
+		unsure += c->counts[i].unsure;
+	return unsure;
+}
+
+static void
+count_own(EsOwnContext *c, int32 rows, int32 unsure)
+{
+	SubTransactionId subid = GetCurrentSubTransactionId();
+
+	if (c->ncounts == 0 || c->counts[c->ncounts - 1].subid != subid)
 	{
-		c->counts[c->ncounts - 1].rows++;
-		return;
+		if (c->ncounts == c->allocated)
+		{
+			c->allocated = Max(4, c->allocated * 2);
+			c->counts = c->counts == NULL
+							? MemoryContextAlloc(es_xact->context, c->allocated * sizeof(EsOwnCount))
+							: repalloc(c->counts, c->allocated * sizeof(EsOwnCount));
+		}
+		c->counts[c->ncounts++] = (EsOwnCount){subid, 0, 0};
 	}
-	if (c->ncounts == c->allocated)
-	{
-		c->allocated = Max(4, c->allocated * 2);
-		c->counts = c->counts == NULL
-						? MemoryContextAlloc(es_xact->context, c->allocated * sizeof(EsOwnCount))
-						: repalloc(c->counts, c->allocated * sizeof(EsOwnCount));
-	}
-	c->counts[c->ncounts].subid = subid;
-	c->counts[c->ncounts].rows = 1;
-	c->ncounts++;
+	c->counts[c->ncounts - 1].rows += rows;
+	c->counts[c->ncounts - 1].unsure += unsure;
+}
+
+/* What was found out is forgotten with the subtransaction, whose rollback may give up the context's lock. */
+void
+es_own_settle(EsXactTable *t, EsOwnContext *c, uint32 unsure, uint32 not_taken)
+{
+	if (not_taken > 0)
+		t->unchecked = true;
+	count_own(c, -(int32) not_taken, -(int32) unsure);
 }
 
 /* Pointers to a row's values as es_batch_add wants them; detoasts into the current context. */
@@ -289,30 +304,31 @@ batch_failed(EsStatus status, Relation rel)
 /*
  * What append() has promised, for a row that may be its own.  Triggers came in between.  One may have appended to the
  * same context: then the row comes behind that.  One may have given the row another context: then the
- * version, which append() put there, means nothing and is left out.  True: the row is as promised.
+ * version, which append() put there, means nothing and is left out, as it is if rows have come of which it is
+ * not known whether they will be taken.  True: the row is as promised.
  */
 static bool
 take_promise(EsXactTable *t, Relation rel, TupleTableSlot *slot, const void **values, uint64 hash)
 {
 	static int64  version;
+	EsPromise	 *p = &es_promise;
 	int			  att = t->roles.version - 1;
+	const uint8	 *id;
 	EsOwnContext *own;
 
-	if (!es_promise.active || es_promise.relid != RelationGetRelid(rel) ||
-		es_promise.depth != DatumGetInt32(DirectFunctionCall1(pg_trigger_depth, (Datum) 0)))
+	if (!p->active || p->inserted || p->relid != RelationGetRelid(rel) ||
+		p->depth != DatumGetInt32(DirectFunctionCall1(pg_trigger_depth, (Datum) 0)))
 		return false;
-	if (es_promise.probe)
+	id = t->roles.event_id != 0 ? values[t->roles.event_id - 1] : NULL;
+	if (p->probe)
 	{
-		const void *id = values[t->roles.event_id - 1];
-
-		if (hash != es_promise.hash || id == NULL || memcmp(id, es_promise.event_id, ES_UUID_LEN) != 0)
-			return false;
-		es_promise.inserted++;
-		return true;
+		p->inserted = hash == p->hash && id != NULL && memcmp(id, p->event_id, ES_UUID_LEN) == 0;
+		return p->inserted;
 	}
-	if (att >= 0 && (values[att] == NULL || DatumGetInt64(slot->tts_values[att]) != es_promise.version))
+	if (att >= 0 && (values[att] == NULL || DatumGetInt64(slot->tts_values[att]) != p->version))
 		return false;
-	if (hash != es_promise.hash)
+	own = hash == p->hash ? es_xact_context(t, hash) : NULL;
+	if (own == NULL || (att >= 0 && es_own_unsure(own) > 0))
 	{
 		if (att >= 0)
 		{
@@ -321,15 +337,18 @@ take_promise(EsXactTable *t, Relation rel, TupleTableSlot *slot, const void **va
 		}
 		return false;
 	}
-	own = es_xact_context(t, hash);
-	if (att >= 0 && own != NULL)
+	p->look_again = id != NULL && (p->event_id == NULL || memcmp(id, p->event_id, ES_UUID_LEN) != 0 ||
+								   es_own_rows(own) != p->own_rows);
+	if (p->look_again)
+		memcpy(p->row_id, id, ES_UUID_LEN);
+	if (att >= 0)
 	{
-		version = es_promise.head + es_own_rows(own) + 1;
-		es_promise.version = version;
+		version = p->head + es_own_rows(own) + 1;
+		p->version = version;
 		values[att] = &version;
 		slot->tts_values[att] = Int64GetDatum(version);
 	}
-	es_promise.inserted++;
+	p->inserted = true;
 	return true;
 }
 
@@ -458,8 +477,18 @@ es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked)
 
 	if (t->locking)
 	{
+		EsOwnContext *own = es_xact_context(t, hash);
+		bool		  look = promised ? es_promise.look_again : !checked;
+
 		es_note_context(t, hash);
-		count_own_row(t, hash, subid);
+		/* beyond the limit nobody asks */
+		if (own != NULL)
+		{
+			count_own(own, 1, look && (flags & ES_BATCH_HAS_EVENT_IDS));
+			own->changes++;
+			if (promised)
+				es_promise.changes = own->changes;
+		}
 		if (!checked && (flags & (ES_BATCH_GIVEN_VERSIONS | ES_BATCH_HAS_EVENT_IDS)))
 			t->unchecked = true;
 	}

@@ -54,14 +54,14 @@ typedef struct EsXactBatch
 typedef struct EsOwnCount
 {
 	SubTransactionId subid;
-	uint32			 rows;
+	int32			 rows;	 /* negative: append() has found out that so many are not taken */
+	int32			 unsure; /* rows with event ids that no append() has looked for */
 } EsOwnCount;
 
 typedef struct EsOwnContext
 {
 	uint64		hash;
-	bool		head_known; /* locked and asked by append(): */
-	int64		head;		/* committed version under the lock */
+	uint64		changes; /* grows with each row, whatever is rolled back */
 	uint32		ncounts;
 	uint32		allocated;
 	EsOwnCount *counts;
@@ -130,8 +130,9 @@ extern EsXact *es_xact; /* NULL = no events in this transaction */
 extern void es_xact_init(void); /* callbacks; from es_tam_init */
 
 /*
- * What append() has checked under the context's lock before it inserts: a row
- * of this table and context with this version needs no PREPARE.
+ * What append() has checked under the context's lock before it inserts: the first row
+ * of this table and context with this version needs no PREPARE.  If it has an event id that append() has not
+ * looked for, append() does so behind it.
  */
 typedef struct EsPromise
 {
@@ -144,9 +145,14 @@ typedef struct EsPromise
 	int			 depth;	   /* of triggers */
 	const uint8 *event_id; /* NULL = none */
 
+	uint32 own_rows; /* of the transaction in the context, before */
+
 	/* the row that came */
-	uint64 inserted;   /* rows that used the promise */
-	uint64 content[2]; /* hash of its content, if it has an event id */
+	bool   inserted;
+	bool   look_again;			/* is its event id there already? */
+	uint8  row_id[ES_UUID_LEN]; /* if look_again */
+	uint64 changes;				/* of the context, with it */
+	uint64 content[2];			/* hash of its content, if it has an event id */
 } EsPromise;
 
 extern EsPromise es_promise;
@@ -165,7 +171,12 @@ extern void es_hash_content(TupleDesc desc, const EsTableInfo *info, const EsCol
 extern EsXactTable	*es_xact_table(const EsTableKey *key); /* NULL if nothing was inserted */
 extern EsXactTable	*es_xact_table_get(Relation rel);
 extern EsOwnContext *es_xact_context(EsXactTable *t, uint64 hash); /* NULL: beyond the limit */
-extern uint32		 es_own_rows(const EsOwnContext *c);
+
+/* Rows of the transaction that will be taken, but for those with event ids that nobody has looked for. */
+extern uint32 es_own_rows(const EsOwnContext *c);
+extern uint32 es_own_unsure(const EsOwnContext *c);
+/* `unsure` of them have been looked for, under the context's lock: so many are not taken. */
+extern void es_own_settle(EsXactTable *t, EsOwnContext *c, uint32 unsure, uint32 not_taken);
 
 /* Full xid of the own transaction if it has events, else 0 (for scans); works in
  * parallel workers too. */
