@@ -34,6 +34,7 @@
 #include "utils/uuid.h"
 
 #include "compat.h"
+#include "core/arith.h"
 #include "ipc/channel.h"
 #include "ipc/shmem.h"
 #include "sqlfn/args.h"
@@ -328,12 +329,16 @@ pg_attribute_noreturn() static void content_conflict(const AppendCall *a)
 static void
 check_snapshot_sees(const AppendCall *a, EsFxid fxid)
 {
-	TransactionId xid;
+	Snapshot snapshot;
+	EsFxid	 next;
 
 	if (!IsolationUsesXactSnapshot() || fxid == 0)
 		return;
-	xid = XidFromFullTransactionId(FullTransactionIdFromU64(fxid));
-	if (XidInMVCCSnapshot(xid, GetTransactionSnapshot()))
+	snapshot = GetTransactionSnapshot();
+	next = U64FromFullTransactionId(ReadNextFullTransactionId());
+	/* an old one, cut to 32 bits, may look as if it were yet to come */
+	if (fxid >= es_widen_xid(next, snapshot->xmin) &&
+		XidInMVCCSnapshot(XidFromFullTransactionId(FullTransactionIdFromU64(fxid)), snapshot))
 		ereport(ERROR, (errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
 						errmsg("could not serialize access due to a concurrent append to context \"%s\"",
 							   es_context_for_message(a->context_text)),

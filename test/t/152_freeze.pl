@@ -21,13 +21,13 @@ SQL
 my $burned = 0;
 sub burn
 {
-	my ($before) = @_;
+	my ($before, $segments) = @_;
 	my $xid = sql($node, 'SELECT pg_current_xact_id()') % 4294967296;
-	my $to = (int($xid / 1048576) + 3) * 1048576 - ($before // 0);
+	my $to = (int($xid / 1048576) + ($segments // 3)) * 1048576 - ($before // 0);
 
 	$node->stop;
 	# the commit log of the ids that were jumped over
-	foreach my $segment (int($xid / 1048576) .. int($to / 1048576))
+	foreach my $segment (defined $segments ? int($to / 1048576) : int($xid / 1048576) .. int($to / 1048576))
 	{
 		my $file = sprintf('%s/pg_xact/%04X', $node->data_dir, $segment);
 		next if -e $file;
@@ -244,6 +244,23 @@ is(sql($node, 'SELECT count(*) FROM busy'), '11000', 'all rows are there');
 is(sql($node, $quiet), $expected, 'also of the quiet table');
 is(sql($node, q{SELECT count(*) FROM (SELECT version, row_number() OVER (PARTITION BY context_id ORDER BY position) AS n FROM busy) x WHERE n <> version}), '0', 'versions are right');
 is(sql($node, 'SELECT count(*) FROM event_store.verify()'), '0', 'no damage');
+$node->stop;
+
+# ---- an event that is more than 2^31 transaction ids old is not one that a snapshot cannot see yet
+
+$node = new_server('old', 'event_store.shards = 2', 'autovacuum = off');
+sql($node, q{SELECT event_store.append('a', 't', NULL, event_id => '00000000-0000-0000-0000-000000000001')});
+sql($node, 'SELECT event_store.flush()');
+foreach (1, 2)
+{
+	ok(burn(0, 1200), 'open after a billion ids');
+	freeze_all();
+}
+foreach my $level ('REPEATABLE READ', 'SERIALIZABLE')
+{
+	is(sql($node, "BEGIN ISOLATION LEVEL $level; SELECT outcome || version FROM event_store.append('a', 't', NULL); ROLLBACK"), 'appended2', "append() to its context, $level");
+	is(sql($node, "BEGIN ISOLATION LEVEL $level; SELECT outcome || version FROM event_store.append('a', 't', NULL, event_id => '00000000-0000-0000-0000-000000000001'); ROLLBACK"), 'already_there1', 'and once more the same event');
+}
 $node->stop;
 
 # ---- all event tables are dropped: nothing holds the commit log back, and own WAL has FINISHes of transactions that are older
