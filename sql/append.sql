@@ -44,6 +44,26 @@ BEGIN;
 SELECT count(v), bool_and(v = 1) FROM (SELECT (event_store.append('many-' || i, 'x', '{}')).version AS v FROM generate_series(1, 40) i) s;
 COMMIT;
 SELECT count(*), min(version), max(version) FROM event_store.events WHERE context_id LIKE 'many-%';
+-- contexts of rolled-back savepoints are none of the 16
+BEGIN;
+DO $$
+BEGIN
+  FOR i IN 1 .. 20 LOOP
+    BEGIN
+      PERFORM event_store.append('back-' || i, 'x', '{}');
+      RAISE division_by_zero;
+    EXCEPTION WHEN division_by_zero THEN NULL;
+    END;
+  END LOOP;
+END $$;
+SELECT * FROM event_store.append('back-1', 'x', '{}');
+SAVEPOINT s;
+SELECT count((event_store.append('back-' || i, 'x', '{}')).version) FROM generate_series(1, 20) i;
+ROLLBACK TO s;
+SELECT * FROM event_store.append('back-1', 'x', '{}', expected_version => 1);
+SELECT * FROM event_store.append('back-20', 'x', '{}');
+COMMIT;
+SELECT context_id, version FROM event_store.events WHERE context_id LIKE 'back-%' ORDER BY position;
 
 -- a conflict can be caught
 DO $$

@@ -661,7 +661,12 @@ es_append(PG_FUNCTION_ARGS)
 	}
 
 	if (locked)
+	{
 		check_snapshot_sees(&a, head->fxid);
+		/* triggers may have needed its place */
+		own = es_xact_context(t, a.context.hash);
+		locked = own != NULL;
+	}
 	if (locked && a.roles.version != 0 && !settle_own_rows(&a, t, own))
 		locked = false;
 	if (locked)

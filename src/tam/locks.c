@@ -87,11 +87,13 @@ note_slot(EsXactTable *t, uint16 k)
 		for (uint32 i = 0; i < t->nslots; i++)
 			t->slot_bitmap[t->slots[i] / 64] |= UINT64CONST(1) << (t->slots[i] % 64);
 		t->big = true;
+		t->big_subid = GetCurrentSubTransactionId();
 	}
 	if (t->big)
 		t->slot_bitmap[k / 64] |= UINT64CONST(1) << (k % 64);
 	else
 	{
+		t->slot_subids[t->nslots] = GetCurrentSubTransactionId();
 		t->slots[t->nslots++] = k;
 		es_xact->nslots++;
 	}
@@ -119,6 +121,29 @@ es_lock_context(EsXactTable *t, uint64 context_hash)
 	unlock_slot(t, 0, ShareLock);
 	note_slot(t, k);
 	return true;
+}
+
+void
+es_locks_rollback(EsXactTable *t, SubTransactionId subid)
+{
+	uint32 n = 0;
+
+	/* slots of a big one stay in its bitmap: it waits for more than it must */
+	for (uint32 i = 0; i < t->nslots; i++)
+	{
+		if (t->slot_subids[i] >= subid)
+			continue;
+		t->slots[n] = t->slots[i];
+		t->slot_subids[n++] = t->slot_subids[i];
+	}
+	es_xact->nslots -= t->nslots - n;
+	t->nslots = n;
+	if (t->big && t->big_subid >= subid)
+	{
+		t->big = false;
+		pfree(t->slot_bitmap);
+		t->slot_bitmap = NULL;
+	}
 }
 
 static int

@@ -194,21 +194,26 @@ es_xact_table_get(Relation rel)
 	return t;
 }
 
+/*
+ * When all entries are taken, one whose rows were all rolled back is given away.  A row that finds none is
+ * not counted; but then all entries have rows older than it, which no savepoint takes back without it.
+ */
 EsOwnContext *
 es_xact_context(EsXactTable *t, uint64 hash)
 {
-	EsOwnContext *c;
+	EsOwnContext *c = NULL;
 
 	for (uint32 i = 0; i < t->ncontexts; i++)
 	{
 		if (t->contexts[i].hash == hash)
 			return &t->contexts[i];
+		if (t->contexts[i].ncounts == 0)
+			c = &t->contexts[i];
 	}
-	if (t->ncontexts >= ES_TABLE_MAX_SLOTS)
-		return NULL;
-	c = &t->contexts[t->ncontexts++];
-	memset(c, 0, sizeof(*c));
-	c->hash = hash;
+	if (t->ncontexts < ES_TABLE_MAX_SLOTS)
+		c = &t->contexts[t->ncontexts++];
+	if (c != NULL)
+		c->hash = hash;
 	return c;
 }
 
@@ -600,6 +605,7 @@ subxact_abort(SubTransactionId subid)
 		}
 
 		es_given_rollback(t, subid);
+		es_locks_rollback(t, subid);
 
 		for (uint32 i = 0; i < t->ncontexts; i++)
 		{

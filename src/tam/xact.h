@@ -97,13 +97,15 @@ typedef struct EsXactTable
 								 * append() has checked under the lock */
 
 	/* context locks, for tables with version or event_id */
-	bool		 locking;
-	bool		 big;		  /* more contexts than slots: takes the gate instead */
-	uint64		*slot_bitmap; /* ES_LOCK_SLOTS + 1 bits */
-	uint32		 nslots;
-	uint16		 slots[ES_TABLE_MAX_SLOTS];
-	uint32		 ncontexts;
-	EsOwnContext contexts[ES_TABLE_MAX_SLOTS];
+	bool			 locking;
+	bool			 big; /* more contexts than slots: takes the gate instead */
+	SubTransactionId big_subid;
+	uint64			*slot_bitmap; /* ES_LOCK_SLOTS + 1 bits; NULL unless big */
+	uint32			 nslots;
+	uint16			 slots[ES_TABLE_MAX_SLOTS];
+	SubTransactionId slot_subids[ES_TABLE_MAX_SLOTS]; /* that noted them first */
+	uint32			 ncontexts;
+	EsOwnContext	 contexts[ES_TABLE_MAX_SLOTS];
 
 	struct EsKeptRows *kept; /* rows for AFTER ROW triggers (kept.c), or NULL */
 } EsXactTable;
@@ -211,7 +213,9 @@ extern uint16 es_lock_slot_of(uint64 context_hash); /* 1 … ES_LOCK_SLOTS */
  */
 extern bool es_lock_context(EsXactTable *t, uint64 context_hash);
 extern void es_note_context(EsXactTable *t, uint64 context_hash); /* at insert */
-extern void es_lock_precommit(void);							  /* all contexts of the transaction */
+/* Subtransaction subid and all that began after it are rolled back, with their locks.  Does not throw. */
+extern void es_locks_rollback(EsXactTable *t, SubTransactionId subid);
+extern void es_lock_precommit(void); /* all contexts of the transaction */
 
 /* ---- commit.c ---- */
 
