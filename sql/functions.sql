@@ -139,6 +139,24 @@ SELECT a.* FROM event_store.append('a', 't', '{"who": "me"}', event_id => '00000
 SELECT a.* FROM event_store.append('a', 't', '{"who": "you"}', event_id => '00000000-0000-0000-0000-000000000001', store => 'fn_gen') a;
 DROP TABLE fn_gen;
 
+-- fields of a composite value keep the compression they came with: equal content is equal
+CREATE TYPE fn_pair AS (n int, t text);
+CREATE TABLE fn_pairs (context_id text, event_id uuid, p fn_pair, ps fn_pair[]) USING event_store;
+CREATE TABLE fn_compressed (t text);
+INSERT INTO fn_compressed VALUES (repeat('x', 5000));
+INSERT INTO fn_pairs VALUES ('a', '00000000-0000-0000-0000-000000000001', (1, repeat('x', 5000)), ARRAY[NULL, (2, repeat('x', 5000))::fn_pair]);
+INSERT INTO fn_pairs SELECT 'a', '00000000-0000-0000-0000-000000000001', (1, t)::fn_pair, ARRAY[NULL, (2, t)::fn_pair] FROM fn_compressed;
+\set VERBOSITY sqlstate
+INSERT INTO fn_pairs SELECT 'a', '00000000-0000-0000-0000-000000000001', (1, t)::fn_pair, ARRAY[NULL, (2, t || t)::fn_pair] FROM fn_compressed;
+INSERT INTO fn_pairs SELECT 'a', '00000000-0000-0000-0000-000000000001', (3, t)::fn_pair, ARRAY[NULL, (2, t)::fn_pair] FROM fn_compressed;
+\set VERBOSITY default
+SELECT count(*), min(length((p).t)) FROM fn_pairs;
+ALTER TABLE fn_pairs ADD COLUMN more fn_pair DEFAULT (5, repeat('x', 5000));
+INSERT INTO fn_pairs SELECT 'a', '00000000-0000-0000-0000-000000000001', (1, t)::fn_pair, ARRAY[NULL, (2, t)::fn_pair], (5, t)::fn_pair FROM fn_compressed;
+SELECT count(*) FROM fn_pairs;
+DROP TABLE fn_pairs, fn_compressed;
+DROP TYPE fn_pair;
+
 -- event ids that triggers and defaults give are looked for like those that append() is given
 CREATE TABLE fn_ids (context_id text, version bigint, event_id uuid, event_type text, payload jsonb) USING event_store;
 CREATE FUNCTION fn_give_id() RETURNS trigger LANGUAGE plpgsql AS $$

@@ -44,6 +44,7 @@
 #include "ipc/position.h"
 #include "ipc/shmem.h"
 #include "tam/tam.h"
+#include "tam/xact.h"
 
 #define ROWS_PER_BLOCK 65535
 #define OWN_BLOCK	   UINT32_C(0x80000000)
@@ -373,7 +374,7 @@ is_role(const EsRoles *roles, int attno)
  * others already.
  */
 static bool
-generated_from_other(TupleDesc desc, const EsRoles *roles, int attno, const bool *hashed)
+generated_from_other(TupleDesc desc, const EsRoles *roles, int attno, const uint8 *hashed)
 {
 	Bitmapset *from = NULL;
 	int		   member = -1;
@@ -397,7 +398,7 @@ es_table_info(Relation rel)
 	TupleDesc	 desc = RelationGetDescr(rel);
 	EsTableInfo *info = rel->rd_amcache;
 	EsMetapage	 meta;
-	bool		*hashed;
+	uint8		*hashed;
 	bool		 has_hash;
 	int			 natts = desc->natts;
 	int			 ncols;
@@ -424,7 +425,7 @@ es_table_info(Relation rel)
 
 	has_hash = meta.roles.event_id != 0;
 	ncols = natts + (has_hash ? 1 : 0);
-	size = offsetof(EsTableInfo, columns) + ncols * sizeof(EsColumnDesc) + natts * sizeof(bool);
+	size = offsetof(EsTableInfo, columns) + ncols * sizeof(EsColumnDesc) + natts * sizeof(uint8);
 	info = palloc0(size);
 	info->key.storage_id = meta.storage_id;
 	info->key.database = MyDatabaseId;
@@ -433,7 +434,7 @@ es_table_info(Relation rel)
 	info->keep_rows = rel->trigdesc != NULL && rel->trigdesc->trig_insert_after_row;
 	info->natts = natts;
 	info->ncols = ncols;
-	hashed = (bool *) &info->columns[ncols];
+	hashed = (uint8 *) &info->columns[ncols];
 	for (int i = 0; i < natts; i++)
 	{
 		Form_pg_attribute att = TupleDescAttr(desc, i);
@@ -447,6 +448,8 @@ es_table_info(Relation rel)
 	{
 		if (hashed[i] && TupleDescAttr(desc, i)->attgenerated != '\0')
 			hashed[i] = !generated_from_other(desc, &meta.roles, i + 1, hashed);
+		if (hashed[i] && es_type_has_rows(TupleDescAttr(desc, i)->atttypid))
+			hashed[i] = ES_HASHED_ROWS;
 	}
 	if (has_hash)
 	{

@@ -30,15 +30,19 @@ typedef struct EsTableInfo
 	bool		 keep_rows;		   /* AFTER ROW triggers refetch rows: the backend keeps its own */
 	int			 natts;
 	int			 ncols;							 /* natts, + 1 with the hidden column */
-	EsColumnDesc columns[FLEXIBLE_ARRAY_MEMBER]; /* ncols; then natts booleans: hashed */
+	EsColumnDesc columns[FLEXIBLE_ARRAY_MEMBER]; /* ncols; then natts bytes: hashed */
 } EsTableInfo;
 
-/* Is the column part of the content hash?  (Not: roles, dropped, non-immutable defaults and what is generated from
- * them or from roles that the store fills.) */
-static inline const bool *
+/* What of the column is part of the content hash? */
+#define ES_HASHED_NOT \
+	0 /* roles, dropped, non-immutable defaults and what is generated from them or from version */
+#define ES_HASHED	   1
+#define ES_HASHED_ROWS 2 /* with composite values in it */
+
+static inline const uint8 *
 es_table_hashed(const EsTableInfo *info)
 {
-	return (const bool *) &info->columns[info->ncols];
+	return (const uint8 *) &info->columns[info->ncols];
 }
 
 extern const EsTableInfo *es_table_info(Relation rel);

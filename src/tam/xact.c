@@ -289,9 +289,12 @@ es_content_hash(Relation rel, TupleTableSlot *slot, uint64 result[2])
 {
 	const EsTableInfo *info = es_table_info(rel);
 	const void		 **values = palloc(sizeof(void *) * Max(info->natts, 1));
+	EsColumnDesc	  *columns = palloc(sizeof(EsColumnDesc) * Max(info->natts, 1));
 
-	row_values(slot, info->columns, info->natts, values);
-	es_hash_content(RelationGetDescr(rel), info, info->columns, values, result);
+	memcpy(columns, info->columns, sizeof(EsColumnDesc) * info->natts);
+	row_values(slot, columns, info->natts, values);
+	es_hash_content(RelationGetDescr(rel), info, columns, values, result);
+	pfree(columns);
 	pfree(values);
 }
 

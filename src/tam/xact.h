@@ -169,6 +169,8 @@ extern void es_content_hash(Relation rel, TupleTableSlot *slot, uint64 result[2]
 /* The same of values as es_batch_add takes them (content.c). */
 extern void es_hash_content(TupleDesc desc, const EsTableInfo *info, const EsColumnDesc *columns,
 							const void *const *values, uint64 result[2]);
+/* Has a value of the type composite values in it?  (Those in ranges are not looked at.) */
+extern bool es_type_has_rows(Oid type);
 
 extern EsXactTable	*es_xact_table(const EsTableKey *key); /* NULL if nothing was inserted */
 extern EsXactTable	*es_xact_table_get(Relation rel);
