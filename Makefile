@@ -127,6 +127,7 @@ TAM_OBJS = \
 	src/tam/hooks.o \
 	src/tam/kept.o \
 	src/tam/locks.o \
+	src/tam/own.o \
 	src/tam/publication.o \
 	src/tam/reader.o \
 	src/tam/refusal.o \
@@ -141,6 +142,7 @@ PLAN_OBJS =
 
 SQLFN_OBJS = \
 	src/sqlfn/append.o \
+	src/sqlfn/append_plan.o \
 	src/sqlfn/args.o \
 	src/sqlfn/control.o \
 	src/sqlfn/event_map.o \

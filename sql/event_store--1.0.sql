@@ -62,7 +62,7 @@ RETURNS record
 AS 'MODULE_PATHNAME', 'es_append'
 LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION event_store.append(text, text, jsonb, bigint, uuid, jsonb, regclass) IS
-'appends one event; expected_version is the context''s version before it (0 = no event yet, -1 = some event, NULL = any), else 23505; returns the new version and "appended", or the version of the event with the same event_id and "already_there"; "not_stored" means that a trigger said no';
+'appends one event; expected_version is the context''s version before it (0 = no event yet, -1 = some event, NULL = any), else 23505; returns the new version and "appended", or the version of the event with the same event_id and "already_there"; "not_stored" means that a trigger or a rule said no';
 
 -- ---------------------------------------------------------------------------
 -- Reading

@@ -37,6 +37,7 @@
 #include "core/arith.h"
 #include "ipc/channel.h"
 #include "ipc/shmem.h"
+#include "sqlfn/append.h"
 #include "sqlfn/args.h"
 #include "tam/reader.h"
 #include "tam/refusal.h"
@@ -56,107 +57,8 @@ typedef struct AppendCall
 	FunctionCallInfo fcinfo;
 } AppendCall;
 
-/*
- * Plans of INSERT per table and set of columns, for the life of the backend.  A trigger that calls
- * append() runs while the outer call's plan does: what is in use is not freed.
- */
-typedef struct InsertPlan
-{
-	Oid		   relid;	/* hash key */
-	int		   columns; /* bits: event_type, payload, event_id, metadata, version */
-	SPIPlanPtr plan;
-	int		   users; /* calls that execute it */
-} InsertPlan;
-
-#define COL_EVENT_TYPE 0x01
-#define COL_PAYLOAD	   0x02
-#define COL_EVENT_ID   0x04
-#define COL_METADATA   0x08
-#define COL_VERSION	   0x10
-
 /* Events of the own transaction in a context that append() looks at to tell a version. */
 #define MAX_SETTLED 1000
-
-#define MAX_PLANS 64
-static InsertPlan plans[MAX_PLANS];
-static int		  next_plan;
-
-/* NULL: all slots are in use. */
-static InsertPlan *
-free_slot(void)
-{
-	for (int i = 0; i < MAX_PLANS; i++)
-	{
-		InsertPlan *p = &plans[next_plan];
-
-		next_plan = (next_plan + 1) % MAX_PLANS;
-		if (p->users == 0)
-			return p;
-	}
-	return NULL;
-}
-
-/*
- * The plan, and in *used its slot with one more user.  *used = NULL: the plan is gone with SPI_finish, there
- * are as many nested calls as slots.
- */
-static SPIPlanPtr
-insert_plan(AppendCall *a, int columns, Oid *argtypes, InsertPlan *volatile *used)
-{
-	static const char *const names[] = {"event_type", "payload", "event_id", "metadata", "version"};
-	Oid						 relid = RelationGetRelid(a->rel);
-	Form_pg_attribute		 context = TupleDescAttr(RelationGetDescr(a->rel), a->roles.context - 1);
-	StringInfoData			 sql;
-	StringInfoData			 values;
-	InsertPlan				*p;
-	SPIPlanPtr				 plan;
-	int						 n = 1;
-
-	for (int i = 0; i < MAX_PLANS; i++)
-	{
-		p = &plans[i];
-		if (p->relid == relid && p->columns == columns && p->plan != NULL && SPI_plan_is_valid(p->plan))
-		{
-			p->users++;
-			*used = p;
-			return p->plan;
-		}
-	}
-
-	initStringInfo(&sql);
-	initStringInfo(&values);
-	appendStringInfo(&sql, "INSERT INTO %s (%s",
-					 quote_qualified_identifier(get_namespace_name(RelationGetNamespace(a->rel)),
-												RelationGetRelationName(a->rel)),
-					 quote_identifier(NameStr(context->attname)));
-	appendStringInfoString(&values, "$1");
-	for (int i = 0; i < (int) lengthof(names); i++)
-	{
-		if ((columns & (1 << i)) == 0)
-			continue;
-		n++;
-		appendStringInfo(&sql, ", %s", names[i]);
-		appendStringInfo(&values, ", $%d", n);
-	}
-	appendStringInfo(&sql, ") VALUES (%s)", values.data);
-
-	plan = SPI_prepare(sql.data, n, argtypes);
-	if (plan == NULL)
-		elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));
-	p = free_slot();
-	if (p == NULL)
-		return plan;
-	if (p->plan != NULL)
-		SPI_freeplan(p->plan);
-	p->plan = NULL;
-	SPI_keepplan(plan);
-	p->relid = relid;
-	p->columns = columns;
-	p->plan = plan;
-	p->users = 1;
-	*used = p;
-	return plan;
-}
 
 /*
  * Runs the INSERT with the promise, in which it notes what became of it; returns whether a row was stored (a
@@ -176,7 +78,7 @@ insert_row(AppendCall *a, EsPromise *promise)
 	volatile int	 result = 0;
 	bool			 stored;
 	EsPromise		 outer; /* of an append() whose trigger calls this one */
-	InsertPlan *volatile plan = NULL;
+	EsInsertPlan *volatile plan = NULL;
 
 	types[n] = TupleDescAttr(desc, a->roles.context - 1)->atttypid;
 	args[n++] = a->context.value;
@@ -189,7 +91,7 @@ insert_row(AppendCall *a, EsPromise *promise)
 							errmsg("table \"%s\" has no column \"event_type\" of type text or an enum",
 								   RelationGetRelationName(a->rel))));
 		att = TupleDescAttr(desc, a->roles.event_type - 1);
-		columns |= COL_EVENT_TYPE;
+		columns |= ES_INSERT_EVENT_TYPE;
 		types[n] = att->atttypid;
 		if (att->atttypid == TEXTOID)
 			args[n++] = PG_GETARG_DATUM(1);
@@ -210,13 +112,13 @@ insert_row(AppendCall *a, EsPromise *promise)
 							errmsg("table \"%s\" has no column \"payload\" of type jsonb",
 								   RelationGetRelationName(a->rel)),
 							errhint("INSERT writes to tables of any shape.")));
-		columns |= COL_PAYLOAD;
+		columns |= ES_INSERT_PAYLOAD;
 		types[n] = JSONBOID;
 		args[n++] = PG_GETARG_DATUM(2);
 	}
 	if (a->has_event_id)
 	{
-		columns |= COL_EVENT_ID;
+		columns |= ES_INSERT_EVENT_ID;
 		types[n] = UUIDOID;
 		args[n++] = UUIDPGetDatum(a->event_id);
 	}
@@ -226,13 +128,13 @@ insert_row(AppendCall *a, EsPromise *promise)
 			ereport(ERROR, (errcode(ERRCODE_UNDEFINED_COLUMN),
 							errmsg("table \"%s\" has no column \"metadata\" of type jsonb",
 								   RelationGetRelationName(a->rel))));
-		columns |= COL_METADATA;
+		columns |= ES_INSERT_METADATA;
 		types[n] = JSONBOID;
 		args[n++] = PG_GETARG_DATUM(5);
 	}
 	if (promise->version > 0)
 	{
-		columns |= COL_VERSION;
+		columns |= ES_INSERT_VERSION;
 		types[n] = INT8OID;
 		args[n++] = Int64GetDatum(promise->version);
 	}
@@ -246,14 +148,15 @@ insert_row(AppendCall *a, EsPromise *promise)
 	PG_TRY();
 	{
 		es_promise = *promise;
-		result = SPI_execute_plan(insert_plan(a, columns, types, &plan), args, NULL, false, 0);
+		result = SPI_execute_plan(es_insert_plan(a->rel, a->roles.context, columns, types, &plan), args, NULL,
+								  false, 0);
 	}
 	PG_FINALLY();
 	{
 		*promise = es_promise;
 		es_promise = outer;
 		if (plan != NULL)
-			plan->users--;
+			es_insert_plan_release(plan);
 	}
 	PG_END_TRY();
 	/* rewritten: a rule does something else instead */

@@ -9,6 +9,7 @@
  * commit.c	PRE_COMMIT, COMMIT, ABORT
  * locks.c	context locks
  * given.c	positions that rows bring along
+ * own.c	rows of the own transaction per context
  *
  *-------------------------------------------------------------------------
  */
@@ -172,15 +173,8 @@ extern void es_hash_content(TupleDesc desc, const EsTableInfo *info, const EsCol
 /* Has a value of the type composite values in it?  (Those in ranges are not looked at.) */
 extern bool es_type_has_rows(Oid type);
 
-extern EsXactTable	*es_xact_table(const EsTableKey *key); /* NULL if nothing was inserted */
-extern EsXactTable	*es_xact_table_get(Relation rel);
-extern EsOwnContext *es_xact_context(EsXactTable *t, uint64 hash); /* NULL: beyond the limit */
-
-/* Rows of the transaction that will be taken, but for those with event ids that nobody has looked for. */
-extern uint32 es_own_rows(const EsOwnContext *c);
-extern uint32 es_own_unsure(const EsOwnContext *c);
-/* `unsure` of them have been looked for, under the context's lock: so many are not taken. */
-extern void es_own_settle(EsXactTable *t, EsOwnContext *c, uint32 unsure, uint32 not_taken);
+extern EsXactTable *es_xact_table(const EsTableKey *key); /* NULL if nothing was inserted */
+extern EsXactTable *es_xact_table_get(Relation rel);
 
 /* Full xid of the own transaction if it has events, else 0 (for scans); works in
  * parallel workers too. */
@@ -195,6 +189,17 @@ extern void es_xact_send_all(void);
 
 /* Starts of the dead batches of the table in that shard (palloc'd). */
 extern uint32 es_xact_dead_starts(const EsTableKey *key, int shard, EsLsn **starts);
+
+/* ---- own.c ---- */
+
+extern EsOwnContext *es_xact_context(EsXactTable *t, uint64 hash); /* NULL: beyond the limit */
+/* Rows of the transaction that will be taken, but for those with event ids that nobody has looked for. */
+extern uint32 es_own_rows(const EsOwnContext *c);
+extern uint32 es_own_unsure(const EsOwnContext *c);
+/* `unsure` of them have been looked for, under the context's lock: so many are not taken. */
+extern void es_own_settle(EsXactTable *t, EsOwnContext *c, uint32 unsure, uint32 not_taken);
+/* Rows of the current subtransaction come in. */
+extern void es_own_count(EsOwnContext *c, int32 rows, int32 unsure);
 
 /* ---- send.c ---- */
 
