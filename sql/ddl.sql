@@ -26,6 +26,12 @@ ALTER TABLE e ADD COLUMN r float8 DEFAULT random();
 SELECT same('e'), (SELECT count(DISTINCT r) > 20 FROM e);
 VACUUM FULL e;
 SELECT same('e');
+-- VACUUM FULL leaves the rows where they are: what columns that were added later have for them stays
+ALTER TABLE e ADD COLUMN late int DEFAULT 7, ADD COLUMN later text DEFAULT 'x', DROP COLUMN r;
+VACUUM FULL e;
+VACUUM FULL e;
+SELECT same('e'), (SELECT min(late) = 7 AND max(late) = 7 AND min(later) = 'x' AND count(later) = count(*) FROM e);
+ALTER TABLE e DROP COLUMN late, DROP COLUMN later;
 SELECT event_store.flush('e');
 SELECT same('e');
 VACUUM e;

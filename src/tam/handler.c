@@ -37,7 +37,6 @@
 #include "event_store.h"
 #include "ipc/shmem.h"
 #include "tam/estimate.h"
-#include "tam/reader.h"
 #include "tam/scan.h"
 #include "tam/tam.h"
 #include "tam/vacuum.h"
@@ -286,32 +285,15 @@ es_relation_copy_data(Relation rel, const RelFileLocator *newrlocator)
 	smgrclose(dst);
 }
 
-/* VACUUM FULL: every committed row with the position and version it has. */
+/* VACUUM FULL; CLUSTER would need an index. */
 static void
 es_relation_copy_for_cluster(Relation old_table, Relation new_table, Relation old_index, bool use_sort,
 							 TransactionId oldest_xmin, TransactionId *xid_cutoff, MultiXactId *multi_cutoff,
 							 double *num_tuples, double *tups_vacuumed, double *tups_recently_dead)
 {
-	EsReaderSpec	spec;
-	EsReader	   *reader;
-	TupleTableSlot *slot = table_slot_create(old_table, NULL);
-	CommandId		cid = GetCurrentCommandId(true);
-
-	/* without a position role a row's place is the order in which it is copied */
-	es_reader_spec_init(&spec);
-	spec.order = ES_ORDER_POSITION;
-	reader = es_reader_begin(old_table, NULL, &spec);
-	*num_tuples = 0;
+	es_vacuum_full(old_table, new_table, xid_cutoff, num_tuples);
 	*tups_vacuumed = 0;
 	*tups_recently_dead = 0;
-	while (es_reader_next(reader, slot))
-	{
-		CHECK_FOR_INTERRUPTS();
-		(void) es_xact_insert(new_table, slot, cid, true);
-		*num_tuples += 1;
-	}
-	es_reader_end(reader);
-	ExecDropSingleTupleTableSlot(slot);
 }
 
 static void

@@ -278,13 +278,30 @@ es_metapage_create(Relation rel, void *newrlocator, char persistence)
 	smgrimmedsync(srel, MAIN_FORKNUM);
 }
 
-void
-es_metapage_renew(Relation rel)
+static void
+overwrite_metapage(Relation rel, const EsMetapage *meta)
 {
-	EsMetapage		  meta;
 	GenericXLogState *state;
 	Buffer			  buffer;
 	Page			  page;
+
+	buffer = ReadBuffer(rel, 0);
+	LockBuffer(buffer, BUFFER_LOCK_EXCLUSIVE);
+	state = GenericXLogStart(rel);
+	page = GenericXLogRegisterBuffer(state, buffer, GENERIC_XLOG_FULL_IMAGE);
+	memcpy(PageGetContents(page), meta, sizeof(*meta));
+	GenericXLogFinish(state);
+	UnlockReleaseBuffer(buffer);
+	CacheInvalidateRelcache(rel);
+	if (rel->rd_amcache != NULL)
+		pfree(rel->rd_amcache);
+	rel->rd_amcache = NULL;
+}
+
+void
+es_metapage_renew(Relation rel)
+{
+	EsMetapage meta;
 
 	memset(&meta, 0, sizeof(meta));
 	es_roles_from_desc(RelationGetDescr(rel), &meta.roles);
@@ -293,18 +310,7 @@ es_metapage_renew(Relation rel)
 	meta.storage_id = es_positions_take_id();
 	memcpy(meta.store_uuid, es_shared->store_uuid, ES_UUID_LEN);
 	es_metapage_seal(&meta);
-
-	buffer = ReadBuffer(rel, 0);
-	LockBuffer(buffer, BUFFER_LOCK_EXCLUSIVE);
-	state = GenericXLogStart(rel);
-	page = GenericXLogRegisterBuffer(state, buffer, GENERIC_XLOG_FULL_IMAGE);
-	memcpy(PageGetContents(page), &meta, sizeof(meta));
-	GenericXLogFinish(state);
-	UnlockReleaseBuffer(buffer);
-	CacheInvalidateRelcache(rel);
-	if (rel->rd_amcache != NULL)
-		pfree(rel->rd_amcache);
-	rel->rd_amcache = NULL;
+	overwrite_metapage(rel, &meta);
 }
 
 static void
@@ -348,6 +354,15 @@ column_expression(TupleDesc desc, int attno)
 			return stringToNode(constr->defval[i].adbin);
 	}
 	return NULL;
+}
+
+void
+es_metapage_copy(Relation from, Relation to)
+{
+	EsMetapage meta;
+
+	read_metapage(from, &meta);
+	overwrite_metapage(to, &meta);
 }
 
 /* A default that may give another value for the same event: not part of its content. */

@@ -82,6 +82,9 @@ extern bool es_storages_changed;
 /* A new storage in the same file, for TRUNCATE of what this transaction made. */
 extern void es_metapage_renew(Relation rel);
 
+/* `to` stands for the storage of `from`, which is about to lose its file to it (VACUUM FULL). */
+extern void es_metapage_copy(Relation from, Relation to);
+
 /* Positions to TIDs and back: block = n / 65535, offset = n % 65535 + 1; the block's
  * top bit marks a row of the own transaction, n is its ordinal then. */
 extern void	  es_tid_encode(ItemPointer tid, uint64 n, bool own);

@@ -35,6 +35,7 @@
 #include "ipc/channel.h"
 #include "ipc/shmem.h"
 #include "tam/tam.h"
+#include "tam/vacuum.h"
 #include "tam/xact.h"
 
 #define BUILDER_CACHE_SIZE 16
@@ -588,6 +589,7 @@ xact_callback(XactEvent event, void *arg)
 	switch (event)
 	{
 		case XACT_EVENT_PRE_COMMIT:
+			es_vacuum_precommit();
 			es_xact_precommit();
 			past_commit = true;
 			break;
@@ -601,6 +603,7 @@ xact_callback(XactEvent event, void *arg)
 			es_xact_abort();
 			es_channel_end_transaction();
 			xact_forget();
+			es_vacuum_end();
 			hint_collector();
 			break;
 		case XACT_EVENT_PRE_PREPARE:

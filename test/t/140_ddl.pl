@@ -296,6 +296,25 @@ foreach my $how ('cancel', 'crash')
 sql($node, 'DROP DATABASE mould');
 is(sql($node, 'SELECT count(*) FROM t', 'd2'), '2', 'other databases keep theirs');
 
+# ---- VACUUM FULL that is cut off when the new file is the table's already: missing values are next
+
+make('vf');
+sql($node, 'ALTER TABLE vf ADD COLUMN late int DEFAULT 7');
+my $late = "SELECT $sum, min(late), max(late) FROM vf";
+foreach my $how ('cancel', 'crash')
+{
+	my $holder = $node->background_psql('postgres', on_error_stop => 0);
+	$holder->query_safe(q{BEGIN; SELECT attnum FROM pg_attribute WHERE attrelid = 'vf'::regclass AND attname = 'late' FOR UPDATE});
+	my $said = cut_off($how, 'VACUUM FULL vf',
+		sub { sql($node, q{SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'VACUUM FULL vf%' AND wait_event = 'transactionid'}) });
+	like($said, qr/canceling statement/, 'VACUUM FULL is cancelled') if $how eq 'cancel';
+	eval { $holder->quit };
+	is(sql($node, $late), "$full|7|7", "VACUUM FULL, $how: the table is as it was");
+}
+sql($node, 'VACUUM FULL vf');
+is(sql($node, $late), "$full|7|7", 'and again, to its end');
+sql($node, 'DROP TABLE vf');
+
 # ---- what belongs to nobody is collected, soon after a hint; the rest stays
 
 sql($node, 'DROP DATABASE d2');
@@ -303,12 +322,14 @@ sql($node, 'DROP TABLE t');
 make('keep');
 my $kept_id = sql($node, q{SELECT storage_id FROM event_store.stat_tables WHERE store = 'keep'::regclass});
 sql($node, 'ALTER TABLE keep SET TABLESPACE other');
+sql($node, 'VACUUM FULL keep');
 make('gone');
 # half of it lies in segments, half in memory: own WAL has what continues the versions in the segments
 sql($node, 'DROP TABLE gone');
 ok($node->poll_query_until('postgres', "SELECT sum(segment_rows) + sum(memtable_rows) = $rows FROM event_store.stat_shards"), 'dropped storages are collected')
   or diag(sql($node, 'SELECT * FROM event_store.stat_segments'));
-is(content('keep'), $full, 'what was moved to another tablespace is not');
+is(content('keep'), $full, 'what was moved to another tablespace and to another file is not');
+is(sql($node, q{SELECT storage_id FROM event_store.stat_tables WHERE store = 'keep'::regclass}), $kept_id, 'and has the same storage');
 files_are_named('collected');
 crash_restart($node);
 is(content('keep'), $full, 'also after a crash');
