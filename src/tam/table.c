@@ -410,14 +410,15 @@ generated_from_other(TupleDesc desc, const EsRoles *roles, int attno, const uint
 const EsTableInfo *
 es_table_info(Relation rel)
 {
-	TupleDesc	 desc = RelationGetDescr(rel);
-	EsTableInfo *info = rel->rd_amcache;
-	EsMetapage	 meta;
-	uint8		*hashed;
-	bool		 has_hash;
-	int			 natts = desc->natts;
-	int			 ncols;
-	Size		 size;
+	static uint64 serial = 0;
+	TupleDesc	  desc = RelationGetDescr(rel);
+	EsTableInfo	 *info = rel->rd_amcache;
+	EsMetapage	  meta;
+	uint8		 *hashed;
+	bool		  has_hash;
+	int			  natts = desc->natts;
+	int			  ncols;
+	Size		  size;
 
 	if (info != NULL && info->natts == natts)
 		return info;
@@ -444,6 +445,7 @@ es_table_info(Relation rel)
 	info = palloc0(size);
 	info->key.storage_id = meta.storage_id;
 	info->key.database = MyDatabaseId;
+	info->serial = ++serial;
 	info->roles = meta.roles;
 	info->has_content_hash = has_hash;
 	info->keep_rows = rel->trigdesc != NULL && rel->trigdesc->trig_insert_after_row;

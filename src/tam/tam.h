@@ -25,6 +25,7 @@
 typedef struct EsTableInfo
 {
 	EsTableKey	 key;
+	uint64		 serial; /* of this backend: no two that were ever made have the same */
 	EsRoles		 roles;
 	bool		 has_content_hash; /* there is an event_id: hidden column behind the last */
 	bool		 keep_rows;		   /* AFTER ROW triggers refetch rows: the backend keeps its own */

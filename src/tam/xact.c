@@ -153,11 +153,29 @@ set_columns(EsXactTable *t, const EsTableInfo *info)
 		es_close_builder(t, i);
 		give_builder(t->builders[i], t->columns, t->ncols);
 		t->builders[i] = NULL;
+		t->builder_subids[i] = InvalidSubTransactionId;
 	}
 	t->natts = info->natts;
 	t->ncols = info->ncols;
 	t->columns = MemoryContextAlloc(es_xact->context, sizeof(EsColumnDesc) * Max(info->ncols, 1));
 	memcpy(t->columns, info->columns, sizeof(EsColumnDesc) * info->ncols);
+}
+
+/*
+ * A role that DDL has taken away (the column was dropped) comes back when the savepoint is rolled back.  Rows from
+ * before the DDL may be there, and those of a table are finished alike, so a role is only ever gained: what is left of a lost
+ * one is a column of NULLs.
+ */
+static void
+gain_roles(EsXactTable *t, const EsRoles *roles)
+{
+	t->roles.context = roles->context;
+	t->roles.context_class = roles->context_class;
+	t->roles.position = Max(t->roles.position, roles->position);
+	t->roles.version = Max(t->roles.version, roles->version);
+	t->roles.event_id = Max(t->roles.event_id, roles->event_id);
+	t->roles.event_type = Max(t->roles.event_type, roles->event_type);
+	t->locking = t->roles.version != 0 || t->roles.event_id != 0;
 }
 
 EsXactTable *
@@ -172,23 +190,31 @@ es_xact_table_get(Relation rel)
 		t = MemoryContextAllocZero(x->context, sizeof(EsXactTable));
 		t->key = info->key;
 		t->relid = RelationGetRelid(rel);
-		t->roles = info->roles;
+		t->serial = info->serial;
 		t->created = GetCurrentSubTransactionId();
-		t->locking = info->roles.version != 0 || info->roles.event_id != 0;
 		t->builders = MemoryContextAllocZero(x->context, sizeof(EsBatchBuilder *) * es_shared->nshards);
 		t->builder_subids = MemoryContextAllocZero(x->context, sizeof(SubTransactionId) * es_shared->nshards);
 		t->ndead = MemoryContextAllocZero(x->context, sizeof(uint32) * es_shared->nshards);
 		dlist_init(&t->pending);
 		dlist_init(&t->batches);
+		gain_roles(t, &info->roles);
 		set_columns(t, info);
 		dlist_push_head(&x->tables, &t->node);
 		x->ntables++;
 	}
 	else
 	{
-		if (t->ncols != info->ncols ||
-			memcmp(t->columns, info->columns, sizeof(EsColumnDesc) * info->ncols) != 0)
-			set_columns(t, info);
+		if (t->serial != info->serial)
+		{
+			if (t->ncols != info->ncols || memcmp(&t->roles, &info->roles, sizeof(EsRoles)) != 0 ||
+				memcmp(t->columns, info->columns, sizeof(EsColumnDesc) * info->ncols) != 0)
+			{
+				/* rows in a builder go with the roles that they came with */
+				set_columns(t, info);
+				gain_roles(t, &info->roles);
+			}
+			t->serial = info->serial;
+		}
 		if (dlist_head_node(&x->tables) != &t->node)
 			dlist_move_head(&x->tables, &t->node);
 	}
@@ -357,8 +383,11 @@ es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked)
 		if (!slot->tts_isnull[att])
 			flags |= ES_BATCH_GIVEN_POSITIONS;
 	}
-	else
+	else if (!t->assigned)
+	{
 		t->assigned = true;
+		t->assigned_subid = subid;
+	}
 	if (t->roles.version != 0 && values[t->roles.version - 1] != NULL)
 	{
 		if (DatumGetInt64(slot->tts_values[t->roles.version - 1]) < 1)

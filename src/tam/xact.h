@@ -74,6 +74,7 @@ typedef struct EsXactTable
 	dlist_node		 node;
 	EsTableKey		 key;
 	Oid				 relid;
+	uint64			 serial; /* of the EsTableInfo that roles and columns were taken from */
 	EsRoles			 roles;
 	int				 natts;
 	int				 ncols;
