@@ -187,6 +187,11 @@ SELECT reltuples FROM pg_class WHERE relname = 'p';
 ANALYZE p1;
 SELECT reltuples, relpages FROM pg_class WHERE relname = 'p1';
 DROP TABLE p;
+-- a materialized view does not become one by ALTER either
+CREATE MATERIALIZED VIEW mv USING heap AS SELECT 'a'::text AS context_id;
+ALTER MATERIALIZED VIEW mv SET ACCESS METHOD event_store;
+ALTER TABLE mv SET ACCESS METHOD event_store;
+DROP MATERIALIZED VIEW mv;
 -- DDL that is rolled back to a savepoint gives columns their roles back, also for rows of the same transaction
 CREATE TABLE rb (context_id text, position bigint, version bigint, event_id uuid, n int) USING event_store;
 INSERT INTO rb (context_id, n) VALUES ('a', 1);

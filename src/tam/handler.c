@@ -30,6 +30,7 @@
 #include "miscadmin.h"
 #include "storage/bufmgr.h"
 #include "storage/smgr.h"
+#include "utils/lsyscache.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
 
@@ -242,11 +243,13 @@ es_relation_set_new_filelocator(Relation rel, const RelFileLocator *newrlocator,
 								TransactionId *freezeXid, MultiXactId *minmulti)
 {
 	RelFileLocator locator = *newrlocator;
+	Oid			   relid = es_visible_relid(rel);
 
-	if (rel->rd_rel->relkind == RELKIND_MATVIEW)
+	/* SET ACCESS METHOD makes a table that its files are swapped with */
+	if (rel->rd_rel->relkind == RELKIND_MATVIEW || get_rel_relkind(relid) == RELKIND_MATVIEW)
 		ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
 						errmsg("materialized view \"%s\" cannot use access method event_store",
-							   RelationGetRelationName(rel)),
+							   es_visible_name(rel)),
 						errhint("Create it USING heap.")));
 	if (persistence != RELPERSISTENCE_PERMANENT)
 		ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),

@@ -225,18 +225,25 @@ es_check_has_context(Relation rel)
 						errhint("Move its rows to another table, and drop it.")));
 }
 
-/* A rewrite fills a transient table: messages name the one that the user knows. */
-const char *
-es_visible_name(Relation rel)
+/* Only the name tells while its storage is made: relrewrite is set behind that. */
+Oid
+es_visible_relid(Relation rel)
 {
 	unsigned oid;
 	int		 n = 0;
-	char	*name;
 
 	if (sscanf(RelationGetRelationName(rel), "pg_temp_%u%n", &oid, &n) == 1 &&
-		RelationGetRelationName(rel)[n] == '\0' && (name = get_rel_name(oid)) != NULL)
-		return name;
-	return RelationGetRelationName(rel);
+		RelationGetRelationName(rel)[n] == '\0' && get_rel_relkind(oid) != '\0')
+		return oid;
+	return RelationGetRelid(rel);
+}
+
+const char *
+es_visible_name(Relation rel)
+{
+	Oid oid = es_visible_relid(rel);
+
+	return oid == RelationGetRelid(rel) ? RelationGetRelationName(rel) : get_rel_name(oid);
 }
 
 /* ---- metapage ---- */

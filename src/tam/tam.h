@@ -70,7 +70,8 @@ extern void es_check_not_null(TupleDesc desc, const EsRoles *roles);
 /* ERROR if the column is not there any more. */
 extern void es_check_has_context(Relation rel);
 
-/* The table's name for messages, also when it is a rewrite's transient one. */
+/* A rewrite fills a transient table: the one that the user knows, and its name for messages. */
+extern Oid		   es_visible_relid(Relation rel);
 extern const char *es_visible_name(Relation rel);
 
 /* Metapage: written by relation_set_new_filelocator with a fresh storage id. */
