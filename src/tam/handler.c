@@ -38,6 +38,7 @@
 #include "event_store.h"
 #include "ipc/shmem.h"
 #include "tam/estimate.h"
+#include "tam/roles.h"
 #include "tam/scan.h"
 #include "tam/tam.h"
 #include "tam/vacuum.h"
@@ -257,6 +258,9 @@ es_relation_set_new_filelocator(Relation rel, const RelFileLocator *newrlocator,
 							   persistence == RELPERSISTENCE_TEMP ? "temporary" : "unlogged",
 							   RelationGetRelationName(rel)),
 						errhint("Create it USING heap.")));
+
+	if (relid != RelationGetRelid(rel))
+		es_roles_rewrite(relid);
 
 	*freezeXid = RecentXmin;
 	*minmulti = GetOldestMultiXactId();

@@ -383,6 +383,7 @@ after_utility(Node *node, EsRolesWatch *watch)
 			es_publication_made(((AlterPublicationStmt *) node)->pubname);
 			break;
 		case T_CreateStmt:
+			es_roles_created(((CreateStmt *) node)->relation);
 			es_publication_table_made(((CreateStmt *) node)->relation);
 			break;
 		case T_CreateTableAsStmt:

@@ -13,7 +13,9 @@
  *	 - a table without rows gets a new storage with the new roles;
  *	 - with rows a role is not lost (but with its own column) nor moved to another column by a new name;
  *	 - with rows a column that would get a role, and did not get it by a rewrite, is a plain one: NOTICE;
- *	 - context_id stays, with or without rows.
+ *	 - context_id stays, with or without rows;
+ *	 - nothing that is computed at insert, before the store fills position and version, may be computed from them: stored
+ *	   generated columns, CHECK constraints, foreign keys (NOT NULL: table.c).
  *
  * It is done behind the statement because only then it is known which tables are left, and are event tables.
  *
@@ -21,12 +23,24 @@
  */
 #include "postgres.h"
 
+#include "access/genam.h"
+#include "access/htup_details.h"
 #include "access/relation.h"
+#include "access/sysattr.h"
+#include "access/table.h"
+#include "access/xact.h"
+#include "catalog/indexing.h"
 #include "catalog/namespace.h"
+#include "catalog/pg_attrdef.h"
 #include "catalog/pg_class.h"
+#include "catalog/pg_constraint.h"
 #include "catalog/pg_inherits.h"
+#include "miscadmin.h"
+#include "optimizer/optimizer.h"
 #include "storage/lmgr.h"
+#include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/fmgroids.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
 #include "utils/relcache.h"
@@ -144,6 +158,137 @@ check_context(Relation rel)
 			 errhint("Drop the whole table, or move its rows to another one.")));
 }
 
+/* Do these columns (AttrNumbers in an array; a constraint's conkey) have one of `late`?  0 = no. */
+static AttrNumber
+first_late(HeapTuple tuple, TupleDesc desc, const Bitmapset *late)
+{
+	bool	   isnull;
+	Datum	   value = heap_getattr(tuple, Anum_pg_constraint_conkey, desc, &isnull);
+	ArrayType *array;
+	int16	  *atts;
+
+	if (isnull)
+		return 0;
+	array = DatumGetArrayTypeP(value);
+	atts = (int16 *) ARR_DATA_PTR(array);
+	for (int i = 0; i < ArrayGetNItems(ARR_NDIM(array), ARR_DIMS(array)); i++)
+		if (atts[i] > 0 && bms_is_member(atts[i], late))
+			return atts[i];
+	return 0;
+}
+
+/* A row of a catalog that this transaction has written? */
+static bool
+is_new(HeapTuple tuple)
+{
+	return TransactionIdIsCurrentTransactionId(HeapTupleHeaderGetXmin(tuple->t_data));
+}
+
+static void
+check_constraint(Relation rel, HeapTuple tuple, TupleDesc desc, const Bitmapset *late)
+{
+	Form_pg_constraint c = (Form_pg_constraint) GETSTRUCT(tuple);
+	AttrNumber		   att;
+
+	if ((c->contype != CONSTRAINT_CHECK && c->contype != CONSTRAINT_FOREIGN) ||
+		(att = first_late(tuple, desc, late)) == 0)
+		return;
+	ereport(
+		ERROR,
+		(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+		 errmsg("constraint \"%s\" of event_store table \"%s\" cannot use column \"%s\"", NameStr(c->conname),
+				RelationGetRelationName(rel),
+				NameStr(TupleDescAttr(RelationGetDescr(rel), att - 1)->attname)),
+		 errdetail(
+			 "The store fills it at commit, after constraints were checked: committed events might violate the constraint, and a dump of them could not be restored."),
+		 errhint(
+			 "Use other columns only, or drop the constraint.  Versions that are given are checked without one.")));
+}
+
+/* *late gains a virtual generated column, which is as good as the columns that it is computed from. */
+static void
+check_generated(Relation rel, HeapTuple tuple, TupleDesc desc, const EsRoles *roles, bool refuse,
+				Bitmapset **late)
+{
+	AttrNumber		  number = ((Form_pg_attrdef) GETSTRUCT(tuple))->adnum;
+	Form_pg_attribute att = TupleDescAttr(RelationGetDescr(rel), number - 1);
+	Bitmapset		 *used = NULL;
+	AttrNumber		  from;
+	bool			  isnull;
+
+	if (att->attgenerated == '\0')
+		return;
+	pull_varattnos(
+		stringToNode(TextDatumGetCString(heap_getattr(tuple, Anum_pg_attrdef_adbin, desc, &isnull))), 1,
+		&used);
+	if (roles->position > 0 && bms_is_member(roles->position - FirstLowInvalidHeapAttributeNumber, used))
+		from = roles->position;
+	else if (roles->version > 0 && bms_is_member(roles->version - FirstLowInvalidHeapAttributeNumber, used))
+		from = roles->version;
+	else
+		return;
+	if (att->attgenerated != ATTRIBUTE_GENERATED_STORED)
+		*late = bms_add_member(*late, number);
+	else if (refuse)
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+			 errmsg("column \"%s\" of event_store table \"%s\" cannot be generated from column \"%s\"",
+					NameStr(att->attname), RelationGetRelationName(rel),
+					NameStr(TupleDescAttr(RelationGetDescr(rel), from - 1)->attname)),
+			 errdetail(
+				 "The store fills it at commit, after generated columns were computed: they would be computed from NULL."),
+			 errhint("Compute the value when it is read, for example in a view.")));
+}
+
+/*
+ * Whatever PostgreSQL computes from position and version when a row is inserted, it computes from NULL.  only_new: a table
+ * that has such a thing already goes on with it.
+ */
+static void
+check_late(Relation rel, const EsRoles *roles, bool only_new)
+{
+	static const struct
+	{
+		Oid		   catalog;
+		Oid		   index;
+		AttrNumber relid;
+	} sources[2] = {{AttrDefaultRelationId, AttrDefaultIndexId, Anum_pg_attrdef_adrelid},
+					{ConstraintRelationId, ConstraintRelidTypidNameIndexId, Anum_pg_constraint_conrelid}};
+	Bitmapset *late = NULL;
+
+	if (IsBinaryUpgrade)
+		return;
+	if (roles->position > 0)
+		late = bms_add_member(late, roles->position);
+	if (roles->version > 0)
+		late = bms_add_member(late, roles->version);
+	if (late == NULL)
+		return;
+
+	for (int i = 0; i < 2; i++)
+	{
+		Relation	catalog = table_open(sources[i].catalog, AccessShareLock);
+		ScanKeyData key;
+		SysScanDesc scan;
+		HeapTuple	tuple;
+
+		ScanKeyInit(&key, sources[i].relid, BTEqualStrategyNumber, F_OIDEQ,
+					ObjectIdGetDatum(RelationGetRelid(rel)));
+		scan = systable_beginscan(catalog, sources[i].index, true, NULL, 1, &key);
+		while (HeapTupleIsValid(tuple = systable_getnext(scan)))
+		{
+			if (i == 0)
+				check_generated(rel, tuple, RelationGetDescr(catalog), roles, !only_new || is_new(tuple),
+								&late);
+			else if (!only_new || is_new(tuple))
+				check_constraint(rel, tuple, RelationGetDescr(catalog), late);
+		}
+		systable_endscan(scan);
+		table_close(catalog, AccessShareLock);
+	}
+}
+
 /* The table has rows, and one of its roles was at another column before. */
 static void
 check_kept(Relation rel, const char *role, int old_att, int new_att, bool rename)
@@ -188,29 +333,37 @@ notice_plain(Relation rel, const char *role, int meta_att, int new_att)
 			 errhint("A rewrite with the rows' own values, or a new table, gives the column its role.")));
 }
 
+/* What the statement changed, it has locked; what others hold, it has not changed: NULL. */
+static Relation
+open_changed(Oid relid)
+{
+	Relation rel;
+
+	if (!ConditionalLockRelationOid(relid, AccessShareLock))
+		return NULL;
+	rel = try_relation_open(relid, NoLock);
+	if (rel == NULL)
+		UnlockRelationOid(relid, AccessShareLock);
+	return rel;
+}
+
 /* `before`: the roles that the table had when the statement began, NULL = those of the metapage. */
 static void
 check_table(Oid relid, const EsRoles *before, bool rename)
 {
-	Relation rel;
+	Relation rel = open_changed(relid);
 	EsRoles	 now;
 	EsRoles	 meta;
 	EsRoles	 old;
 
-	/* what the statement changed, it has locked; what others hold, it has not changed */
-	if (!ConditionalLockRelationOid(relid, AccessShareLock))
-		return;
-	rel = try_relation_open(relid, NoLock);
 	if (rel == NULL)
-	{
-		UnlockRelationOid(relid, AccessShareLock);
 		return;
-	}
 	if (es_is_event_table(rel) && rel->rd_rel->relkind == RELKIND_RELATION)
 	{
 		check_context(rel);
 		es_roles_from_desc(RelationGetDescr(rel), &now);
 		es_check_not_null(RelationGetDescr(rel), &now);
+		check_late(rel, &now, !rename);
 		meta = es_table_info(rel)->roles;
 		old = before != NULL ? *before : meta;
 
@@ -276,4 +429,37 @@ es_roles_check(EsRolesWatch *w, const RangeVar *altered, bool rename)
 		if (!t->checked && es_relid_is_event_table(t->relid))
 			check_table(t->relid, t->has_roles ? &t->roles : NULL, rename);
 	}
+}
+
+static void
+check_new(Relation rel)
+{
+	EsRoles roles;
+
+	es_roles_from_desc(RelationGetDescr(rel), &roles);
+	check_late(rel, &roles, false);
+}
+
+void
+es_roles_created(const RangeVar *created)
+{
+	Oid		 relid = RangeVarGetRelid(created, NoLock, true);
+	Relation rel;
+
+	if (!OidIsValid(relid) || !es_relid_is_event_table(relid) || (rel = open_changed(relid)) == NULL)
+		return;
+	check_new(rel);
+	relation_close(rel, AccessShareLock);
+}
+
+void
+es_roles_rewrite(Oid relid)
+{
+	Relation rel;
+
+	if (es_relid_is_event_table(relid))
+		return;
+	rel = relation_open(relid, NoLock);
+	check_new(rel);
+	relation_close(rel, NoLock);
 }

@@ -37,4 +37,11 @@ extern void es_roles_touch(Oid relid, bool changed);
  */
 extern void es_roles_check(EsRolesWatch *w, const RangeVar *altered, bool rename);
 
+/*
+ * ERROR if something would be computed from position or version before the store fills them: in a table that CREATE TABLE
+ * has made, and in one (locked) that is rewritten, if that makes it an event table.
+ */
+extern void es_roles_created(const RangeVar *created);
+extern void es_roles_rewrite(Oid relid);
+
 #endif /* ES_TAM_ROLES_H */
