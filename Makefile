@@ -134,6 +134,7 @@ TAM_OBJS = \
 	src/tam/roles.o \
 	src/tam/scan.o \
 	src/tam/send.o \
+	src/tam/spool.o \
 	src/tam/table.o \
 	src/tam/vacuum.o \
 	src/tam/xact.o
@@ -161,7 +162,7 @@ FILEDUMP_OBJS = \
 OBJS = $(TOP_OBJS) $(CORE_OBJS) $(IPC_OBJS) $(SHARD_OBJS) $(MAINT_OBJS) $(TAM_OBJS) $(PLAN_OBJS) $(SQLFN_OBJS)
 
 # Regression tests, in order: sql/NAME.sql, expected/NAME.out.
-REGRESS = basic refused append replay types ddl exec restore functions guards
+REGRESS = basic refused append replay types ddl exec restore functions guards triggers
 
 # Isolation tests: test/isolation/specs/NAME.spec, test/isolation/expected/NAME.out.
 ISOLATION = visibility versions horizon serializable cursors savepoints restore

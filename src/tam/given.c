@@ -18,8 +18,7 @@
  *	   context come in the order of their positions, to be numbered so.
  *
  * Positions mostly come in ascending order, and then are distinct.  Since any row may end that,
- * all of them are noted, 8 bytes each: in memory while they are few, then in a temporary
- * file.  Only if they did not come in order they are sorted at COMMIT, within work_mem.
+ * all of them are noted, 8 bytes each, in a spool.  Only if they did not come in order they are sorted at COMMIT, within work_mem.
  *
  * A savepoint that is rolled back takes away what was noted last, for all rows that are
  * inserted while it is open are its own or its descendants'.  So the notes are a stack,
@@ -33,18 +32,17 @@
 #include "catalog/pg_operator.h"
 #include "catalog/pg_type.h"
 #include "miscadmin.h"
-#include "storage/buffile.h"
 #include "storage/lmgr.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
-#include "utils/resowner.h"
 #include "utils/tuplesort.h"
 
 #include "compat.h"
 #include "ipc/shmem.h"
+#include "tam/spool.h"
 #include "tam/xact.h"
 
-#define BUFFER_POSITIONS 1024
+#define PAGE_POSITIONS 1024
 
 /* How many positions there were when the subtransaction, or one released into it, noted its first. */
 typedef struct Mark
@@ -55,45 +53,15 @@ typedef struct Mark
 
 typedef struct EsGiven
 {
-	char	*table;	 /* its name, for messages: at COMMIT the transient table of a rewrite is gone */
-	uint64	*buffer; /* positions [in_file, n) */
-	uint32	 allocated;
+	char	*table; /* its name, for messages: at COMMIT the transient table of a rewrite is gone */
+	EsSpool *spool; /* positions, 8 bytes each */
 	uint64	 n;
-	BufFile *file; /* positions [0, in_file); NULL = never needed */
-	uint64	 in_file;
 	bool	 ascending; /* all that were ever noted */
 	uint64	 last;
 	Mark	*marks; /* subids ascending: one for each open subtransaction that has rows */
 	uint32	 nmarks;
 	uint32	 marks_allocated;
 } EsGiven;
-
-static void
-seek_failed(void)
-{
-	ereport(ERROR,
-			(errcode_for_file_access(), errmsg("could not seek in temporary file of event_store: %m")));
-}
-
-static void
-write_buffer(EsGiven *g)
-{
-	if (g->file == NULL)
-	{
-		MemoryContext old = MemoryContextSwitchTo(es_xact->context);
-		ResourceOwner owner = CurrentResourceOwner;
-
-		/* the file must outlive a subtransaction */
-		CurrentResourceOwner = TopTransactionResourceOwner;
-		g->file = BufFileCreateTemp(false);
-		CurrentResourceOwner = owner;
-		MemoryContextSwitchTo(old);
-	}
-	if (BufFileSeek(g->file, 0, (off_t) (g->in_file * sizeof(uint64)), SEEK_SET) != 0)
-		seek_failed();
-	BufFileWrite(g->file, (void *) g->buffer, (g->n - g->in_file) * sizeof(uint64));
-	g->in_file = g->n;
-}
 
 static void
 mark_subtransaction(EsGiven *g, SubTransactionId subid)
@@ -107,9 +75,11 @@ mark_subtransaction(EsGiven *g, SubTransactionId subid)
 		return;
 	if (g->nmarks == g->marks_allocated)
 	{
-		g->marks_allocated = Max(4, g->marks_allocated * 2);
-		g->marks = g->marks == NULL ? MemoryContextAlloc(es_xact->context, g->marks_allocated * sizeof(Mark))
-									: repalloc_huge(g->marks, g->marks_allocated * sizeof(Mark));
+		uint32 allocated = Max(4, g->marks_allocated * 2);
+
+		g->marks = g->marks == NULL ? MemoryContextAlloc(es_xact->context, allocated * sizeof(Mark))
+									: repalloc_huge(g->marks, allocated * sizeof(Mark));
+		g->marks_allocated = allocated;
 	}
 	g->marks[g->nmarks++] = (Mark){subid, n};
 }
@@ -123,18 +93,12 @@ note(EsXactTable *t, Relation rel, SubTransactionId subid, uint64 position)
 	{
 		g = t->positions = MemoryContextAllocZero(es_xact->context, sizeof(EsGiven));
 		g->table = MemoryContextStrdup(es_xact->context, es_visible_name(rel));
+		g->spool = es_spool_create(es_xact->context);
 		g->ascending = true;
 	}
 	mark_subtransaction(g, subid);
-	if (g->n - g->in_file == BUFFER_POSITIONS)
-		write_buffer(g);
-	if (g->n - g->in_file == g->allocated)
-	{
-		g->allocated = Max(16, g->allocated * 4);
-		g->buffer = g->buffer == NULL ? MemoryContextAlloc(es_xact->context, g->allocated * sizeof(uint64))
-									  : repalloc(g->buffer, g->allocated * sizeof(uint64));
-	}
-	g->buffer[g->n++ - g->in_file] = position;
+	(void) es_spool_add(g->spool, &position, sizeof(uint64));
+	g->n++;
 	g->ascending = g->ascending && position > g->last;
 	g->last = position;
 }
@@ -214,7 +178,7 @@ es_given_rollback(EsXactTable *t, SubTransactionId subid)
 		return;
 	while (g->nmarks > 0 && g->marks[g->nmarks - 1].subid >= subid)
 		g->n = g->marks[--g->nmarks].n;
-	g->in_file = Min(g->in_file, g->n);
+	es_spool_truncate(g->spool, g->n * sizeof(uint64));
 	if (g->n == 0)
 	{
 		g->ascending = true;
@@ -248,27 +212,21 @@ check_sorted(EsGiven *g)
 {
 	Tuplesortstate *sort =
 		tuplesort_begin_datum(INT8OID, Int8LessOperator, InvalidOid, false, work_mem, NULL, TUPLESORT_NONE);
-	uint64 *page = palloc(BUFFER_POSITIONS * sizeof(uint64));
+	uint64 *page = palloc(PAGE_POSITIONS * sizeof(uint64));
 	uint64	last = 0;
 	Datum	value;
 	bool	is_null;
 
-	if (BufFileSeek(g->file, 0, 0, SEEK_SET) != 0)
-		seek_failed();
-	for (uint64 done = 0; done < g->in_file;)
+	for (uint64 done = 0; done < g->n;)
 	{
-		uint64 count = Min(BUFFER_POSITIONS, g->in_file - done);
+		uint64 count = Min(PAGE_POSITIONS, g->n - done);
 
-		if (BufFileRead(g->file, page, count * sizeof(uint64)) != count * sizeof(uint64))
-			ereport(ERROR,
-					(errcode_for_file_access(), errmsg("could not read temporary file of event_store: %m")));
+		es_spool_read(g->spool, done * sizeof(uint64), page, count * sizeof(uint64));
 		for (uint64 i = 0; i < count; i++)
 			tuplesort_putdatum(sort, Int64GetDatum((int64) page[i]), false);
 		done += count;
 		CHECK_FOR_INTERRUPTS();
 	}
-	for (uint64 i = g->in_file; i < g->n; i++)
-		tuplesort_putdatum(sort, Int64GetDatum((int64) g->buffer[i - g->in_file]), false);
 	tuplesort_performsort(sort);
 	while (es_tuplesort_getdatum(sort, &value, &is_null))
 	{
@@ -285,26 +243,28 @@ void
 es_given_check_unique(const EsXactTable *t)
 {
 	EsGiven *g = t->positions;
+	uint64	*all;
 
 	if (g == NULL || g->ascending)
 		return;
-	if (g->in_file > 0)
+	if (g->n > PAGE_POSITIONS)
 	{
 		check_sorted(g);
 		return;
 	}
-	/* nothing is noted any more, so the notes themselves may be sorted */
-	qsort(g->buffer, g->n, sizeof(uint64), compare_positions);
+	all = palloc(PAGE_POSITIONS * sizeof(uint64));
+	es_spool_read(g->spool, 0, all, g->n * sizeof(uint64));
+	qsort(all, g->n, sizeof(uint64), compare_positions);
 	for (uint64 i = 1; i < g->n; i++)
-		if (g->buffer[i] == g->buffer[i - 1])
-			given_twice(g, g->buffer[i]);
+		if (all[i] == all[i - 1])
+			given_twice(g, all[i]);
+	pfree(all);
 }
 
 void
 es_given_free(EsXactTable *t)
 {
-	/* called by the transaction's callbacks, before its resource owner lets go of the file */
-	if (t->positions != NULL && t->positions->file != NULL)
-		BufFileClose(t->positions->file);
+	if (t->positions != NULL)
+		es_spool_drop(t->positions->spool);
 	t->positions = NULL;
 }

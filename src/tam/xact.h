@@ -10,6 +10,7 @@
  * locks.c	context locks
  * given.c	positions that rows bring along
  * own.c	rows of the own transaction per context
+ * kept.c	rows that triggers come back for
  *
  *-------------------------------------------------------------------------
  */
@@ -241,12 +242,12 @@ extern void es_given_note(EsXactTable *t, Relation rel, bool given, int64 positi
 extern void es_given_rollback(EsXactTable *t, SubTransactionId subid);
 /* Throws if a position was given twice.  At PRE_COMMIT: no row may be noted behind it. */
 extern void es_given_check_unique(const EsXactTable *t);
-extern void es_given_free(EsXactTable *t);
+extern void es_given_free(EsXactTable *t); /* in the callbacks of COMMIT and ABORT; does not throw */
 
 /* ---- kept.c: the backend's own copy of rows that AFTER ROW triggers refetch ---- */
 
 extern void es_kept_add(EsXactTable *t, uint64 ordinal, TupleTableSlot *slot);
 extern bool es_kept_fetch(EsXactTable *t, uint64 ordinal, TupleTableSlot *slot);
-extern void es_kept_free(EsXactTable *t);
+extern void es_kept_free(EsXactTable *t); /* as es_given_free */
 
 #endif /* ES_TAM_XACT_H */
