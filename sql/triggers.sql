@@ -54,6 +54,18 @@ SELECT tr_fill('l', 100, 700);
 COMMIT;
 SELECT current_setting('tr.seen'), count(*), sum(length(v)) FROM tr_k WHERE a[1] > 'e';
 
+-- what a row's values were taken from may be gone when the trigger comes
+CREATE TABLE tr_source (n int, v text, a text[]);
+ALTER TABLE tr_source ALTER v SET STORAGE EXTERNAL;
+INSERT INTO tr_source VALUES (100000, repeat('m', 100000), ARRAY['m', 'y']), (3, 'nnn', ARRAY['n', 'y']),
+  (6000, repeat('o', 6000), ARRAY['o', 'y']);
+SET tr.seen = 0;
+BEGIN;
+INSERT INTO tr_k SELECT 'toast', NULL, n, v, a FROM tr_source;
+DROP TABLE tr_source;
+COMMIT;
+SELECT current_setting('tr.seen'), count(*), sum(length(v)) FROM tr_k WHERE context_id = 'toast';
+
 -- given positions are noted likewise
 CREATE TABLE tr_p (context_id text, position bigint, n int) USING event_store;
 SET temp_file_limit = 0;

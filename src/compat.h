@@ -15,6 +15,7 @@
 #error "event_store needs PostgreSQL 15 or later"
 #endif
 
+#include "access/htup_details.h"
 #include "access/tableam.h"
 #include "access/transam.h"
 #include "catalog/pg_class.h"
@@ -92,6 +93,17 @@ es_tuplesort_getdatum(Tuplesortstate *sort, Datum *value, bool *is_null)
 	return tuplesort_getdatum(sort, true, false, value, is_null, NULL);
 #else
 	return tuplesort_getdatum(sort, true, value, is_null, NULL);
+#endif
+}
+
+/* heap_form_minimal_tuple; 18 asks for room in front of it. */
+static inline MinimalTuple
+es_form_minimal_tuple(TupleDesc desc, Datum *values, bool *isnull)
+{
+#if PG_VERSION_NUM >= 180000
+	return heap_form_minimal_tuple(desc, values, isnull, 0);
+#else
+	return heap_form_minimal_tuple(desc, values, isnull);
 #endif
 }
 

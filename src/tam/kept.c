@@ -6,16 +6,19 @@
  * Such triggers remember a row's TID and fetch it at the end of the statement, or of the
  * transaction if deferred.  The rows are in a shard by then, perhaps in a pending
  * segment, so the backend keeps a copy: minimal tuples one behind the other in a spool,
- * and where they begin by ordinal.
+ * and where they begin by ordinal.  They hold no pointers into TOAST tables: the row that a value was
+ * taken from may be gone when a deferred trigger wants it.
  *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
+#include "access/detoast.h"
 #include "access/htup_details.h"
 #include "executor/tuptable.h"
 #include "utils/memutils.h"
 
+#include "compat.h"
 #include "tam/spool.h"
 #include "tam/xact.h"
 
@@ -34,6 +37,46 @@ typedef struct EsKeptRows
 	uint64	 nrows;
 	uint64	 allocated;
 } EsKeptRows;
+
+/* Values that lie elsewhere are fetched, as they are stored there.  NULL = the row has none. */
+static MinimalTuple
+without_pointers(TupleTableSlot *slot)
+{
+	TupleDesc	 desc = slot->tts_tupleDescriptor;
+	Datum		*values = NULL;
+	bool		*fetched = NULL;
+	MinimalTuple tuple;
+
+	slot_getallattrs(slot);
+	for (int i = 0; i < desc->natts; i++)
+	{
+		struct varlena *value;
+
+		if (slot->tts_isnull[i] || TupleDescAttr(desc, i)->attlen != -1)
+			continue;
+		value = (struct varlena *) DatumGetPointer(slot->tts_values[i]);
+		if (!VARATT_IS_EXTERNAL(value))
+			continue;
+		if (values == NULL)
+		{
+			values = palloc(sizeof(Datum) * desc->natts);
+			memcpy(values, slot->tts_values, sizeof(Datum) * desc->natts);
+			fetched = palloc0(sizeof(bool) * desc->natts);
+		}
+		values[i] = PointerGetDatum(detoast_external_attr(value));
+		fetched[i] = true;
+	}
+	if (values == NULL)
+		return NULL;
+
+	tuple = es_form_minimal_tuple(desc, values, slot->tts_isnull);
+	for (int i = 0; i < desc->natts; i++)
+		if (fetched[i])
+			pfree(DatumGetPointer(values[i]));
+	pfree(values);
+	pfree(fetched);
+	return tuple;
+}
 
 void
 es_kept_add(EsXactTable *t, uint64 ordinal, TupleTableSlot *slot)
@@ -58,7 +101,10 @@ es_kept_add(EsXactTable *t, uint64 ordinal, TupleTableSlot *slot)
 		k->allocated = allocated;
 	}
 
-	tuple = ExecFetchSlotMinimalTuple(slot, &free_tuple);
+	tuple = without_pointers(slot);
+	free_tuple = tuple != NULL;
+	if (tuple == NULL)
+		tuple = ExecFetchSlotMinimalTuple(slot, &free_tuple);
 	row = &k->rows[k->nrows];
 	row->ordinal = ordinal;
 	row->len = tuple->t_len;
