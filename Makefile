@@ -121,6 +121,7 @@ MAINT_OBJS = \
 
 TAM_OBJS = \
 	src/tam/commit.o src/tam/content.o \
+	src/tam/dead.o \
 	src/tam/estimate.o \
 	src/tam/given.o \
 	src/tam/handler.o \

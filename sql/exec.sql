@@ -99,6 +99,48 @@ INSERT INTO x (context_id, n) SELECT 'par', 30000 + i FROM generate_series(1, 10
 SELECT count(*), sum(n) FROM x WHERE n >= 10000;
 COMMIT;
 SELECT count(*), sum(n), max(version) FROM x WHERE context_id = 'par';
+-- so do workers in scans that know of no others: the inner side of a join, a query in a function
+CREATE TABLE outer_side (id int);
+INSERT INTO outer_side SELECT generate_series(1, 20000);
+ANALYZE outer_side;
+CREATE TABLE inner_side (context_id text, k int) USING event_store WITH (parallel_workers = 0);
+CREATE TABLE inner_side2 (context_id text, k int) USING event_store WITH (parallel_workers = 0);
+INSERT INTO inner_side SELECT 'c' || i, i FROM generate_series(1, 5) i;
+ANALYZE inner_side;
+CREATE FUNCTION rows_in_function(tab text) RETURNS bigint LANGUAGE plpgsql STABLE PARALLEL SAFE AS $$
+DECLARE r bigint;
+BEGIN
+  EXECUTE format('SELECT count(*) FROM %I', tab) INTO r;
+  RETURN r;
+END $$;
+SET enable_parallel_hash = off; SET enable_mergejoin = off; SET enable_nestloop = off;
+SET parallel_leader_participation = off;
+BEGIN;
+INSERT INTO inner_side VALUES ('own', 1);
+SAVEPOINT s;
+INSERT INTO inner_side SELECT 'd' || i, i FROM generate_series(1, 200) i;
+INSERT INTO inner_side2 SELECT 'd' || i, i FROM generate_series(1, 200) i;
+SELECT count(*) FROM outer_side JOIN inner_side ON id = k;
+ROLLBACK TO s;
+INSERT INTO inner_side2 VALUES ('own', 2), ('own', 3);
+EXPLAIN (COSTS OFF) SELECT count(*) FROM outer_side JOIN inner_side ON id = k;
+SELECT count(*) FROM outer_side JOIN inner_side ON id = k;
+SELECT count(*) FROM outer_side JOIN inner_side2 ON id = k;
+SELECT rows_in_function('inner_side') AS one, rows_in_function('inner_side2') AS two, count(*) FROM outer_side
+  WHERE id <= 20 AND id % 2 = rows_in_function('inner_side') % 2 GROUP BY 1, 2;
+-- a query that fails leaves nothing behind for the next
+SAVEPOINT s;
+SELECT count(*) FROM outer_side JOIN inner_side ON id = k WHERE 1 / (id - 3) > 7;
+ROLLBACK TO s;
+SAVEPOINT s;
+INSERT INTO inner_side SELECT 'd' || i, i FROM generate_series(1, 200) i;
+SELECT count(*) FROM outer_side JOIN inner_side ON id = k;
+ROLLBACK TO s;
+SELECT count(*) FROM outer_side JOIN inner_side ON id = k;
+COMMIT;
+SELECT count(*) FROM outer_side JOIN inner_side ON id = k;
+DROP TABLE outer_side, inner_side, inner_side2;
+DROP FUNCTION rows_in_function;
 RESET ALL;
 -- sampling, counting, statistics
 ANALYZE x;

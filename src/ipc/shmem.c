@@ -131,6 +131,7 @@ static void
 init_slot(EsBackendSlot *slot)
 {
 	pg_atomic_init_u64(&slot->floor, 0);
+	pg_atomic_init_u32(&slot->dead, DSM_HANDLE_INVALID);
 	pg_atomic_init_u64(&slot->lower_bound, 0);
 	pg_atomic_init_u64(&slot->fxid, 0);
 	pg_atomic_init_u32(&slot->ntables, 0);
@@ -206,6 +207,7 @@ slot_exit(int code, Datum arg)
 	if (pg_atomic_read_u64(&slot->lower_bound) != 0)
 		es_horizon_clear(slot);
 	pg_atomic_write_u64(&slot->floor, 0);
+	pg_atomic_write_u32(&slot->dead, DSM_HANDLE_INVALID);
 
 	/* our queues are detached by now; have the shards take what is left and let go */
 	for (int i = 0; i < es_shared->nshards; i++)
@@ -243,6 +245,7 @@ es_my_slot(void)
 		if (pg_atomic_read_u64(&slot->lower_bound) != 0)
 			es_horizon_clear(slot);
 		pg_atomic_write_u64(&slot->floor, 0);
+		pg_atomic_write_u32(&slot->dead, DSM_HANDLE_INVALID);
 		my_slot = slot;
 	}
 	return my_slot;

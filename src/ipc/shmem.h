@@ -170,6 +170,9 @@ typedef struct EsBackendSlot
 	/* PROTOCOL.md 2.2: F before an unsent message was logged; 0 = nothing unsent; owner */
 	pg_atomic_uint64 floor;
 
+	/* dsm_handle of its transaction's dead batches (tam/dead.c), for its parallel workers; owner */
+	pg_atomic_uint32 dead;
+
 	/* PROTOCOL.md 4: written fxid, tables, then lower_bound (which makes it count); owner */
 	pg_atomic_uint64 lower_bound;
 	pg_atomic_uint64 fxid;

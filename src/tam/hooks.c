@@ -9,7 +9,8 @@
  * pending events are logged and sent, because no xid can be assigned in parallel
  * mode (PROTOCOL.md 1.6).
  *
- * ExecutorRun: table scans are told whether the order of rows matters (scan.h).
+ * ExecutorRun: table scans are told whether the order of rows matters (scan.h), and a parallel plan's workers
+ * what is dead of the transaction (dead.h).
  *
  * ProcessUtility: behind DDL the roles of columns are looked at (roles.c), and publications of event tables
  * are warned about (publication.c).  CREATE DATABASE from a template whose event tables hold rows is
@@ -39,6 +40,7 @@
 #include "compat.h"
 #include "ipc/channel.h"
 #include "ipc/shmem.h"
+#include "tam/dead.h"
 #include "tam/publication.h"
 #include "tam/roles.h"
 #include "tam/scan.h"
@@ -190,12 +192,33 @@ only_reads(const QueryDesc *query)
 }
 
 static void
-run_query(ES_EXECUTOR_RUN_PARAMS)
+run_next(ES_EXECUTOR_RUN_PARAMS)
 {
 	if (previous_executor_run)
 		previous_executor_run(ES_EXECUTOR_RUN_ARGS);
 	else
 		standard_ExecutorRun(ES_EXECUTOR_RUN_ARGS);
+}
+
+static void
+run_query(ES_EXECUTOR_RUN_PARAMS)
+{
+	dsm_segment *outer;
+
+	if (!query->plannedstmt->parallelModeNeeded || !es_dead_publish(&outer))
+	{
+		run_next(ES_EXECUTOR_RUN_ARGS);
+		return;
+	}
+	PG_TRY();
+	{
+		run_next(ES_EXECUTOR_RUN_ARGS);
+	}
+	PG_FINALLY();
+	{
+		es_dead_withdraw(outer);
+	}
+	PG_END_TRY();
 }
 
 static void

@@ -214,17 +214,14 @@ es_reader_begin_with(Relation rel, Snapshot snapshot, const EsReaderSpec *spec, 
 EsReader *
 es_reader_begin(Relation rel, Snapshot snapshot, const EsReaderSpec *spec)
 {
-	EsDeadStarts dead = {{0}, {NULL}};
+	EsDeadStarts dead;
 	EsTableKey	 key;
 
 	es_wait_store_ready();
 	key = es_table_info(rel)->key;
 	if (es_xact != NULL)
-	{
 		es_xact_send_table(&key);
-		for (int s = 0; s < es_shared->nshards; s++)
-			dead.n[s] = es_xact_dead_starts(&key, s, &dead.starts[s]);
-	}
+	(void) es_dead_starts(&key, &dead);
 	return es_reader_begin_with(rel, snapshot, spec, &dead);
 }
 

@@ -20,6 +20,7 @@
 #include "utils/snapshot.h"
 
 #include "ipc/protocol.h"
+#include "tam/dead.h"
 #include "tam/tam.h"
 
 typedef struct EsReaderSpec
@@ -52,13 +53,7 @@ typedef struct EsReader EsReader;
  */
 extern EsReader *es_reader_begin(Relation rel, Snapshot snapshot, const EsReaderSpec *spec);
 
-/* The same with dead batches of the own transaction given (parallel workers). */
-typedef struct EsDeadStarts
-{
-	uint32 n[ES_MAX_SHARDS];
-	EsLsn *starts[ES_MAX_SHARDS];
-} EsDeadStarts;
-
+/* The same with dead batches of the own transaction given (parallel-aware scans). */
 extern EsReader *
 es_reader_begin_with(Relation rel, Snapshot snapshot, const EsReaderSpec *spec, const EsDeadStarts *dead);
 

@@ -399,24 +399,24 @@ es_scan_getnextslot(TableScanDesc sscan, ScanDirection direction, TupleTableSlot
 /* ---- parallel scans ---- */
 
 /* Dead batches of the leader's transaction, counted; starts follow if wanted. */
-static uint32
+static uint64
 collect_dead(Relation rel, uint32 *counts, EsLsn *starts)
 {
-	EsTableKey key = es_table_info(rel)->key;
-	uint32	   total = 0;
+	EsTableKey	 key = es_table_info(rel)->key;
+	EsDeadStarts dead;
+	EsLsn		*memory = es_dead_starts(&key, &dead);
+	uint64		 total = 0;
 
 	for (int s = 0; s < es_shared->nshards; s++)
+		total += dead.n[s];
+	if (counts != NULL)
 	{
-		EsLsn *p;
-		uint32 n = es_xact_dead_starts(&key, s, &p);
-
-		if (counts != NULL)
-		{
-			counts[s] = n;
-			memcpy(starts + total, p, sizeof(EsLsn) * n);
-		}
-		total += n;
+		memcpy(counts, dead.n, sizeof(dead.n));
+		if (total > 0)
+			memcpy(starts, dead.starts[0], sizeof(EsLsn) * total);
 	}
+	if (memory != NULL)
+		pfree(memory);
 	return total;
 }
 
@@ -434,9 +434,8 @@ Size
 es_parallelscan_initialize(Relation rel, ParallelTableScanDesc pscan)
 {
 	EsParallelScanData *shared = (EsParallelScanData *) pscan;
-	uint32				n;
+	uint64				n;
 
-	memset(shared->ndead, 0, sizeof(shared->ndead));
 #if PG_VERSION_NUM >= 180000
 	shared->base.phs_locator = rel->rd_locator;
 #else

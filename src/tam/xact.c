@@ -480,28 +480,6 @@ es_xact_own_fxid(void)
 	return U64FromFullTransactionId(GetTopFullTransactionIdIfAny());
 }
 
-uint32
-es_xact_dead_starts(const EsTableKey *key, int shard, EsLsn **starts)
-{
-	EsXactTable *t = es_xact_table(key);
-	uint32		 n = 0;
-	dlist_iter	 iter;
-
-	*starts = NULL;
-	if (t == NULL || t->ndead[shard] == 0)
-		return 0;
-	*starts = palloc(sizeof(EsLsn) * t->ndead[shard]);
-	dlist_foreach(iter, &t->batches)
-	{
-		EsXactBatch *b = dlist_container(EsXactBatch, node, iter.cur);
-
-		if (b->dead && b->shard == shard)
-			(*starts)[n++] = b->start;
-	}
-	Assert(n == t->ndead[shard]);
-	return n;
-}
-
 static void
 drop_batch(EsXactBatch *b)
 {

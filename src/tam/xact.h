@@ -10,6 +10,7 @@
  * locks.c	context locks
  * given.c	positions that rows bring along
  * own.c	rows of the own transaction per context
+ * dead.c	dead batches, for scans (dead.h)
  * kept.c	rows that triggers come back for
  *
  *-------------------------------------------------------------------------
@@ -188,9 +189,6 @@ extern EsFxid es_xact_own_fxid(void);
 extern void es_xact_send_table(const EsTableKey *key);
 /* Before a parallel plan: all tables. */
 extern void es_xact_send_all(void);
-
-/* Starts of the dead batches of the table in that shard (palloc'd). */
-extern uint32 es_xact_dead_starts(const EsTableKey *key, int shard, EsLsn **starts);
 
 /* ---- own.c ---- */
 

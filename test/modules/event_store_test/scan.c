@@ -119,7 +119,7 @@ scan_shard(FunctionCallInfo fcinfo, Relation rel, int shard, const EsSnapshot *s
 	EsOpenRequest	   req = {0};
 	EsPart			   parts[8];
 	int				   n = 0;
-	EsLsn			  *dead = NULL;
+	EsDeadStarts	   dead;
 	uint8			   bitmap[256] = {0};
 	char			  *order = text_to_cstring(PG_GETARG_TEXT_PP(2));
 	bool			   last = false;
@@ -137,8 +137,8 @@ scan_shard(FunctionCallInfo fcinfo, Relation rel, int shard, const EsSnapshot *s
 	req.own = snap->own;
 	req.curcid = snap->curcid;
 	req.nxip = snap->nxip;
-	if (es_xact != NULL)
-		req.ndead = es_xact_dead_starts(&info->key, shard, &dead);
+	(void) es_dead_starts(&info->key, &dead);
+	req.ndead = dead.n[shard];
 	req.natts = info->natts;
 	req.nfilters = nfilters;
 	req.filters_len = filters->len;
@@ -163,7 +163,7 @@ scan_shard(FunctionCallInfo fcinfo, Relation rel, int shard, const EsSnapshot *s
 	}
 	parts[n++] = (EsPart){&req, sizeof(req)};
 	parts[n++] = (EsPart){snap->xip, sizeof(EsFxid) * snap->nxip};
-	parts[n++] = (EsPart){dead, sizeof(EsLsn) * req.ndead};
+	parts[n++] = (EsPart){dead.starts[shard], sizeof(EsLsn) * req.ndead};
 	parts[n++] = (EsPart){bitmap, MAXALIGN((info->natts + 7) / 8)};
 	parts[n++] = (EsPart){filters->data, filters->len};
 	parts[n++] = (EsPart){context, context_len};
