@@ -142,6 +142,26 @@ SELECT count(*) FROM outer_side JOIN inner_side ON id = k;
 DROP TABLE outer_side, inner_side, inner_side2;
 DROP FUNCTION rows_in_function;
 RESET ALL;
+-- what is dead costs no memory for each scan of a query
+CREATE TABLE rescanned (context_id text, n int) USING event_store;
+BEGIN;
+DO $$
+BEGIN
+  FOR i IN 1 .. 300 LOOP
+    BEGIN
+      INSERT INTO rescanned VALUES ('c', i);
+      IF (SELECT count(*) FROM rescanned) <> 1 THEN RAISE WARNING 'other rows'; END IF;
+      RAISE EXCEPTION 'rolled back';
+    EXCEPTION WHEN raise_exception THEN NULL;
+    END;
+  END LOOP;
+END $$;
+INSERT INTO rescanned VALUES ('c', 1);
+SET LOCAL enable_material = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
+SELECT scans, (SELECT max(total_bytes) FROM pg_backend_memory_contexts WHERE name = 'ExecutorState' AND scans > 0) < 1000000 AS little
+  FROM (SELECT count(*) AS scans FROM generate_series(1, 2000) g, LATERAL (SELECT n FROM rescanned WHERE n <> g OFFSET 0) r) s;
+ROLLBACK;
+DROP TABLE rescanned;
 -- sampling, counting, statistics
 ANALYZE x;
 SELECT reltuples = (SELECT count(*) FROM x) AS reltuples FROM pg_class WHERE relname = 'x';

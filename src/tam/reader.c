@@ -215,14 +215,19 @@ EsReader *
 es_reader_begin(Relation rel, Snapshot snapshot, const EsReaderSpec *spec)
 {
 	EsDeadStarts dead;
+	EsLsn		*memory;
 	EsTableKey	 key;
+	EsReader	*r;
 
 	es_wait_store_ready();
 	key = es_table_info(rel)->key;
 	if (es_xact != NULL)
 		es_xact_send_table(&key);
-	(void) es_dead_starts(&key, &dead);
-	return es_reader_begin_with(rel, snapshot, spec, &dead);
+	memory = es_dead_starts(&key, &dead);
+	r = es_reader_begin_with(rel, snapshot, spec, &dead);
+	if (memory != NULL)
+		pfree(memory);
+	return r;
 }
 
 /* The shard says which transactions' rows it left out: each is a read-write conflict. */
