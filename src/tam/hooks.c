@@ -5,12 +5,12 @@
  *	  what follows DDL.
  *
  * ExecutorStart: UPDATE, DELETE, MERGE that changes rows, ON CONFLICT and row locks on event
- * tables are refused whether or not there are rows.  Before a parallel plan the transaction's
- * pending events are logged and sent, because no xid can be assigned in parallel
- * mode (PROTOCOL.md 1.6).
+ * tables are refused whether or not there are rows.
  *
- * ExecutorRun: table scans are told whether the order of rows matters (scan.h), and a parallel plan's workers
- * what is dead of the transaction (dead.h).
+ * ExecutorRun: table scans are told whether the order of rows matters (scan.h).  Before a parallel plan the
+ * transaction's pending events are logged and sent, because no xid can be assigned in parallel mode
+ * (PROTOCOL.md 1.6), and workers are told what is dead of it (dead.h).  Not at ExecutorStart: another portal may insert
+ * before this one runs.
  *
  * ProcessUtility: behind DDL the roles of columns are looked at (roles.c), and publications of event tables
  * are warned about (publication.c).  CREATE DATABASE from a template whose event tables hold rows is
@@ -164,9 +164,6 @@ es_executor_start(QueryDesc *query, int eflags)
 				   "Events are immutable; to serialise writers of a context use an expected version.");
 	}
 
-	if (stmt->parallelModeNeeded && (eflags & EXEC_FLAG_EXPLAIN_ONLY) == 0)
-		es_xact_send_all();
-
 	if (previous_executor_start)
 		previous_executor_start(query, eflags);
 	else
@@ -205,6 +202,8 @@ run_query(ES_EXECUTOR_RUN_PARAMS)
 {
 	dsm_segment *outer;
 
+	if (query->plannedstmt->parallelModeNeeded)
+		es_xact_send_all();
 	if (!query->plannedstmt->parallelModeNeeded || !es_dead_publish(&outer))
 	{
 		run_next(ES_EXECUTOR_RUN_ARGS);

@@ -5,6 +5,7 @@ use strict;
 use warnings;
 use EventStore::Clients;
 use EventStore::Server qw(new_server crash_restart wait_open sql try_sql);
+use IO::Socket::UNIX;
 use IPC::Run;
 use Test::More;
 use Time::HiRes qw(sleep time);
@@ -159,6 +160,49 @@ $plan = sql($node, "$parallel EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF, SUMMARY O
 like($plan, qr/Gather.*Workers Launched: [12]\b/s, 'so is that of CREATE TABLE AS');
 $out = sql($node, "$parallel CREATE TABLE copied USING event_store AS SELECT context_id, n FROM ev; SELECT count(*), sum(n) FROM copied");
 is($out, '20001|' . ($base + 1), 'CREATE TABLE AS from a parallel plan');
+
+# ---- a parallel SELECT that is bound, then an INSERT, then the SELECT is executed: a pipeline in libpq's protocol
+
+sub pipeline
+{
+	my ($settings, @messages) = @_;
+	my $socket = IO::Socket::UNIX->new(Peer => $node->host . '/.s.PGSQL.' . $node->port) or die "cannot connect: $!";
+	my ($last, @rows) = ('');
+	my $until_ready = sub {
+		while ($last ne 'Z')
+		{
+			read($socket, my $head, 5) == 5 or die 'the server has closed the connection';
+			($last, my $len) = unpack('aN', $head);
+			$len == 4 or read($socket, my $body, $len - 4) == $len - 4 or die 'the server has closed the connection';
+			push @rows, join('|', unpack('n/(N/a)', $body)) if $last eq 'D';
+			push @rows, join(' ', grep { /^[CM]/ } split(/\0/, $body)) if $last eq 'E';
+		}
+		$last = '';
+	};
+
+	my $startup = pack('N', 196608) . join("\0", user => scalar(getpwuid($>)), database => 'postgres') . "\0\0";
+	print $socket pack('N', 4 + length($startup)), $startup;
+	$socket->flush;
+	$until_ready->();
+	foreach my $text ($settings, undef)
+	{
+		my @out = defined($text) ? ([ 'Q', "$text\0" ]) : (@messages, [ 'S', '' ]);
+		print $socket map { $_->[0], pack('N', 4 + length($_->[1])), $_->[1] } @out;
+		$socket->flush;
+		$until_ready->();
+	}
+	close($socket);
+	return join("\n", @rows);
+}
+
+# Parse and Bind; Execute.
+sub bound { my ($name, $sql) = @_; return ([ 'P', "$name\0$sql\0\0\0" ], [ 'B', "$name\0$name\0" . "\0" x 6 ]); }
+sub executed { return [ 'E', "$_[0]\0" . pack('N', 0) ]; }
+
+$out = pipeline($parallel, bound('begin', 'BEGIN'), executed('begin'), bound('select', 'SELECT count(*), sum(n) FROM ev'),
+	bound('insert', q{INSERT INTO ev (context_id, n) VALUES ('pipeline', 1)}), executed('insert'), executed('select'),
+	bound('again', 'SELECT count(*), sum(n) FROM ev'), executed('again'));
+is($out, '20001|' . ($base + 1) . "\n20002|" . ($base + 2), 'a pipeline may insert between the Bind of a parallel SELECT and its execution');
 
 # ---- 32 writers of one context: each wants the next version
 
