@@ -54,6 +54,21 @@ SELECT tr_fill('l', 100, 700);
 COMMIT;
 SELECT current_setting('tr.seen'), count(*), sum(length(v)) FROM tr_k WHERE a[1] > 'e';
 
+-- a savepoint takes its rows along: their room is there for others
+BEGIN;
+SET LOCAL temp_file_limit = '160kB';
+SELECT tr_fill('m', 100, 200);
+SAVEPOINT s;
+SELECT tr_fill('n', 1000, 1100);
+ROLLBACK TO s;
+SELECT tr_fill('o', 1000, 1100);
+SAVEPOINT s;
+SELECT tr_fill('p', 100, 200);
+ROLLBACK TO s;
+SET tr.seen = 0;
+COMMIT;
+SELECT current_setting('tr.seen'), count(*) FROM tr_k WHERE a[1] > 'l';
+
 -- what a row's values were taken from may be gone when the trigger comes
 CREATE TABLE tr_source (n int, v text, a text[]);
 ALTER TABLE tr_source ALTER v SET STORAGE EXTERNAL;

@@ -15,6 +15,7 @@
 
 #include "access/detoast.h"
 #include "access/htup_details.h"
+#include "access/xact.h"
 #include "executor/tuptable.h"
 #include "utils/memutils.h"
 
@@ -25,9 +26,10 @@
 /* Where a row is; ordinals grow, so the array is sorted. */
 typedef struct KeptRow
 {
-	uint64 ordinal;
-	uint64 offset;
-	uint32 len;
+	uint64			 ordinal;
+	uint64			 offset;
+	uint32			 len;
+	SubTransactionId subid;
 } KeptRow;
 
 typedef struct EsKeptRows
@@ -108,6 +110,7 @@ es_kept_add(EsXactTable *t, uint64 ordinal, TupleTableSlot *slot)
 	row = &k->rows[k->nrows];
 	row->ordinal = ordinal;
 	row->len = tuple->t_len;
+	row->subid = GetCurrentSubTransactionId();
 	row->offset = es_spool_add(k->spool, tuple, tuple->t_len);
 	k->nrows++;
 	if (free_tuple)
@@ -142,6 +145,16 @@ es_kept_fetch(EsXactTable *t, uint64 ordinal, TupleTableSlot *slot)
 	slot->tts_tableOid = t->relid;
 	es_tid_encode(&slot->tts_tid, ordinal, true);
 	return true;
+}
+
+void
+es_kept_rollback(EsXactTable *t, SubTransactionId subid)
+{
+	EsKeptRows *k = t->kept;
+
+	/* rows that came while the subtransaction was open are its own or its descendants', so they are the last ones */
+	while (k != NULL && k->nrows > 0 && k->rows[k->nrows - 1].subid >= subid)
+		es_spool_truncate(k->spool, k->rows[--k->nrows].offset);
 }
 
 void

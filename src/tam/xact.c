@@ -545,6 +545,7 @@ subxact_abort(SubTransactionId subid)
 
 		es_given_rollback(t, subid);
 		es_locks_rollback(t, subid);
+		es_kept_rollback(t, subid);
 
 		for (uint32 i = 0; i < t->ncontexts; i++)
 		{

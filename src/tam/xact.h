@@ -246,6 +246,8 @@ extern void es_given_free(EsXactTable *t); /* in the callbacks of COMMIT and ABO
 
 extern void es_kept_add(EsXactTable *t, uint64 ordinal, TupleTableSlot *slot);
 extern bool es_kept_fetch(EsXactTable *t, uint64 ordinal, TupleTableSlot *slot);
+/* As es_given_rollback: nobody will come for those rows. */
+extern void es_kept_rollback(EsXactTable *t, SubTransactionId subid);
 extern void es_kept_free(EsXactTable *t); /* as es_given_free */
 
 #endif /* ES_TAM_XACT_H */
