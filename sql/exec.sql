@@ -142,6 +142,24 @@ SELECT count(*) FROM outer_side JOIN inner_side ON id = k;
 DROP TABLE outer_side, inner_side, inner_side2;
 DROP FUNCTION rows_in_function;
 RESET ALL;
+-- own rows by their ctid, in workers too: those that the query's snapshot sees
+CREATE TABLE byplace (context_id text, k int) USING event_store WITH (parallel_workers = 0);
+INSERT INTO byplace SELECT 'c' || i, i FROM generate_series(1, 5000) i;
+ANALYZE byplace;
+CREATE TABLE places (place tid);
+BEGIN;
+INSERT INTO byplace VALUES ('own', 6), ('own', 7);
+INSERT INTO places SELECT ctid FROM byplace WHERE k < 8;
+ANALYZE places;
+SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL enable_material = off;
+SET LOCAL parallel_setup_cost = 0; SET LOCAL parallel_tuple_cost = 0; SET LOCAL min_parallel_table_scan_size = 0;
+EXPLAIN (COSTS OFF) SELECT count(*), sum(k) FROM places JOIN byplace ON byplace.ctid = place;
+SELECT count(*), sum(k) FROM places JOIN byplace ON byplace.ctid = place;
+SET LOCAL parallel_leader_participation = off;
+SELECT count(*), sum(k) FROM places JOIN byplace ON byplace.ctid = place;
+WITH w AS (INSERT INTO byplace VALUES ('cte', 9) RETURNING ctid) SELECT b.* FROM w JOIN byplace b ON b.ctid = w.ctid;
+COMMIT;
+DROP TABLE places, byplace;
 -- what is dead costs no memory for each scan of a query
 CREATE TABLE rescanned (context_id text, n int) USING event_store;
 BEGIN;

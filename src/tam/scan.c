@@ -25,6 +25,7 @@
  */
 #include "postgres.h"
 
+#include "access/parallel.h"
 #include "access/relscan.h"
 #include "access/skey.h"
 #include "access/tableam.h"
@@ -456,9 +457,9 @@ es_parallelscan_reinitialize(Relation rel, ParallelTableScanDesc pscan)
 
 /* ---- one row by its TID ---- */
 
-/* An own uncommitted row that no trigger wanted to be kept: looks through all of them. */
+/* An own uncommitted row that no trigger wanted to be kept: looks through all that the snapshot sees. */
 static bool
-fetch_own_row(Relation rel, ItemPointer tid, TupleTableSlot *slot)
+fetch_own_row(Relation rel, ItemPointer tid, Snapshot snapshot, TupleTableSlot *slot)
 {
 	MemoryContext context =
 		AllocSetContextCreate(CurrentMemoryContext, "event_store fetch", ALLOCSET_DEFAULT_SIZES);
@@ -470,7 +471,7 @@ fetch_own_row(Relation rel, ItemPointer tid, TupleTableSlot *slot)
 
 	es_reader_spec_init(&spec);
 	spec.order = ES_ORDER_POSITION_DESC; /* own rows come first */
-	reader = es_reader_begin(rel, NULL, &spec);
+	reader = es_reader_begin(rel, snapshot, &spec);
 	MemoryContextSwitchTo(old);
 	while (!found && es_reader_next(reader, row) && es_reader_position(reader) == 0)
 		found = ItemPointerEquals(&row->tts_tid, tid);
@@ -504,7 +505,13 @@ es_fetch_row(Relation rel, ItemPointer tid, Snapshot snapshot, TupleTableSlot *s
 		EsTableKey	 key = es_table_info(rel)->key;
 		EsXactTable *t = es_xact_table(&key);
 
-		return t != NULL && (es_kept_fetch(t, n, slot) || fetch_own_row(rel, tid, slot));
+		/* a parallel worker knows nothing of the leader's tables */
+		if (t == NULL && !IsParallelWorker())
+			return false;
+		/* a query is given what its snapshot sees, a trigger what was inserted */
+		if (IsMVCCSnapshot(snapshot))
+			return fetch_own_row(rel, tid, snapshot, slot);
+		return t != NULL && (es_kept_fetch(t, n, slot) || fetch_own_row(rel, tid, snapshot, slot));
 	}
 
 	es_reader_spec_init(&spec);
