@@ -153,7 +153,7 @@ INSERT INTO places SELECT ctid FROM byplace WHERE k < 8;
 ANALYZE places;
 SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL enable_material = off;
 SET LOCAL parallel_setup_cost = 0; SET LOCAL parallel_tuple_cost = 0; SET LOCAL min_parallel_table_scan_size = 0;
-EXPLAIN (COSTS OFF) SELECT count(*), sum(k) FROM places JOIN byplace ON byplace.ctid = place;
+EXPLAIN (COSTS OFF) SELECT k FROM places JOIN byplace ON byplace.ctid = place;
 SELECT count(*), sum(k) FROM places JOIN byplace ON byplace.ctid = place;
 SET LOCAL parallel_leader_participation = off;
 SELECT count(*), sum(k) FROM places JOIN byplace ON byplace.ctid = place;

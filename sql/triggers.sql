@@ -1,6 +1,6 @@
 -- Promise: triggers and foreign keys that come back for a row get what was inserted, however late they come, and
 -- what cannot be kept for them is an error of the statement.
-\set VERBOSITY terse
+\set VERBOSITY sqlstate
 CREATE TABLE tr_k (context_id text, position bigint, n int, v text, a text[]) USING event_store;
 CREATE FUNCTION tr_check() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
