@@ -1,5 +1,13 @@
 -- Promise: what is inserted is what is read, in the order of commit, with versions 1, 2, 3 ... per context;
 -- what is rolled back never happened.
+-- who made the schema before owns what is called in it
+CREATE SCHEMA event_store;
+CREATE FUNCTION event_store.theirs(regclass, oid) RETURNS boolean LANGUAGE sql AS 'SELECT true';
+CREATE OPERATOR event_store.= (LEFTARG = regclass, RIGHTARG = oid, FUNCTION = event_store.theirs);
+CREATE EXTENSION event_store;
+SET client_min_messages = warning;
+DROP SCHEMA event_store CASCADE;
+RESET client_min_messages;
 CREATE EXTENSION event_store;
 CREATE TABLE ev (position bigint, context_id text NOT NULL, version bigint, event_type text, n int, payload jsonb) USING event_store;
 

@@ -2,11 +2,15 @@
 
 \echo Use "CREATE EXTENSION event_store" to load this file. \quit
 
+-- The schema is the extension's own: nobody can have put functions and operators into it before, and
+-- whoever owns a database cannot add any later.  With "schema = pg_catalog" in the control file the script
+-- runs with a search path of nothing else.
+CREATE SCHEMA event_store;
+COMMENT ON SCHEMA event_store IS 'event store: the table of events, functions to append, replay and follow them, and statistics';
+
 -- ---------------------------------------------------------------------------
 -- The access method
 -- ---------------------------------------------------------------------------
-
-COMMENT ON SCHEMA event_store IS 'event store: the table of events, functions to append, replay and follow them, and statistics';
 
 CREATE FUNCTION event_store.event_store_handler(internal)
 RETURNS table_am_handler
@@ -27,7 +31,7 @@ CREATE TABLE event_store.events (
     version     bigint,
     event_id    uuid,
     event_type  text,
-    recorded_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    recorded_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     payload     jsonb,
     metadata    jsonb
 ) USING event_store;
@@ -224,26 +228,28 @@ LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED;
 COMMENT ON FUNCTION event_store.table_roles(regclass) IS 'names of the columns that have a role in an event_store table, NULL = none, and its storage id; all are NULL, and locked is true, while another session changes the table';
 
 CREATE VIEW event_store.stat_tables AS
-SELECT c.oid::regclass AS store,
+SELECT c.oid::pg_catalog.regclass AS store,
        r.storage_id,
        r.context_id AS context_column, r."position" AS position_column, r.version AS version_column,
        r.event_id AS event_id_column, r.event_type AS event_type_column,
-       coalesce(sum(s.segments), 0)::bigint AS segments,
-       coalesce(sum(s.segment_rows), 0)::bigint AS segment_rows,
-       coalesce(sum(s.segment_bytes), 0)::bigint AS segment_bytes,
-       coalesce(sum(s.raw_bytes), 0)::bigint AS raw_bytes,
-       coalesce(sum(s.memtable_rows), 0)::bigint AS memtable_rows,
-       coalesce(sum(s.memtable_bytes), 0)::bigint AS memtable_bytes,
-       coalesce(sum(s.staged_rows), 0)::bigint AS staged_rows,
-       coalesce(sum(s.pending_rows), 0)::bigint AS pending_rows,
-       min(nullif(s.min_position, 0)) AS min_position,
-       max(s.max_position) AS max_position
+       coalesce(pg_catalog.sum(s.segments), 0)::bigint AS segments,
+       coalesce(pg_catalog.sum(s.segment_rows), 0)::bigint AS segment_rows,
+       coalesce(pg_catalog.sum(s.segment_bytes), 0)::bigint AS segment_bytes,
+       coalesce(pg_catalog.sum(s.raw_bytes), 0)::bigint AS raw_bytes,
+       coalesce(pg_catalog.sum(s.memtable_rows), 0)::bigint AS memtable_rows,
+       coalesce(pg_catalog.sum(s.memtable_bytes), 0)::bigint AS memtable_bytes,
+       coalesce(pg_catalog.sum(s.staged_rows), 0)::bigint AS staged_rows,
+       coalesce(pg_catalog.sum(s.pending_rows), 0)::bigint AS pending_rows,
+       pg_catalog.min(s.min_position) AS min_position,
+       pg_catalog.max(s.max_position) AS max_position
 FROM pg_catalog.pg_class c
-     JOIN pg_catalog.pg_am a ON a.oid = c.relam AND a.amname = 'event_store'
-     CROSS JOIN LATERAL event_store.table_roles(c.oid) r
+     JOIN pg_catalog.pg_am a
+         ON a.oid OPERATOR(pg_catalog.=) c.relam AND a.amname OPERATOR(pg_catalog.=) 'event_store'::pg_catalog.name
+     CROSS JOIN LATERAL event_store.table_roles(c.oid::pg_catalog.regclass) r
      LEFT JOIN event_store.stat_tables_fn() s
-         ON s.storage_id = r.storage_id OR (r.locked AND s.store = c.oid)
-WHERE c.relkind = 'r' AND (r.storage_id IS NOT NULL OR r.locked)
+         ON s.storage_id OPERATOR(pg_catalog.=) r.storage_id
+            OR (r.locked AND s.store::pg_catalog.oid OPERATOR(pg_catalog.=) c.oid)
+WHERE c.relkind OPERATOR(pg_catalog.=) 'r'::pg_catalog."char" AND (r.storage_id IS NOT NULL OR r.locked)
 GROUP BY c.oid, r.storage_id, r.context_id, r."position", r.version, r.event_id, r.event_type;
 COMMENT ON VIEW event_store.stat_tables IS 'one row per event_store table of this database: role columns, segments, rows in memory; storage and roles are NULL while another session holds an exclusive lock on the table, and a paused shard is left out with a warning';
 

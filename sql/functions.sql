@@ -85,6 +85,18 @@ SELECT payload FROM event_store.replay('a', event_type => 'x', store => 'fn_rls'
 RESET ROLE;
 SELECT payload FROM event_store.replay('a', event_type => 'x', store => 'fn_rls');
 DROP TABLE fn_child, fn_rls;
+-- nor which operators are used: none of somebody who may make one for the type of a column
+CREATE TYPE fn_kind AS ENUM ('good', 'bad');
+CREATE FUNCTION fn_evil(fn_kind, fn_kind) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN RAISE WARNING 'called'; RETURN true; END $$;
+CREATE OPERATOR = (LEFTARG = fn_kind, RIGHTARG = fn_kind, FUNCTION = fn_evil);
+CREATE TABLE fn_rls (context_id fn_kind, version bigint, event_type fn_kind) USING event_store;
+INSERT INTO fn_rls (context_id, event_type) VALUES ('good', 'good'), ('good', 'bad'), ('bad', 'good');
+ALTER TABLE fn_rls ADD COLUMN recorded_at timestamptz DEFAULT '2026-01-01 00:00+00';
+SELECT context_id, version, event_type FROM event_store.replay('good', event_type => 'good', since => '-infinity', store => 'fn_rls');
+DROP TABLE fn_rls;
+DROP OPERATOR = (fn_kind, fn_kind);
+DROP FUNCTION fn_evil;
+DROP TYPE fn_kind;
 DROP OWNED BY fn_user;
 DROP ROLE fn_user;
 

@@ -187,7 +187,12 @@ first_rows(FunctionCallInfo fcinfo, FuncCallContext *funcctx, Relation rel, Snap
 	return next_row(fcinfo);
 }
 
-/* ---- under row security: a query of the same meaning, materialized ---- */
+/*
+ * ---- under row security: a query of the same meaning, materialized ----
+ *
+ * Its operators are named with their schema: an operator of the caller's search path, made for the very type
+ * of a column, must not take their place.
+ */
 
 static bool
 rls_applies(Relation rel)
@@ -345,17 +350,19 @@ replay_by_query(FunctionCallInfo fcinfo, Relation rel, const ReplayArgs *a)
 	const char	  *direction = a->backward ? "DESC" : "ASC";
 
 	initStringInfo(&where);
-	appendStringInfo(&where, "%s = %s",
+	appendStringInfo(&where, "%s OPERATOR(pg_catalog.=) %s",
 					 quote_identifier(NameStr(TupleDescAttr(desc, roles.context - 1)->attname)),
 					 quote_literal_cstr(a->context));
 	if (a->event_type != NULL)
-		appendStringInfo(&where, " AND event_type = %s", quote_literal_cstr(a->event_type));
+		appendStringInfo(&where, " AND event_type OPERATOR(pg_catalog.=) %s",
+						 quote_literal_cstr(a->event_type));
 	if (a->has_from)
-		appendStringInfo(&where, " AND version >= " INT64_FORMAT, a->from_version);
+		appendStringInfo(&where, " AND version OPERATOR(pg_catalog.>=) " INT64_FORMAT, a->from_version);
 	if (a->has_to)
-		appendStringInfo(&where, " AND version <= " INT64_FORMAT, a->to_version);
+		appendStringInfo(&where, " AND version OPERATOR(pg_catalog.<=) " INT64_FORMAT, a->to_version);
 	if (a->has_since)
-		appendStringInfo(&where, " AND recorded_at >= %s", quote_literal_cstr(timestamptz_to_str(a->since)));
+		appendStringInfo(&where, " AND recorded_at OPERATOR(pg_catalog.>=) %s",
+						 quote_literal_cstr(timestamptz_to_str(a->since)));
 
 	/* without a position role the TID is the position */
 	initStringInfo(&order);
@@ -508,11 +515,15 @@ es_read_all(PG_FUNCTION_ARGS)
 						 "read_all() on table \"%s\" with row security needs a column \"position\" of type bigint",
 						 RelationGetRelationName(rel))));
 			initStringInfo(&where);
-			appendStringInfo(&where, "\"position\" > " INT64_FORMAT " AND \"position\" < " UINT64_FORMAT,
+			appendStringInfo(&where,
+							 "\"position\" OPERATOR(pg_catalog.>) " INT64_FORMAT
+							 " AND \"position\" OPERATOR(pg_catalog.<) " UINT64_FORMAT,
 							 after, horizon);
 			if (!PG_ARGISNULL(2))
-				appendStringInfo(&where, " AND event_type::pg_catalog.text = ANY (%s::pg_catalog.text[])",
-								 quote_literal_cstr(OidOutputFunctionCall(F_ARRAY_OUT, PG_GETARG_DATUM(2))));
+				appendStringInfo(
+					&where,
+					" AND event_type::pg_catalog.text OPERATOR(pg_catalog.=) ANY (%s::pg_catalog.text[])",
+					quote_literal_cstr(OidOutputFunctionCall(F_ARRAY_OUT, PG_GETARG_DATUM(2))));
 			if (funcctx != NULL)
 				end_MultiFuncCall(fcinfo, funcctx);
 			/* not read-only: SPI then takes a new snapshot, which is behind the horizon's reading */
