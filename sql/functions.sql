@@ -276,6 +276,14 @@ CREATE TRIGGER t AFTER INSERT ON fn_trigger FOR EACH ROW EXECUTE FUNCTION fn_aga
 SELECT * FROM event_store.append('a', 'outer', NULL, store => 'fn_trigger');
 SELECT context_id, version, event_type FROM fn_trigger ORDER BY position;
 
+-- an OID that is no table's
+SELECT event_store.flush(4294967295);
+SELECT event_store.relation_size(4294967295);
+SELECT event_store.shard_of('a', 4294967295);
+SELECT event_store.horizon(4294967295);
+SELECT event_store.replay('a', store => 4294967295);
+SELECT event_store.append('a', 'x', NULL, store => 4294967295);
+
 -- said clearly: what events do not have
 SELECT xmin FROM fn_trigger;
 SELECT cmax FROM fn_trigger;

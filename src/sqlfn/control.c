@@ -92,8 +92,9 @@ es_flush(PG_FUNCTION_ARGS)
 		Relation rel;
 		Oid		 relid = PG_GETARG_OID(0);
 
-		/* before it is locked */
-		if (!has_privs_of_role(GetUserId(), ROLE_PG_CHECKPOINT) && !es_owns_relation(relid))
+		/* before it is locked; that it is there at all is said below */
+		if (!has_privs_of_role(GetUserId(), ROLE_PG_CHECKPOINT) && get_rel_relkind(relid) != '\0' &&
+			!es_owns_relation(relid))
 			aclcheck_error(ACLCHECK_NOT_OWNER, OBJECT_TABLE, get_rel_name(relid));
 		rel = es_open_store(fcinfo, 0, AccessShareLock, 0);
 		req.table = es_table_info(rel)->key;

@@ -58,7 +58,7 @@ extern bool es_relid_is_event_table(Oid relid);
 /* OID of the access method; InvalidOid if the extension is not in this database. */
 extern Oid es_am_oid(void);
 
-/* Opens a table by OID and makes sure that it is an event_store table (42809 otherwise). */
+/* Opens a table by OID and makes sure that it is there (42P01) and an event_store table (42809). */
 extern Relation es_table_open(Oid relid, LOCKMODE lockmode);
 
 /* Roles from names and types of columns; ERROR if there is no usable context_id, or a
