@@ -137,6 +137,7 @@ TAM_OBJS = \
 	src/tam/send.o \
 	src/tam/spool.o \
 	src/tam/table.o \
+	src/tam/template.o \
 	src/tam/vacuum.o \
 	src/tam/xact.o
 

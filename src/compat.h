@@ -20,10 +20,12 @@
 #include "access/transam.h"
 #include "catalog/pg_class.h"
 #include "commands/vacuum.h"
+#include "common/relpath.h"
 #include "miscadmin.h"
 #include "pgstat.h"
 #include "replication/slot.h"
 #include "storage/proc.h"
+#include "storage/smgr.h"
 #if PG_VERSION_NUM >= 160000
 #include "storage/relfilelocator.h"
 #else
@@ -32,6 +34,7 @@
 #include "utils/acl.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
+#include "utils/relmapper.h"
 #include "utils/timestamp.h"
 #include "utils/tuplesort.h"
 #include "utils/wait_event.h"
@@ -187,6 +190,41 @@ es_owns_relation(Oid relid)
 #else
 	return pg_class_ownercheck(relid, GetUserId());
 #endif
+}
+
+/* ---- files of databases that the session is not connected to ---- */
+
+static inline RelFileLocator
+es_pg_class_locator(Oid database, Oid tablespace)
+{
+	char		  *path = GetDatabasePath(database, tablespace);
+	RelFileLocator locator;
+
+#if PG_VERSION_NUM >= 160000
+	locator.spcOid = tablespace;
+	locator.dbOid = database;
+	locator.relNumber = RelationMapOidToFilenumberForDatabase(path, RelationRelationId);
+#else
+	locator.spcNode = tablespace;
+	locator.dbNode = database;
+	locator.relNode = RelationMapOidToFilenodeForDatabase(path, RelationRelationId);
+#endif
+	pfree(path);
+	return locator;
+}
+
+static inline BlockNumber
+es_nblocks(RelFileLocator locator)
+{
+#if PG_VERSION_NUM >= 170000
+	SMgrRelation smgr = smgropen(locator, INVALID_PROC_NUMBER);
+#else
+	SMgrRelation smgr = smgropen(locator, InvalidBackendId);
+#endif
+	BlockNumber n = smgrnblocks(smgr, MAIN_FORKNUM);
+
+	smgrclose(smgr);
+	return n;
 }
 
 /* ---- replication slots ---- */

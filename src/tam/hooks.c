@@ -14,7 +14,7 @@
  *
  * ProcessUtility: behind DDL the roles of columns are looked at (roles.c), and publications of event tables
  * are warned about (publication.c).  CREATE DATABASE from a template whose event tables hold rows is
- * refused, and so is CREATE INDEX CONCURRENTLY, whose own refusal would come behind a commit.
+ * refused (template.c), and so is CREATE INDEX CONCURRENTLY, whose own refusal would come behind a commit.
  *
  *-------------------------------------------------------------------------
  */
@@ -26,7 +26,6 @@
 #include "catalog/pg_class.h"
 #include "catalog/pg_database.h"
 #include "catalog/pg_inherits.h"
-#include "commands/dbcommands.h"
 #include "commands/defrem.h"
 #include "commands/tablecmds.h"
 #include "executor/executor.h"
@@ -38,13 +37,13 @@
 #include "utils/rel.h"
 
 #include "compat.h"
-#include "ipc/channel.h"
 #include "ipc/shmem.h"
 #include "tam/dead.h"
 #include "tam/publication.h"
 #include "tam/roles.h"
 #include "tam/scan.h"
 #include "tam/tam.h"
+#include "tam/template.h"
 #include "tam/xact.h"
 
 static ExecutorStart_hook_type	previous_executor_start;
@@ -245,51 +244,6 @@ es_executor_run(ES_EXECUTOR_RUN_PARAMS)
 	es_scan_any_order = outer;
 }
 
-/* ---- CREATE DATABASE ---- */
-
-static void
-check_template(CreatedbStmt *stmt)
-{
-	const char *template = "template1";
-	Oid		  dbid;
-	ListCell *lc;
-
-	foreach(lc, stmt->options)
-	{
-		DefElem *def = lfirst_node(DefElem, lc);
-
-		if (strcmp(def->defname, "template") == 0 && def->arg != NULL)
-			template = defGetString(def);
-	}
-	dbid = get_database_oid(template, true);
-	if (!OidIsValid(dbid) || pg_atomic_read_u32(&es_shared->store_ready) == 0)
-		return;
-
-	for (int s = 0; s < es_shared->nshards; s++)
-	{
-		EsStatRequest	   req = {.req = {.type = ES_REQ_STAT}, .kind = ES_STAT_TABLES};
-		EsPart			   part = {&req, sizeof(req)};
-		EsAnswer		  *answer = es_channel_call(s, &req.req, &part, 1);
-		const EsTableStat *stat = (const EsTableStat *) (answer + 1);
-		uint64			   n = (answer->len - sizeof(EsAnswer)) / sizeof(EsTableStat);
-
-		for (uint64 i = 0; i < n; i++)
-		{
-			if (stat[i].table.database != dbid || stat[i].segment_rows + stat[i].memtable_rows == 0)
-				continue;
-			ereport(
-				ERROR,
-				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("cannot create a database from template \"%s\", whose event_store tables hold rows",
-						template),
-				 errdetail("Events lie outside the database's directory and would not be copied."),
-				 errhint(
-					 "Copy it with pg_dump, or empty its event tables (rows of dropped tables count until they are collected).")));
-		}
-		pfree(answer);
-	}
-}
-
 /* ---- utility statements ---- */
 
 /* An index built concurrently would be there, invalid, when its building is refused. */
@@ -452,11 +406,13 @@ run_utility(PlannedStmt *pstmt, const char *query_string, bool read_only, Proces
 	{
 		es_scan_any_order = any_order;
 		es_roles_unwatch(watch);
+		es_template_end();
 		PG_RE_THROW();
 	}
 	PG_END_TRY();
 	es_scan_any_order = any_order;
 	es_roles_unwatch(watch);
+	es_template_end();
 }
 
 static void
@@ -474,7 +430,7 @@ es_process_utility(PlannedStmt *pstmt, const char *query_string, bool read_only,
 		switch (nodeTag(node))
 		{
 			case T_CreatedbStmt:
-				check_template((CreatedbStmt *) node);
+				es_template_begin((CreatedbStmt *) node);
 				break;
 			case T_IndexStmt:
 				check_index((IndexStmt *) node);
@@ -508,7 +464,7 @@ es_process_utility(PlannedStmt *pstmt, const char *query_string, bool read_only,
 		after_utility(copy, &watch);
 }
 
-/* Tables and databases that go leave storages behind; columns may have a role. */
+/* Tables and databases that go leave storages behind; columns may have a role; databases are made of others. */
 static void
 es_object_access(ObjectAccessType access, Oid class_id, Oid object_id, int sub_id, void *arg)
 {
@@ -523,6 +479,8 @@ es_object_access(ObjectAccessType access, Oid class_id, Oid object_id, int sub_i
 		(class_id == DatabaseRelationId ||
 		 (class_id == RelationRelationId && es_relid_is_event_table(object_id))))
 		es_storages_changed = true;
+	if (access == OAT_POST_CREATE && class_id == DatabaseRelationId)
+		es_template_check();
 }
 
 void

@@ -60,6 +60,8 @@ my $before = $node->safe_psql('postgres', "SELECT restart_lsn FROM pg_replicatio
 my $segment = $node->safe_psql('postgres', "SELECT pg_walfile_name('$before'::pg_lsn)");
 my $path    = $node->data_dir . "/pg_wal/$segment";
 ok(-e $path, 'the file is kept');
+$node->safe_psql('postgres', 'CREATE DATABASE bare');
+$node->safe_psql('bare', 'CREATE EXTENSION event_store');
 $node->stop('immediate');
 
 move($path, "$path.away");
@@ -69,6 +71,8 @@ like($answer,
 	qr/58P01: PostgreSQL's write-ahead log that shard 1 needs is gone.*from [0-9A-F]+\/[0-9A-F]+ on, but file "pg_wal\/$segment".*slot "event_store".*HINT: .*release_wal\(1\)/,
 	'a file that is gone: refused');
 is(ask("SELECT string_agg(shard || state, ' ' ORDER BY shard) FROM event_store.stat_shards"), '0open 1failed', 'by that shard only');
+is(ask('CREATE DATABASE other'), '', 'databases can be made of templates without event tables');
+like(ask('CREATE DATABASE another TEMPLATE bare'), qr/55000: cannot tell.*Shard 1 could not open/, 'and of no other');
 
 move("$path.away", $path);
 $node->restart;

@@ -149,7 +149,39 @@ sql($node, 'CREATE DATABASE empty_one');
 sql($node, 'CREATE EXTENSION event_store; CREATE TABLE t (context_id text, version bigint, n int) USING event_store', 'empty_one');
 
 (undef, undef, $err) = try_sql($node, 'CREATE DATABASE d2 TEMPLATE d1');
-like($err, qr/ERROR:  \w{5}:.*d1/s, 'a template whose event tables hold rows is refused');
+like($err, qr/ERROR:  0A000:.*d1/s, 'a template whose event tables hold rows is refused');
+# PostgreSQL's own refusals come first, and a shard that cannot answer is asked only if there are event tables
+sql($node, 'CREATE ROLE clerk; CREATE ROLE builder CREATEDB');
+(undef, undef, $err) = try_sql($node, 'SET ROLE clerk; CREATE DATABASE d2 TEMPLATE d1');
+like($err, qr/ERROR:  42501:.*permission denied to create database/s, 'not before privileges are checked');
+(undef, undef, $err) = try_sql($node, 'SET ROLE builder; CREATE DATABASE d2 TEMPLATE d1');
+like($err, qr/ERROR:  42501:.*permission denied to copy database/s, 'of the template, too');
+sql($node, 'SELECT event_store.pause_shard(1)');
+{
+	local $ENV{PGOPTIONS} = '-c statement_timeout=20s';
+	(undef, undef, $err) = try_sql($node, 'CREATE DATABASE d2');
+}
+is($err, '', 'a paused shard is not waited for');
+sql($node, 'DROP DATABASE d2');
+(undef, undef, $err) = try_sql($node, "CREATE DATABASE d2 TEMPLATE empty_one");
+like($err, qr/ERROR:  55000:.*cannot tell.*empty_one.*Shard 1 is paused/s, 'if the template has event tables it is said which one');
+sql($node, 'SELECT event_store.resume_shard(1)');
+# rows that come while CREATE DATABASE waits for others to leave the template
+{
+	my $other = $node->background_psql('empty_one', on_error_stop => 0);
+	$other->query_safe('CREATE TABLE late (context_id text) USING event_store');
+	my $run = IPC::Run::start([ 'psql', '-Xq', '-d', $node->connstr('postgres'), '-c', 'CREATE DATABASE d2 TEMPLATE empty_one' ],
+		'>', \my $out, '2>', \my $refusal, IPC::Run::timeout(60));
+	ok($node->poll_query_until('postgres', q{SELECT count(*) > 0 FROM pg_locks WHERE locktype = 'object' AND classid = 'pg_database'::regclass AND mode = 'ShareLock' AND granted}),
+		'CREATE DATABASE waits');
+	$other->query_safe(q{INSERT INTO late VALUES ('x')});
+	$other->quit;
+	$run->finish;
+	like($refusal, qr/ERROR:  cannot create a database from template "empty_one"/, 'and refuses then');
+	sql($node, 'DROP DATABASE empty_one');
+	sql($node, 'CREATE DATABASE empty_one');
+	sql($node, 'CREATE EXTENSION event_store; CREATE TABLE t (context_id text, version bigint, n int) USING event_store', 'empty_one');
+}
 sql($node, 'CREATE DATABASE d2 TEMPLATE empty_one');
 sql($node, q{INSERT INTO t VALUES ('x', NULL, 1), ('x', NULL, 2)}, 'd2');
 is(sql($node, 'SELECT count(*), max(version) FROM t', 'd2'), '2|2', 'a copy of an empty one has storages of its own');
