@@ -66,7 +66,7 @@ RETURNS record
 AS 'MODULE_PATHNAME', 'es_append'
 LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION event_store.append(text, text, jsonb, bigint, uuid, jsonb, regclass) IS
-'appends one event; expected_version is the context''s version before it (0 = no event yet, -1 = some event, NULL = any), else 23505; returns the new version and "appended", or the version of the event with the same event_id and "already_there"; "not_stored" means that a trigger or a rule said no';
+'appends one event; expected_version is the context''s version before it (0 = no event yet, -1 = some event, NULL = any), else 23505; returns the new version and "appended", or the version of the event with the same event_id and "already_there"; "not_stored" means that a trigger or a rule said no; under row security the version is NULL unless the policies show the event or expected_version named it';
 
 -- ---------------------------------------------------------------------------
 -- Reading
@@ -114,7 +114,7 @@ CREATE PROCEDURE event_store.wait_for_events(
 AS 'MODULE_PATHNAME', 'es_wait_for_events'
 LANGUAGE C;
 COMMENT ON PROCEDURE event_store.wait_for_events(bigint, text, interval, regclass, boolean) IS
-'waits until an event with position > after (default: the newest there is) can be read, of one context or of the whole table; ends its transaction; found is false after timeout (default: none); goes on when the table is truncated or rewritten';
+'waits until an event with position > after (default: the newest there is) can be read, of one context or of the whole table; ends its transaction; found is false after timeout (default: none); under row security an event must be one that the policies show; goes on when the table is truncated or rewritten';
 
 CREATE FUNCTION event_store.shard_of(
     context_id text,
@@ -210,6 +210,56 @@ COMMENT ON FUNCTION event_store.stat_shards_fn() IS 'what stat_shards shows';
 
 CREATE VIEW event_store.stat_shards AS SELECT * FROM event_store.stat_shards_fn();
 COMMENT ON VIEW event_store.stat_shards IS 'one row per shard: state, queues, memory, files, own WAL; counters since the server''s start';
+COMMENT ON COLUMN event_store.stat_shards.shard IS 'number of the shard, from 0';
+COMMENT ON COLUMN event_store.stat_shards.pid IS 'its process; NULL = none runs';
+COMMENT ON COLUMN event_store.stat_shards.state IS 'absent, starting, recovering, open, stopping, stopped or failed';
+COMMENT ON COLUMN event_store.stat_shards.reason IS 'why it cannot open, or why nobody may use the store';
+COMMENT ON COLUMN event_store.stat_shards.paused IS 'it takes nothing from its queues (pause_shard)';
+COMMENT ON COLUMN event_store.stat_shards.generation IS 'grows by one with each process of the shard';
+COMMENT ON COLUMN event_store.stat_shards.io_method IS 'how it writes its files: io_uring or sync';
+COMMENT ON COLUMN event_store.stat_shards.messages IS 'taken from its queues';
+COMMENT ON COLUMN event_store.stat_shards.batches IS 'row batches taken';
+COMMENT ON COLUMN event_store.stat_shards.rows IS 'rows in them';
+COMMENT ON COLUMN event_store.stat_shards.commits IS 'transactions known to have committed';
+COMMENT ON COLUMN event_store.stat_shards.aborts IS 'transactions known to have aborted';
+COMMENT ON COLUMN event_store.stat_shards.duplicates IS 'events not stored, since their event_id was in the context already';
+COMMENT ON COLUMN event_store.stat_shards.queue_depth IS 'messages that wait in its queues now; a long one counts as its pieces';
+COMMENT ON COLUMN event_store.stat_shards.queue_high_water IS 'most bytes that ever waited in one queue';
+COMMENT ON COLUMN event_store.stat_shards.queue_full_waits IS 'times that a session waited for room in a queue';
+COMMENT ON COLUMN event_store.stat_shards.queue_full_wait_us IS 'microseconds of these waits';
+COMMENT ON COLUMN event_store.stat_shards.queue_timeouts IS 'waits that ended with an error (event_store.enqueue_timeout)';
+COMMENT ON COLUMN event_store.stat_shards.staged_transactions IS 'transactions that have sent rows and are not over';
+COMMENT ON COLUMN event_store.stat_shards.staged_rows IS 'their rows in memory';
+COMMENT ON COLUMN event_store.stat_shards.staged_bytes IS 'bytes of these';
+COMMENT ON COLUMN event_store.stat_shards.memtable_rows IS 'rows in memory that are in no segment yet';
+COMMENT ON COLUMN event_store.stat_shards.memtable_bytes IS 'bytes of these';
+COMMENT ON COLUMN event_store.stat_shards.segments IS 'segment files';
+COMMENT ON COLUMN event_store.stat_shards.segment_rows IS 'rows in them';
+COMMENT ON COLUMN event_store.stat_shards.segment_bytes IS 'bytes of them';
+COMMENT ON COLUMN event_store.stat_shards.pending_segments IS 'segment files of large transactions that are not adopted yet';
+COMMENT ON COLUMN event_store.stat_shards.flushes IS 'MemTables that became segments';
+COMMENT ON COLUMN event_store.stat_shards.wal_direct_writes IS 'writes to its own log that found it idle';
+COMMENT ON COLUMN event_store.stat_shards.wal_staged_writes IS 'writes to its own log that were gathered behind one under way';
+COMMENT ON COLUMN event_store.stat_shards.wal_groups IS 'groups of frames written to its own log';
+COMMENT ON COLUMN event_store.stat_shards.wal_frames IS 'frames in them';
+COMMENT ON COLUMN event_store.stat_shards.wal_bytes IS 'bytes of them';
+COMMENT ON COLUMN event_store.stat_shards.wal_files IS 'files of its own log';
+COMMENT ON COLUMN event_store.stat_shards.fsyncs IS 'syncs of its files';
+COMMENT ON COLUMN event_store.stat_shards.fsync_us IS 'microseconds of these';
+COMMENT ON COLUMN event_store.stat_shards.fsync_histogram IS 'syncs by time: element i (from 1) below 32 * 2^i microseconds, the last one all longer ones';
+COMMENT ON COLUMN event_store.stat_shards.control_writes IS 'control blocks written';
+COMMENT ON COLUMN event_store.stat_shards.manifest_records IS 'manifest records written';
+COMMENT ON COLUMN event_store.stat_shards.last_position IS 'highest position that it holds';
+COMMENT ON COLUMN event_store.stat_shards.durable_position IS 'highest position that is durable in its own files';
+COMMENT ON COLUMN event_store.stat_shards.flush_distance IS 'bytes by which what it took lies ahead of PostgreSQL''s flushed WAL';
+COMMENT ON COLUMN event_store.stat_shards.restart_lsn IS 'from here on it needs PostgreSQL''s WAL; NULL = not known';
+COMMENT ON COLUMN event_store.stat_shards.held_wal_bytes IS 'bytes of PostgreSQL''s WAL behind that';
+COMMENT ON COLUMN event_store.stat_shards.scans IS 'scans of tables';
+COMMENT ON COLUMN event_store.stat_shards.replays IS 'scans of one context';
+COMMENT ON COLUMN event_store.stat_shards.rows_sent IS 'rows sent to sessions';
+COMMENT ON COLUMN event_store.stat_shards.waiters IS 'sessions in wait_for_events that it would wake';
+COMMENT ON COLUMN event_store.stat_shards.io_errors IS 'failed reads and writes of its files';
+COMMENT ON COLUMN event_store.stat_shards.corruptions IS 'damages found in its files';
 
 CREATE FUNCTION event_store.stat_tables_fn(
     OUT store regclass, OUT storage_id bigint, OUT shard integer, OUT segments bigint, OUT segment_rows bigint, OUT segment_bytes bigint,
@@ -252,6 +302,23 @@ FROM pg_catalog.pg_class c
 WHERE c.relkind OPERATOR(pg_catalog.=) 'r'::pg_catalog."char" AND (r.storage_id IS NOT NULL OR r.locked)
 GROUP BY c.oid, r.storage_id, r.context_id, r."position", r.version, r.event_id, r.event_type;
 COMMENT ON VIEW event_store.stat_tables IS 'one row per event_store table of this database: role columns, segments, rows in memory; storage and roles are NULL while another session holds an exclusive lock on the table, and a paused shard is left out with a warning';
+COMMENT ON COLUMN event_store.stat_tables.store IS 'the table';
+COMMENT ON COLUMN event_store.stat_tables.storage_id IS 'its storage, another one after TRUNCATE and rewrites; NULL = the table is locked';
+COMMENT ON COLUMN event_store.stat_tables.context_column IS 'column that routes events';
+COMMENT ON COLUMN event_store.stat_tables.position_column IS 'column with the place in the order of all events; NULL = none';
+COMMENT ON COLUMN event_store.stat_tables.version_column IS 'column with the place in the context; NULL = none';
+COMMENT ON COLUMN event_store.stat_tables.event_id_column IS 'column with the idempotency key; NULL = none';
+COMMENT ON COLUMN event_store.stat_tables.event_type_column IS 'column with the event type; NULL = none';
+COMMENT ON COLUMN event_store.stat_tables.segments IS 'segment files';
+COMMENT ON COLUMN event_store.stat_tables.segment_rows IS 'rows in them';
+COMMENT ON COLUMN event_store.stat_tables.segment_bytes IS 'bytes of them, pending ones too';
+COMMENT ON COLUMN event_store.stat_tables.raw_bytes IS 'bytes of the segments'' values before compression';
+COMMENT ON COLUMN event_store.stat_tables.memtable_rows IS 'rows in memory that are in no segment yet';
+COMMENT ON COLUMN event_store.stat_tables.memtable_bytes IS 'bytes of these';
+COMMENT ON COLUMN event_store.stat_tables.staged_rows IS 'rows in memory of transactions that are not over';
+COMMENT ON COLUMN event_store.stat_tables.pending_rows IS 'rows in segment files of large transactions that are not adopted yet';
+COMMENT ON COLUMN event_store.stat_tables.min_position IS 'lowest position of a row; NULL = there are none';
+COMMENT ON COLUMN event_store.stat_tables.max_position IS 'highest position of a row; NULL = there are none';
 
 CREATE FUNCTION event_store.stat_segments_fn(
     OUT store regclass, OUT storage_id bigint, OUT shard integer, OUT segment text, OUT rows bigint, OUT contexts bigint,
@@ -263,6 +330,18 @@ COMMENT ON FUNCTION event_store.stat_segments_fn() IS 'what stat_segments shows'
 
 CREATE VIEW event_store.stat_segments AS SELECT * FROM event_store.stat_segments_fn();
 COMMENT ON VIEW event_store.stat_segments IS 'one row per segment file of this database; a paused shard is left out with a warning';
+COMMENT ON COLUMN event_store.stat_segments.store IS 'the table, by the OID that its rows came with';
+COMMENT ON COLUMN event_store.stat_segments.storage_id IS 'its storage';
+COMMENT ON COLUMN event_store.stat_segments.shard IS 'number of the shard that the file belongs to';
+COMMENT ON COLUMN event_store.stat_segments.segment IS 'name of the file';
+COMMENT ON COLUMN event_store.stat_segments.rows IS 'rows in it';
+COMMENT ON COLUMN event_store.stat_segments.contexts IS 'contexts in it';
+COMMENT ON COLUMN event_store.stat_segments.zones IS 'zones of rows in it';
+COMMENT ON COLUMN event_store.stat_segments.bytes IS 'size of the file';
+COMMENT ON COLUMN event_store.stat_segments.raw_bytes IS 'bytes of its values before compression';
+COMMENT ON COLUMN event_store.stat_segments.min_position IS 'lowest position in it; NULL = not known yet';
+COMMENT ON COLUMN event_store.stat_segments.max_position IS 'highest position in it; NULL = not known yet';
+COMMENT ON COLUMN event_store.stat_segments.pending IS 'of a large transaction, and not adopted yet';
 
 GRANT USAGE ON SCHEMA event_store TO PUBLIC;
 REVOKE ALL ON FUNCTION event_store.stat_shards_fn(), event_store.stat_tables_fn(), event_store.stat_segments_fn(),

@@ -9,6 +9,9 @@
  * shard asked for the committed version and the event id: under the lock nobody else can
  * commit to the context, so what is returned is final if the transaction commits.
  *
+ * A version says how many events lie before it.  Under row security it is told to whom replay() would show the
+ * event, and to who has named it: an expected version is right or it is an error.
+ *
  * From its 17th context on, a transaction takes no more locks at the statement
  * (PROTOCOL.md 3): version is then NULL and COMMIT makes the check.  So it is when INSERT has put more events
  * with ids into the context than append() looks at.
@@ -54,6 +57,7 @@ typedef struct AppendCall
 	EsContextArg	 context;
 	bool			 has_event_id;
 	pg_uuid_t		*event_id;
+	ItemPointerData	 there; /* the event: stored now, or before */
 	FunctionCallInfo fcinfo;
 } AppendCall;
 
@@ -312,6 +316,7 @@ find_own_event(AppendCall *a, int skip, int64 *version, uint64 hash[2])
 	while (found && skip-- > 0);
 	if (found)
 	{
+		a->there = slot->tts_tid;
 		*version = 0;
 		if (a->roles.version != 0 && !slot->tts_isnull[a->roles.version - 1])
 			*version = DatumGetInt64(slot->tts_values[a->roles.version - 1]);
@@ -345,6 +350,23 @@ ask_head(const AppendCall *a)
 	if (a->has_event_id)
 		memcpy(req.event_id, a->event_id->data, UUID_LEN);
 	return (EsHeadAnswer *) es_channel_call(a->context.shard, &req.req, parts, 3);
+}
+
+/* The version of the event, or 0 if the caller may not know it. */
+static int64
+version_to_tell(const AppendCall *a, int64 version)
+{
+	FunctionCallInfo fcinfo = a->fcinfo;
+	char			*where;
+
+	if (version <= 0 || es_may_tell_versions(RelationGetRelid(a->rel)))
+		return version;
+	if (!PG_ARGISNULL(3) && PG_GETARG_INT64(3) == version - 1)
+		return version;
+	where =
+		psprintf("ctid OPERATOR(pg_catalog.=) '(%u,%u)'::pg_catalog.tid",
+				 ItemPointerGetBlockNumberNoCheck(&a->there), ItemPointerGetOffsetNumberNoCheck(&a->there));
+	return es_sees_any(a->rel, where, false) ? version : 0;
 }
 
 /*
@@ -430,6 +452,7 @@ is_new_event(AppendCall *a, EsXactTable *t, EsPromise *promise, int64 *version)
 	if (found)
 	{
 		check_snapshot_sees(&row, head->event_fxid);
+		es_tid_encode(&row.there, head->event_position, false);
 		found_version = head->event_version;
 		memcpy(hash, head->event_content, sizeof(hash));
 	}
@@ -450,6 +473,7 @@ is_new_event(AppendCall *a, EsXactTable *t, EsPromise *promise, int64 *version)
 	}
 	if (memcmp(hash, promise->content, sizeof(hash)) != 0)
 		content_conflict(&row);
+	a->there = row.there;
 	*version = found_version;
 	pg_atomic_fetch_add_u64(&es_shared->shards[a->context.shard].counters.duplicates, 1);
 	return false;
@@ -537,6 +561,7 @@ es_append(PG_FUNCTION_ARGS)
 		{
 			check_snapshot_sees(&a, head->event_fxid);
 			found = true;
+			es_tid_encode(&a.there, head->event_position, false);
 			found_version = head->event_version;
 			memcpy(found_hash, head->event_content, sizeof(found_hash));
 		}
@@ -557,6 +582,7 @@ es_append(PG_FUNCTION_ARGS)
 				if (memcmp(found_hash, probe.content, sizeof(found_hash)) != 0)
 					content_conflict(&a);
 				pg_atomic_fetch_add_u64(&es_shared->shards[a.context.shard].counters.duplicates, 1);
+				found_version = version_to_tell(&a, found_version);
 				table_close(a.rel, NoLock);
 				PG_RETURN_DATUM(result_row(fcinfo, found_version, "already_there"));
 			}
@@ -600,10 +626,12 @@ es_append(PG_FUNCTION_ARGS)
 	stored = insert_row(&a, &promise);
 	/* a trigger may have given the event another context, whose version is known at COMMIT */
 	version = stored && promise.inserted ? promise.version : 0;
+	es_tid_encode(&a.there, promise.ordinal, true);
 	outcome = stored ? "appended" : "not_stored";
 	if (stored && promise.look_again && !is_new_event(&a, t, &promise, &version))
 		outcome = "already_there";
 
+	version = version_to_tell(&a, version);
 	table_close(a.rel, NoLock);
 	PG_RETURN_DATUM(result_row(fcinfo, version, outcome));
 }

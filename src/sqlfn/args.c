@@ -10,6 +10,7 @@
 #include "access/htup_details.h"
 #include "access/table.h"
 #include "catalog/pg_type.h"
+#include "executor/spi.h"
 #include "miscadmin.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
@@ -17,6 +18,7 @@
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
+#include "utils/rls.h"
 #include "utils/typcache.h"
 
 #include "core/route.h"
@@ -48,6 +50,35 @@ es_open_store(FunctionCallInfo fcinfo, int arg, LOCKMODE lock, AclMode mode)
 	es_wait_store_ready();
 	es_check_has_context(rel);
 	return rel;
+}
+
+bool
+es_rls_applies(Oid relid)
+{
+	return check_enable_rls(relid, InvalidOid, false) == RLS_ENABLED;
+}
+
+bool
+es_sees_any(Relation rel, const char *where, bool read_only)
+{
+	char *sql;
+	bool  sees;
+	int	  result;
+
+	if (pg_class_aclcheck(RelationGetRelid(rel), GetUserId(), ACL_SELECT) != ACLCHECK_OK)
+		return false;
+	sql = psprintf("SELECT FROM ONLY %s WHERE %s LIMIT 1",
+				   quote_qualified_identifier(get_namespace_name(RelationGetNamespace(rel)),
+											  RelationGetRelationName(rel)),
+				   where);
+	SPI_connect();
+	result = SPI_execute(sql, read_only, 1);
+	if (result != SPI_OK_SELECT)
+		elog(ERROR, "unexpected result of SELECT: %s", SPI_result_code_string(result));
+	sees = SPI_processed > 0;
+	SPI_finish();
+	pfree(sql);
+	return sees;
 }
 
 int

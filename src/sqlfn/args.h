@@ -26,6 +26,16 @@ extern void es_check_store_acl(Oid relid, AclMode mode);
 /* Checks the privilege on the store argument (NULL: ERROR), 0 = none is needed, and opens it with the lock. */
 extern Relation es_open_store(FunctionCallInfo fcinfo, int arg, LOCKMODE lock, AclMode mode);
 
+/* Is the current user under row security in this table?  ERROR if so and it is off (row_security). */
+extern bool es_rls_applies(Oid relid);
+
+/*
+ * Do the policies show the current user any row of the table (not of those that inherit from it) of which `where`
+ * is true?  Its operators and types must be named with their schema.  read_only: asks with the active
+ * snapshot, else with a new one.  False without the privilege to SELECT.
+ */
+extern bool es_sees_any(Relation rel, const char *where, bool read_only);
+
 /* A context given as text: read by the column's input function. */
 typedef struct EsContextArg
 {

@@ -12,6 +12,10 @@
  * a new storage, in which the wait goes on (positions are never reused, so `after` means the same there), and
  * DROP ends it.  Nobody tells a waiter of it, so it looks once a second.
  *
+ * Under row security shards know no policies.  What woke the waiter is looked for with a query, under them; if it
+ * shows nothing, the wait goes on behind it.  So who waits for what is hidden learns what it would learn if
+ * nothing were there.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
@@ -203,6 +207,8 @@ wait_for(Wait *w)
 			if (storage_changed(w))
 			{
 				leave(w);
+				/* lets go of a snapshot that the transaction would keep */
+				SPI_commit();
 				waiting = park_all(w);
 			}
 			next_look = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LOOK_MS);
@@ -210,6 +216,63 @@ wait_for(Wait *w)
 	}
 	leave(w);
 	return found;
+}
+
+/* Under row security events are found by their positions. */
+static void
+check_position(Relation rel)
+{
+	if (es_table_info(rel)->roles.position == 0)
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+			 errmsg(
+				 "wait_for_events() on table \"%s\" with row security needs a column \"position\" of type bigint",
+				 RelationGetRelationName(rel))));
+}
+
+/*
+ * Something is there: may the caller see any of it?  If not, it is left behind.  Ends the transaction, so that
+ * nothing is held back.
+ */
+static bool
+sees_event(Wait *w)
+{
+	Relation	   rel;
+	EsPosition	   horizon;
+	StringInfoData where;
+	bool		   sees;
+
+	if (!es_rls_applies(w->relid))
+		return true;
+	es_check_store_acl(w->relid, ACL_SELECT);
+	rel = es_table_open(w->relid, AccessShareLock);
+	es_check_has_context(rel);
+	check_position(rel);
+	/* in this order: what is below the horizon is visible to the snapshot, in whatever isolation level */
+	horizon = es_horizon_newest(es_table_info(rel)->key.storage_id);
+	pg_memory_barrier();
+	PushActiveSnapshot(GetTransactionSnapshot());
+	initStringInfo(&where);
+	appendStringInfo(&where,
+					 "\"position\" OPERATOR(pg_catalog.>) " UINT64_FORMAT
+					 " AND \"position\" OPERATOR(pg_catalog.<) " UINT64_FORMAT,
+					 w->after, horizon);
+	if (w->context_text != NULL)
+	{
+		int attno = es_table_info(rel)->roles.context;
+
+		appendStringInfo(&where, " AND %s OPERATOR(pg_catalog.=) %s",
+						 quote_identifier(NameStr(TupleDescAttr(RelationGetDescr(rel), attno - 1)->attname)),
+						 quote_literal_cstr(w->context_text));
+	}
+	sees = es_sees_any(rel, where.data, true);
+	w->after = Max(w->after, horizon - 1);
+	pfree(where.data);
+	PopActiveSnapshot();
+	relation_close(rel, NoLock);
+	SPI_commit();
+	return sees;
 }
 
 Datum
@@ -245,6 +308,8 @@ es_wait_for_events(PG_FUNCTION_ARGS)
 		if (!PG_ARGISNULL(1))
 			w->context_text = text_to_cstring(PG_GETARG_TEXT_PP(1));
 		take_storage(w, rel);
+		if (es_rls_applies(w->relid))
+			check_position(rel);
 		if (PG_ARGISNULL(0))
 			w->after = es_horizon_newest(w->key.storage_id) - 1;
 		else
@@ -258,7 +323,12 @@ es_wait_for_events(PG_FUNCTION_ARGS)
 
 		SPI_connect_ext(SPI_OPT_NONATOMIC);
 		SPI_commit();
-		found = wait_for(w);
+		while ((found = wait_for(w)) && !sees_event(w))
+		{
+			found = false;
+			if (GetCurrentTimestamp() >= w->deadline)
+				break;
+		}
 		SPI_finish();
 	}
 	PG_FINALLY();

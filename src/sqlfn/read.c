@@ -29,7 +29,6 @@
 #include "utils/fmgroids.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
-#include "utils/rls.h"
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
@@ -193,12 +192,6 @@ first_rows(FunctionCallInfo fcinfo, FuncCallContext *funcctx, Relation rel, Snap
  * Its operators are named with their schema: an operator of the caller's search path, made for the very type
  * of a column, must not take their place.
  */
-
-static bool
-rls_applies(Relation rel)
-{
-	return check_enable_rls(RelationGetRelid(rel), InvalidOid, false) == RLS_ENABLED;
-}
 
 static Datum
 read_by_query(FunctionCallInfo fcinfo, Relation rel, const char *where, const char *order, int64 max_count,
@@ -389,7 +382,7 @@ es_replay(PG_FUNCTION_ARGS)
 		rel = es_open_store(fcinfo, 7, AccessShareLock, ACL_SELECT);
 		replay_args(fcinfo, rel, &a);
 		/* shards do not know the value that an added column has in older rows */
-		if (rls_applies(rel) ||
+		if (es_rls_applies(RelationGetRelid(rel)) ||
 			(a.has_since && TupleDescAttr(RelationGetDescr(rel), a.since_column - 1)->atthasmissing))
 			return replay_by_query(fcinfo, rel, &a);
 
@@ -502,7 +495,7 @@ es_read_all(PG_FUNCTION_ARGS)
 			snapshot = GetLatestSnapshot();
 		}
 
-		if (rls_applies(rel))
+		if (es_rls_applies(RelationGetRelid(rel)))
 		{
 			StringInfoData where;
 

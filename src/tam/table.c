@@ -526,7 +526,8 @@ es_table_open(Oid relid, LOCKMODE lockmode)
 	Relation rel = try_table_open(relid, lockmode);
 
 	if (rel == NULL)
-		ereport(ERROR, (errcode(ERRCODE_UNDEFINED_TABLE), errmsg("relation with OID %u does not exist", relid)));
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE), errmsg("relation with OID %u does not exist", relid)));
 	if (!es_is_event_table(rel))
 		ereport(ERROR, (errcode(ERRCODE_WRONG_OBJECT_TYPE),
 						errmsg("\"%s\" is not an event_store table", RelationGetRelationName(rel)),

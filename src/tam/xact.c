@@ -312,6 +312,7 @@ take_promise(EsXactTable *t, Relation rel, TupleTableSlot *slot, const void **va
 		slot->tts_values[att] = Int64GetDatum(version);
 	}
 	p->inserted = true;
+	p->ordinal = es_xact->next_ordinal;
 	return true;
 }
 

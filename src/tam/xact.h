@@ -155,6 +155,7 @@ typedef struct EsPromise
 
 	/* the row that came */
 	bool   inserted;
+	uint64 ordinal;
 	bool   look_again;			/* is its event id there already? */
 	uint8  row_id[ES_UUID_LEN]; /* if look_again */
 	uint64 changes;				/* of the context, with it */

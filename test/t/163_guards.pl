@@ -34,10 +34,10 @@ sub both
 
 sub waiter
 {
-	my ($arguments) = @_;
+	my ($arguments, $options) = @_;
 	my $w = { out => '', err => '', start => time() };
 	$w->{run} = IPC::Run::start(
-		[ 'psql', '-XAtq', '-d', $node->connstr('postgres'), '-c', "CALL event_store.wait_for_events($arguments)" ],
+		[ 'psql', '-XAtq', '-d', $node->connstr('postgres') . ($options // ''), '-c', "CALL event_store.wait_for_events($arguments)" ],
 		'>', \$w->{out}, '2>', \$w->{err}, IPC::Run::timeout(100));
 	$node->poll_query_until('postgres',
 		"SELECT count(*) > 0 FROM pg_stat_activity WHERE query LIKE 'CALL event_store.wait%' AND wait_event IN ('Extension', 'EventStoreWaitForEvents')")
@@ -102,6 +102,38 @@ is($w->{out}, '', "other contexts do not wake who waits for ''");
 sql($node, "INSERT INTO e VALUES (NULL, '', NULL, 1)");
 is(result($w), 't', 'its own does');
 is(sql($node, "CALL event_store.wait_for_events(store => 'e', context_id => '', after => 0, timeout => '20 s')"), 't', 'what is there already, too');
+
+# under row security only what the policies show wakes; what they hide is left behind, whatever the isolation level
+sql($node, <<'SQL');
+CREATE TABLE rls (position bigint, context_id text, n int) USING event_store;
+ALTER TABLE rls ENABLE ROW LEVEL SECURITY;
+CREATE POLICY shown ON rls USING (n > 0);
+GRANT SELECT ON rls TO nobody;
+SQL
+for my $isolation ('read committed', 'repeatable read')
+{
+	my $options = " options='-c role=nobody -c default_transaction_isolation=" . ($isolation =~ s/ /\\\\ /gr) . "'";
+	my @w = map { waiter("store => 'rls', timeout => '60 s'$_", $options) } '', ", context_id => 'a'", ", context_id => 'b'";
+	my $timed = waiter("store => 'rls', context_id => 'c', timeout => '2 s'", $options);
+	sql($node, "INSERT INTO rls VALUES (NULL, 'a', 0), (NULL, 'b', 0), (NULL, 'c', 0)") for 1 .. 3;
+	sleep 0.5;
+	$_->{run}->pump_nb for @w;
+	is(join('', map { $_->{out} . $_->{err} } @w), '', "hidden events wake nobody, $isolation");
+	is(sql($node, "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'CALL event_store.wait%' AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL)"),
+		'0', 'and leave no snapshot');
+	is(result($timed), 'f', 'nor hold up a deadline');
+	sql($node, 'VACUUM FULL rls');
+	sleep 1.5;
+	sql($node, "INSERT INTO rls VALUES (NULL, 'a', 0), (NULL, 'a', 1), (NULL, 'b', 0)");
+	is(result($w[$_]), 't', 'one that is shown does') for 0, 1;
+	$w[2]{run}->pump_nb;
+	is($w[2]{out} . $w[2]{err}, '', 'those of its context');
+	sql($node, "INSERT INTO rls VALUES (NULL, 'b', 1)");
+	is(result($w[2]), 't', 'at last');
+}
+$w = waiter("store => 'rls', timeout => '60 s'");
+sql($node, 'DROP TABLE rls');
+like(result($w), qr/ERROR:  the table whose events were waited for was dropped/, 'and DROP ends it');
 
 # ---- statement_timeout in COMMIT
 
