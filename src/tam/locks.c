@@ -10,12 +10,30 @@
  * detection, lock_timeout, cancel and pg_locks come for free.
  *
  * A transaction holds at most 16 slots of a table and 256 in all:
- *	 small	takes the gate shared, then its slots in ascending order;
+ *	 small	tries its slots in ascending order, with the gate held shared;
  *	 big	takes the gate exclusively, so that no slot can be taken any more, and
- *			no slots; if somebody still holds one of those it needs, it opens
- *			the gate again, waits for that transaction, and starts over.
- * A statement (append) holds the gate only while it takes its slot.  So nobody waits for the
- * gate behind an idle transaction, and nobody upgrades.
+ *			no slots; it must find nobody who holds one of those that it needs.
+ * At PRE_COMMIT tables come in the order of their ids and gates are kept to the end of the transaction; a statement
+ * (append) holds its gate only while it tries its slot.
+ *
+ * Who has to wait for another transaction, which may be idle, opens all its gates first.  It
+ * waits for the slot: a small one has it then, a big one lets go of it at once.  Then both pass the gates
+ * again.  So gates are held only by those who commit, or wait for a gate of a higher table, and
+ * nobody waits for a gate behind an idle transaction.
+ *
+ * Exclusion.  Two small ones have the slot between them.  A big B and a small S that both need slot k:
+ *	 - S has k when B, behind its gate, looks for holders: B sees it, opens the gate and waits for S.
+ *	 - S tries k later: it waits for the gate, which B holds until it has ended.
+ *	 - S waited for k without the gate, and gets it after B's look, when a former holder that B did not need to see
+ *	   any more has ended: it still has to pass the gate, and so waits for B's end before it asks for
+ *	   heads (append) or lets the shards check (PRE_COMMIT).
+ *	 - S has k and has passed the gate: whoever becomes big from now on sees it, until S has ended.
+ *
+ * Deadlocks.  All waits are PostgreSQL's lock waits, so that its detector sees each cycle.  Gates are no part of
+ * one, since their holders wait for nothing but higher gates.  Transactions that take all
+ * locks at PRE_COMMIT wait for a slot with none but lower ones (by table, then slot) in hand, so they make no
+ * cycle: a big table has to be looked at again after each wait, and if there is a wait for it then, slots of
+ * higher tables are given back before.  Slots that statements took come in any order; there a deadlock can be.
  *
  *-------------------------------------------------------------------------
  */
@@ -51,6 +69,15 @@ lock_slot(const EsXactTable *t, uint16 k, LOCKMODE mode)
 
 	set_tag(&tag, t, k);
 	(void) LockAcquire(&tag, mode, false, false);
+}
+
+static bool
+try_slot(const EsXactTable *t, uint16 k)
+{
+	LOCKTAG tag;
+
+	set_tag(&tag, t, k);
+	return LockAcquire(&tag, ExclusiveLock, false, true) != LOCKACQUIRE_NOT_AVAIL;
 }
 
 static void
@@ -109,6 +136,7 @@ bool
 es_lock_context(EsXactTable *t, uint64 context_hash)
 {
 	uint16 k = es_lock_slot_of(context_hash);
+	bool   taken;
 
 	if (!has_slot(t, k) &&
 		(t->big || t->nslots == ES_TABLE_MAX_SLOTS || es_xact->nslots == ES_XACT_MAX_SLOTS))
@@ -117,8 +145,15 @@ es_lock_context(EsXactTable *t, uint64 context_hash)
 		return false;
 
 	lock_slot(t, 0, ShareLock);
-	lock_slot(t, k, ExclusiveLock);
+	taken = try_slot(t, k);
 	unlock_slot(t, 0, ShareLock);
+	if (!taken)
+	{
+		lock_slot(t, k, ExclusiveLock);
+		/* a big transaction may not have seen us: past its gate it has ended */
+		lock_slot(t, 0, ShareLock);
+		unlock_slot(t, 0, ShareLock);
+	}
 	note_slot(t, k);
 	return true;
 }
@@ -152,54 +187,110 @@ compare_slots(const void *a, const void *b)
 	return (int) *(const uint16 *) a - (int) *(const uint16 *) b;
 }
 
-/* Somebody else who holds slot k, or an invalid id. */
-static VirtualTransactionId
-slot_holder(const EsXactTable *t, uint16 k)
+/* Does somebody else hold slot k?  Not one who has ended, and only has to give back his locks. */
+static bool
+slot_is_held(const EsXactTable *t, uint16 k)
 {
-	VirtualTransactionId  none;
 	VirtualTransactionId *holders;
 	LOCKTAG				  tag;
 	int					  n;
 
 	set_tag(&tag, t, k);
 	holders = GetLockConflicts(&tag, ExclusiveLock, &n);
-	if (n > 0)
-		return holders[0];
-	SetInvalidVirtualTransactionId(none);
-	return none;
+	/* it has room for all backends, and is asked for thousands of slots */
+	pfree(holders);
+	return n > 0;
+}
+
+/* A slot that the big transaction needs and somebody else holds, or 0. */
+static uint16
+find_held_slot(const EsXactTable *t)
+{
+	for (int w = 0; w < BITMAP_WORDS; w++)
+	{
+		for (uint64 bits = t->slot_bitmap[w]; bits != 0; bits &= bits - 1)
+		{
+			uint16 k = w * 64 + __builtin_ctzll(bits);
+
+			if (slot_is_held(t, k))
+				return k;
+		}
+	}
+	return 0;
+}
+
+/* A table at PRE_COMMIT. */
+typedef struct Locking
+{
+	EsXactTable *table;
+	uint32		 taken; /* slots, the first ones */
+} Locking;
+
+static LOCKMODE
+gate_mode(const Locking *l)
+{
+	return l->table->big ? ExclusiveLock : ShareLock;
 }
 
 static void
-lock_big(EsXactTable *t)
+open_gates(const Locking *tables, uint32 n)
 {
-	for (;;)
-	{
-		VirtualTransactionId holder;
+	for (uint32 i = 0; i < n; i++)
+		unlock_slot(tables[i].table, 0, gate_mode(&tables[i]));
+}
 
-		SetInvalidVirtualTransactionId(holder);
-		lock_slot(t, 0, ExclusiveLock);
-		for (int w = 0; w < BITMAP_WORDS && !VirtualTransactionIdIsValid(holder); w++)
+/*
+ * Takes all gates and slots.  False: somebody was waited for, with no gate held; now from
+ * the beginning.
+ */
+static bool
+lock_tables(Locking *tables, uint32 n)
+{
+	for (uint32 i = 0; i < n; i++)
+	{
+		Locking		*l = &tables[i];
+		EsXactTable *t = l->table;
+
+		lock_slot(t, 0, gate_mode(l));
+		if (t->big)
 		{
-			for (uint64 bits = t->slot_bitmap[w]; bits != 0; bits &= bits - 1)
+			uint16 k = find_held_slot(t);
+
+			if (k == 0)
+				continue;
+			open_gates(tables, i + 1);
+			for (uint32 higher = i + 1; higher < n; higher++)
 			{
-				holder = slot_holder(t, w * 64 + __builtin_ctzll(bits));
-				if (VirtualTransactionIdIsValid(holder))
-					break;
+				while (tables[higher].taken > 0)
+					unlock_slot(tables[higher].table, tables[higher].table->slots[--tables[higher].taken],
+								ExclusiveLock);
 			}
+			/* not for the holder's end: it may give the slot back in just this way */
+			lock_slot(t, k, ShareLock);
+			unlock_slot(t, k, ShareLock);
+			CHECK_FOR_INTERRUPTS();
+			return false;
 		}
-		if (!VirtualTransactionIdIsValid(holder))
-			return;
-		unlock_slot(t, 0, ExclusiveLock);
-		(void) VirtualXactLock(holder, true);
-		CHECK_FOR_INTERRUPTS();
+		for (; l->taken < t->nslots; l->taken++)
+		{
+			uint16 k = t->slots[l->taken];
+
+			if (try_slot(t, k))
+				continue;
+			open_gates(tables, i + 1);
+			lock_slot(t, k, ExclusiveLock);
+			l->taken++;
+			return false;
+		}
 	}
+	return true;
 }
 
 static int
 compare_tables(const void *a, const void *b)
 {
-	const EsXactTable *x = *(EsXactTable *const *) a;
-	const EsXactTable *y = *(EsXactTable *const *) b;
+	const EsXactTable *x = ((const Locking *) a)->table;
+	const EsXactTable *y = ((const Locking *) b)->table;
 
 	return x->relid < y->relid ? -1 : x->relid > y->relid;
 }
@@ -207,32 +298,23 @@ compare_tables(const void *a, const void *b)
 void
 es_lock_precommit(void)
 {
-	EsXactTable **tables = palloc(sizeof(EsXactTable *) * Max(es_xact->ntables, 1));
-	uint32		  n = 0;
-	dlist_iter	  iter;
+	Locking	  *tables = palloc0(sizeof(Locking) * Max(es_xact->ntables, 1));
+	uint32	   n = 0;
+	dlist_iter iter;
 
 	dlist_foreach(iter, &es_xact->tables)
 	{
 		EsXactTable *t = dlist_container(EsXactTable, node, iter.cur);
 
-		if (t->locking && (t->nslots > 0 || t->big))
-			tables[n++] = t;
-	}
-	qsort(tables, n, sizeof(EsXactTable *), compare_tables);
-
-	for (uint32 i = 0; i < n; i++)
-	{
-		EsXactTable *t = tables[i];
-
-		if (t->big)
-		{
-			lock_big(t);
+		if (!t->locking || (t->nslots == 0 && !t->big))
 			continue;
-		}
-		lock_slot(t, 0, ShareLock);
-		qsort(t->slots, t->nslots, sizeof(uint16), compare_slots);
-		for (uint32 k = 0; k < t->nslots; k++)
-			lock_slot(t, t->slots[k], ExclusiveLock);
+		if (!t->big)
+			qsort(t->slots, t->nslots, sizeof(uint16), compare_slots);
+		tables[n++].table = t;
 	}
+	qsort(tables, n, sizeof(Locking), compare_tables);
+
+	while (!lock_tables(tables, n))
+		;
 	pfree(tables);
 }

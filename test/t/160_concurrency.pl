@@ -95,6 +95,46 @@ is(sql($node, q{SELECT string_agg(version::text, ',' ORDER BY position) FROM eve
 is(gaps('event_store.events'), '0', 'versions have no gap');
 is(sql($node, q{SELECT count(*) FROM pg_locks WHERE locktype = 'object' AND objid = 'event_store.events'::regclass}), '0', 'no lock is left');
 
+# ---- all kinds of writers at once in few contexts of two tables: whoever takes his locks at COMMIT meets no deadlock
+
+sql($node, <<'SQL');
+CREATE TABLE crowd_a (position bigint, context_id text, version bigint, n int) USING event_store;
+CREATE TABLE crowd_b (position bigint, context_id text, version bigint, n int) USING event_store;
+CREATE PROCEDURE crowd(seconds float8) LANGUAGE plpgsql AS $$
+DECLARE
+	ends timestamptz := clock_timestamp() + make_interval(secs => seconds);
+	kind int;
+BEGIN
+	WHILE clock_timestamp() < ends LOOP
+		kind := random() * 5;
+		IF kind = 0 THEN
+			PERFORM event_store.append('c' || (random() * 30)::int, NULL, NULL, store => 'crowd_a');
+			PERFORM pg_sleep(random() * 0.002);
+		ELSE
+			IF kind IN (1, 2, 3) THEN	-- few contexts, in 3 with more than slots of the other table
+				INSERT INTO crowd_a (context_id) SELECT 'c' || (random() * 30)::int FROM generate_series(1, 3);
+			ELSE
+				INSERT INTO crowd_a (context_id) SELECT 'c' || i FROM generate_series(1, 25) i;
+			END IF;
+			IF kind IN (2, 4) THEN
+				INSERT INTO crowd_b (context_id) SELECT 'c' || (random() * 30)::int FROM generate_series(1, 3);
+			ELSIF kind IN (3, 5) THEN
+				INSERT INTO crowd_b (context_id) SELECT 'c' || i FROM generate_series(5, 30) i;
+			END IF;
+		END IF;
+		COMMIT;
+	END LOOP;
+END $$;
+SQL
+my @crowd = map { start_psql('CALL crowd(6)') } 1 .. 6;
+$_->{run}->finish foreach @crowd;
+is(join('', map { $_->{err} } @crowd), '', 'a crowd of writers of two tables: nobody fails');
+foreach my $table ('crowd_a', 'crowd_b')
+{
+	cmp_ok(sql($node, "SELECT count(*) FROM $table"), '>', 100, "they have written into $table");
+	is(gaps($table), '0', 'versions have no gap, and none is there twice');
+}
+
 # ---- COPY into 100 partitions
 
 sql($node, q{CREATE TABLE parts (context_id int, p int, position bigint, version bigint, v text) PARTITION BY LIST (p)});
