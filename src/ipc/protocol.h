@@ -169,7 +169,7 @@ typedef struct EsOpenRequest
 	uint64	   context_hash;
 	uint32	   context_len;
 	uint32	   reserved;
-	/* then: EsFxid xip[nxip] ascending; EsLsn dead[ndead]; wanted bitmap padded to 8;
+	/* then: EsFxid xip[nxip] ascending; EsLsn dead[ndead] ascending; wanted bitmap padded to 8;
 	 * filters; context bytes padded to 8 */
 } EsOpenRequest;
 

@@ -420,8 +420,20 @@ es_membatch_version(const EsMemBatch *b, uint32 row)
 bool
 es_start_in(const EsLsn *starts, uint32 n, EsLsn start)
 {
-	for (uint32 i = 0; i < n; i++)
-		if (starts[i] == start)
-			return true;
-	return false;
+	uint32 low = 0;
+	uint32 high = n;
+
+	/* mostly it is not there: the next batch of a transaction starts behind all that it has spilled */
+	if (n == 0 || start < starts[0] || start > starts[n - 1])
+		return false;
+	while (low < high)
+	{
+		uint32 middle = low + (high - low) / 2;
+
+		if (starts[middle] < start)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return starts[low] == start;
 }

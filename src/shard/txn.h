@@ -145,7 +145,7 @@ extern int64 es_membatch_version(const EsMemBatch *b, uint32 row);
 extern dlist_head es_txn_undecided;
 extern EsFxid	  es_txn_oldest_undecided(void);
 
-/* Starts of the transaction's batches that the reader says are dead (sorted or not). */
+/* Is start among these, which ascend: batches of a pending segment, or those that a reader says are dead? */
 extern bool es_start_in(const EsLsn *starts, uint32 n, EsLsn start);
 
 #endif /* ES_SHARD_TXN_H */

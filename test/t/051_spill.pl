@@ -243,6 +243,40 @@ SKIP:
 	ask(q{SELECT count(*) FROM plain WHERE context_id LIKE 'g%'}, 20000, 'all goes on when there is room');
 }
 
+# ---- a savepoint for each row ----
+
+# CPU time of the shards, in ticks of 10 ms
+sub shard_ticks
+{
+	my $ticks = 0;
+	for my $pid (split /\n/, $node->safe_psql('postgres', 'SELECT pid FROM event_store.stat_shards'))
+	{
+		my @stat = split / /, (slurp_file("/proc/$pid/stat") =~ s/^.*\) //sr);
+		$ticks += $stat[11] + $stat[12];
+	}
+	return $ticks;
+}
+
+# A transaction of that many rows: the session's memory before COMMIT, and the shards' CPU time.
+sub savepoints
+{
+	my ($n) = @_;
+	my $before = shard_ticks();
+	my $s = $node->background_psql('postgres', on_error_stop => 0);
+	$s->query_safe("BEGIN; DO \$\$ BEGIN FOR i IN 1 .. $n LOOP BEGIN INSERT INTO plain VALUES (NULL, 's' || i % 10, i, 'x'); EXCEPTION WHEN division_by_zero THEN NULL; END; END LOOP; END \$\$");
+	my $memory = $s->query_safe(q{SELECT sum(total_bytes) FROM pg_backend_memory_contexts WHERE name LIKE 'event_store%'});
+	$s->query_safe('COMMIT');
+	$s->quit;
+	ask(q{SELECT count(*), count(DISTINCT position), count(DISTINCT n) FROM plain WHERE context_id LIKE 's%'}, "$n|$n|$n", "$n savepoints: all rows are there");
+	my $ticks = shard_ticks() - $before;
+	$node->safe_psql('postgres', 'TRUNCATE plain');
+	return ($memory, $ticks);
+}
+
+my ($few_memory, $few_ticks) = savepoints(15000);
+my ($many_memory, $many_ticks) = savepoints(150000);
+cmp_ok($many_ticks, '<', 12 * ($few_ticks + 5), 'ten times as many are not a hundred times the work of the shards');
+
 ask('SELECT count(*) FROM event_store.verify()', 0, 'no file is damaged');
 ask('SELECT sum(corruptions) FROM event_store.stat_shards', 0, 'no shard met damage');
 $node->stop;
