@@ -183,10 +183,20 @@ send_batch(EsXactTable *t, EsXactBatch *b)
 	es_send_wait_writable(b->shard);
 
 	ES_FAULT_ERROR("append-before-log");
-	es_floor_set();
 	if (es_xact->fxid == 0)
 		es_xact->fxid = U64FromFullTransactionId(GetTopFullTransactionId());
-	es_log_message(ES_MESSAGE_BATCH, es_xact->fxid, b->shard, &part, 1, &b->start, &b->end);
+	es_floor_set();
+	PG_TRY();
+	{
+		es_log_message(ES_MESSAGE_BATCH, es_xact->fxid, b->shard, &part, 1, &b->start, &b->end);
+	}
+	PG_CATCH();
+	{
+		/* cancelled between pieces: no FINISH will name it, and the transaction may stay idle for long */
+		es_floor_clear();
+		PG_RE_THROW();
+	}
+	PG_END_TRY();
 	b->logged = true;
 	dlist_delete(&b->node);
 	dlist_push_tail(&t->batches, &b->node);
