@@ -72,7 +72,6 @@ es_close_builder(EsXactTable *t, int shard)
 	b->subid = t->builder_subids[shard];
 	b->shard = shard;
 	b->nrows = header->nrows;
-	b->flags = header->flags;
 	dlist_push_tail(&t->pending, &b->node);
 	es_xact->pending_bytes += b->size;
 
@@ -222,6 +221,23 @@ es_send_shard(EsXactTable *t, int shard)
 
 		if (b->shard == shard)
 			send_batch(t, b);
+	}
+}
+
+/* Builders that are being filled stay; so do their rows' places behind what is sent. */
+void
+es_send_pending(void)
+{
+	dlist_iter titer;
+
+	es_send_unsent();
+	dlist_foreach(titer, &es_xact->tables)
+	{
+		EsXactTable		  *t = dlist_container(EsXactTable, node, titer.cur);
+		dlist_mutable_iter iter;
+
+		dlist_foreach_modify(iter, &t->pending)
+			send_batch(t, dlist_container(EsXactBatch, node, iter.cur));
 	}
 }
 

@@ -428,6 +428,9 @@ es_xact_insert(Relation rel, TupleTableSlot *slot, CommandId cid, bool checked)
 							.flags = t->ncols > t->natts ? ES_BATCH_HAS_CONTENT_HASH : 0,
 							.with_positions = false};
 
+		/* batches of one row, when each comes in a savepoint of its own: they do not pile up until COMMIT */
+		if (x->pending_bytes > ES_INLINE_LIMIT)
+			es_send_pending();
 		es_batch_reset(b, &meta);
 		t->builder_subids[shard] = subid;
 	}

@@ -38,20 +38,23 @@
 /* A batch that left its builder. */
 typedef struct EsXactBatch
 {
-	dlist_node		 node; /* in EsXactTable.pending, then .batches; in both in the order of
+	dlist_node		 node;	/* in EsXactTable.pending, then .batches; in both in the order of
 								 * ordinals per shard */
-	SubTransactionId subid;
-	int				 shard;
-	uint32			 nrows;
-	uint16			 flags; /* of the batch header */
-	bool			 dead;	/* its subtransaction was rolled back */
-	bool			 logged;
-	bool			 sent;
 	EsLsn			 start; /* if logged */
 	EsLsn			 end;
 	char			*bytes; /* until it is sent */
-	Size			 size;
-} EsXactBatch;
+	uint32			 size;
+	uint32			 nrows;
+	SubTransactionId subid;
+	uint8			 shard;
+	bool			 dead; /* its subtransaction was rolled back */
+	bool			 logged;
+	bool			 sent;
+} EsXactBatch; /* 64 bytes: one stays until COMMIT for each savepoint that wrote */
+
+StaticAssertDecl(sizeof(EsXactBatch) <= 64 && ES_MAX_SHARDS <= PG_UINT8_MAX &&
+					 ES_BATCH_MAX_BYTES <= PG_UINT32_MAX,
+				 "a batch that was sent takes little memory");
 
 /* Rows of the own transaction in a context, for versions that append() promises. */
 typedef struct EsOwnCount
@@ -206,6 +209,7 @@ extern void es_own_count(EsOwnContext *c, int32 rows, int32 unsure);
 
 extern void es_close_builder(EsXactTable *t, int shard); /* builder -> EsXactBatch */
 extern void es_send_shard(EsXactTable *t, int shard);	 /* all that is pending for it */
+extern void es_send_pending(void);						 /* all that is closed, for all shards */
 extern void es_send_unsent(void);						 /* logged ones that an ERROR kept from being sent */
 extern void es_send_wait_writable(int shard);			 /* before anything is logged for it */
 extern void es_floor_set(void);

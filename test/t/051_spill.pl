@@ -275,6 +275,7 @@ sub savepoints
 
 my ($few_memory, $few_ticks) = savepoints(15000);
 my ($many_memory, $many_ticks) = savepoints(150000);
+cmp_ok($many_memory, '<', 150000 * 200, 'rows do not wait for COMMIT in the session\'s memory');
 cmp_ok($many_ticks, '<', 12 * ($few_ticks + 5), 'ten times as many are not a hundred times the work of the shards');
 
 ask('SELECT count(*) FROM event_store.verify()', 0, 'no file is damaged');
