@@ -15,6 +15,9 @@
  * An id belongs to the generation of the channel over which its request went.  With the
  * generation its answers are lost, and who waits for them gets an error.
  *
+ * Who expects an id in a subtransaction or portal that fails does not come back to forget it; so an id
+ * belongs to the resource owner that was current, and is forgotten when that one is released.
+ *
  * A scan that ends before its last answer must be closed in the shard.  CLOSE is a
  * hint; if there is no room for it the id is kept aside until there is.
  *
@@ -28,6 +31,7 @@
 #include "storage/latch.h"
 #include "storage/spin.h"
 #include "utils/memutils.h"
+#include "utils/resowner.h"
 
 #include "compat.h"
 #include "ipc/channel_internal.h"
@@ -51,6 +55,8 @@ typedef struct Expected
 	dlist_head kept;
 	EsAnswer  *current;		 /* the last one given out */
 	Size	   current_size; /* bytes allocated */
+
+	ResourceOwner owner; /* only to be compared: it may be gone */
 } Expected;
 
 typedef struct IdEntry
@@ -194,6 +200,23 @@ es_answer_sent(const EsChannel *ch, const EsRequest *req)
 
 /* ---- expecting ---- */
 
+/* Does not throw: transactions that abort come here, too. */
+static void
+owner_released(ResourceReleasePhase phase, bool commit, bool top_level, void *arg)
+{
+	dlist_mutable_iter iter;
+
+	if (phase != RESOURCE_RELEASE_BEFORE_LOCKS || dlist_is_empty(&expected))
+		return;
+	dlist_foreach_modify(iter, &expected)
+	{
+		Expected *e = dlist_container(Expected, node, iter.cur);
+
+		if (e->owner == CurrentResourceOwner)
+			forget(e);
+	}
+}
+
 void
 es_channel_expect(int shard, uint64 id)
 {
@@ -202,13 +225,17 @@ es_channel_expect(int shard, uint64 id)
 	bool	   found;
 
 	if (by_id == NULL)
+	{
 		by_id = ids_create(es_channel_context, 16, NULL);
+		RegisterResourceReleaseCallback(owner_released, NULL);
+	}
 	if (!dlist_is_empty(&closing))
 		retry_closing();
 
 	e = MemoryContextAllocZero(es_channel_context, sizeof(Expected));
 	e->id = id;
 	e->shard = ch->shard;
+	e->owner = CurrentResourceOwner;
 	dlist_init(&e->kept);
 	ids_insert(by_id, id, &found)->e = e;
 	Assert(!found);

@@ -83,6 +83,24 @@ for my $end ('close', 'error', 'terminate', 'limit')
 	eval { $reader->quit };
 }
 
+# blocks that fail in the middle of a scan, in one transaction: nothing of them is left, while a cursor that was opened in a
+# savepoint outlives it
+refill();
+my $blocks = $node->background_psql('postgres', on_error_stop => 0);
+my $held = q{SELECT coalesce(sum(total_bytes), 0) FROM pg_backend_memory_contexts WHERE name = 'event_store channels'};
+sub failed_blocks { return "DO \$\$ DECLARE r record; BEGIN FOR i IN 1 .. $_[0] LOOP BEGIN FOR r IN SELECT * FROM ev LOOP RAISE 'x'; END LOOP; EXCEPTION WHEN raise_exception THEN NULL; END; END LOOP; END \$\$"; }
+$blocks->query_safe('BEGIN; SAVEPOINT s; DECLARE c CURSOR FOR SELECT k FROM ev; FETCH 1 FROM c; RELEASE s');
+$blocks->query_safe(failed_blocks(3));
+my $few = $blocks->query_safe($held);
+$blocks->query_safe(failed_blocks(100));
+cmp_ok($blocks->query_safe($held), '<=', $few + 1000000, 'scans of rolled-back subtransactions leave no memory behind');
+is($blocks->query_safe('FETCH ALL FROM c') =~ tr/\n//, 19998, 'a cursor that was opened before has all its rows');
+$blocks->query_safe('CLOSE c');
+$node->safe_psql('postgres', 'SELECT event_store.flush()');
+ok($node->poll_query_until('postgres', 'SELECT sum(memtable_bytes) = 0 FROM event_store.stat_shards'), 'and the shard holds no view for them');
+$blocks->query_safe('COMMIT');
+$blocks->quit;
+
 # a table with large values through small queues, many readers at once, some of which go away in the middle
 $node->safe_psql('postgres', <<'SQL');
 CREATE TABLE big (context_id text, v bytea) USING event_store;
