@@ -28,7 +28,7 @@ typedef enum EsRequestType
 	ES_REQ_PREPARE,		 /* EsPrepareRequest, section (base 0) */
 	ES_REQ_HEAD,		 /* EsHeadRequest, context bytes */
 	ES_REQ_OPEN,		 /* EsOpenRequest, variable parts; begins a scan */
-	ES_REQ_FETCH,		 /* EsRequest: one more DATA answer may be sent */
+	ES_REQ_FETCH,		 /* EsRequest: one more DATA answer may be sent; flags ES_FETCH_STOP */
 	ES_REQ_CLOSE,		 /* EsRequest; hint: scan or wait `id` is over */
 	ES_REQ_WAIT,		 /* EsWaitRequest, context bytes */
 	ES_REQ_FLUSH,		 /* EsFlushRequest */
@@ -113,6 +113,9 @@ typedef enum EsScanOrder
 #define ES_OPEN_NO_OWN		   0x0002 /* leave own uncommitted rows out */
 #define ES_OPEN_REPORT_SKIPPED 0x0004 /* SERIALIZABLE: list xids of rows skipped */
 #define ES_OPEN_COUNT_ONLY	   0x0008 /* batches carry no columns, only rows */
+
+/* Of a FETCH: no more rows are wanted, but the last answer, with the xids of rows skipped so far. */
+#define ES_FETCH_STOP 0x0001
 
 typedef enum EsFilterOp
 {

@@ -14,7 +14,8 @@
  * Flow.  Each DATA answer takes one credit; FETCH gives one.  Without credit, or while
  * earlier answers are still parked for the reader, the scan stands still with its view, so
  * a slow reader costs references, not copies.  The answer that ends the scan has LAST and
- * may be empty.
+ * may be empty.  A SERIALIZABLE reader who wants no more rows asks for it with FETCH's STOP: what
+ * was skipped up to there has had its part in what he has seen.
  *
  * Damage ends the scan that met it with an error that names file and offset.
  *
@@ -232,11 +233,19 @@ void
 es_handle_fetch(EsConn *conn, const EsRequest *req)
 {
 	EsTask *task = es_task_find(conn, req->id);
+	EsScan *scan = (EsScan *) task;
 
 	/* it may have ended meanwhile, by its last answer or by an error */
 	if (task == NULL || task->type != ES_REQ_OPEN)
 		return;
-	((EsScan *) task)->credit++;
+	scan->credit++;
+	if (req->flags & ES_FETCH_STOP)
+	{
+		/* what is built goes with the last answer: the reader throws it away */
+		scan->full = false;
+		scan->chunk.n = 0;
+		scan->max_rows = scan->rows_out;
+	}
 	es_task_wake(task);
 }
 

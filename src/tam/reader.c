@@ -11,6 +11,10 @@
  * Order by position merges the shards' streams, which each come in position order with
  * the own uncommitted rows last (ascending) or first (descending), by ordinal.
  *
+ * Under SERIALIZABLE each shard's last answer says whose rows it has skipped.  A reader that stops before, after
+ * max_rows or because its caller has enough, asks for that answer when it ends: what it has given
+ * out, "the last event" say, may be so because of what was skipped.
+ *
  * Rows written before a column was added have fewer columns than the table:
  * the value is then the attribute's missing value, as in a heap tuple.
  *
@@ -245,33 +249,70 @@ report_skipped(EsReader *r, const EsDataAnswer *answer)
 	}
 }
 
+static void
+send_fetch(Stream *s, uint16 flags)
+{
+	EsRequest req = {.type = ES_REQ_FETCH, .flags = flags, .id = s->id};
+	EsPart	  part = {&req, sizeof(req)};
+
+	es_channel_wait_room(s->shard, sizeof(req));
+	es_channel_send(s->shard, &req, &part, 1, true);
+}
+
+static void
+take_answer(Stream *s)
+{
+	s->answer = (const EsDataAnswer *) es_channel_answer(s->shard, s->id);
+	s->last = (s->answer->answer.flags & ES_ANSWER_LAST) != 0;
+	s->row = 0;
+}
+
+static void
+end_stream(EsReader *r, Stream *s)
+{
+	report_skipped(r, s->answer);
+	es_channel_forget(s->shard, s->id);
+	s->id = 0;
+	s->answer = NULL;
+}
+
+/* Ends the streams that have not come to their last answers, all shards at once. */
+static void
+stop_streams(EsReader *r)
+{
+	for (int i = 0; i < r->nstreams; i++)
+	{
+		if (r->streams[i].id != 0 && !r->streams[i].last)
+			send_fetch(&r->streams[i], ES_FETCH_STOP);
+	}
+	for (int i = 0; i < r->nstreams; i++)
+	{
+		Stream *s = &r->streams[i];
+
+		if (s->id == 0)
+			continue;
+		while (!s->last)
+			take_answer(s);
+		end_stream(r, s);
+	}
+}
+
 /* Makes sure that the stream stands on a row; false at its end. */
 static bool
 stream_ready(EsReader *r, Stream *s)
 {
 	while (s->answer == NULL || s->row >= s->answer->nrows)
 	{
-		EsRequest req = {.type = ES_REQ_FETCH, .id = s->id};
-		EsPart	  part = {&req, sizeof(req)};
-
 		if (s->id == 0)
 			return false;
 		if (s->last)
 		{
-			report_skipped(r, s->answer);
-			es_channel_forget(s->shard, s->id);
-			s->id = 0;
-			s->answer = NULL;
+			end_stream(r, s);
 			return false;
 		}
 		if (s->answer != NULL)
-		{
-			es_channel_wait_room(s->shard, sizeof(req));
-			es_channel_send(s->shard, &req, &part, 1, true);
-		}
-		s->answer = (const EsDataAnswer *) es_channel_answer(s->shard, s->id);
-		s->last = (s->answer->answer.flags & ES_ANSWER_LAST) != 0;
-		s->row = 0;
+			send_fetch(s, 0);
+		take_answer(s);
 		if (s->answer->batch_len > 0)
 			es_batch_open_trusted(s->answer + 1, &s->view);
 		CHECK_FOR_INTERRUPTS();
@@ -405,6 +446,8 @@ es_reader_next(EsReader *r, TupleTableSlot *slot)
 void
 es_reader_end(EsReader *r)
 {
+	if (r->serializable && CheckForSerializableConflictOutNeeded(r->rel, r->snapshot))
+		stop_streams(r);
 	for (int i = 0; i < r->nstreams; i++)
 	{
 		Stream	 *s = &r->streams[i];

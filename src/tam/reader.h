@@ -67,6 +67,7 @@ extern bool es_reader_skip(EsReader *r, EsPosition *position);
 extern EsPosition es_reader_position(const EsReader *r);
 extern int64	  es_reader_version(const EsReader *r);
 
+/* Under SERIALIZABLE it may throw, as es_reader_next: what was skipped is looked at here at the latest. */
 extern void es_reader_end(EsReader *r);
 
 /* Full xids of a snapshot (palloc'd xip, ascending). */

@@ -179,6 +179,27 @@ foreach my $level ('REPEATABLE READ', 'SERIALIZABLE')
 		is(scalar(@failed), $level eq 'SERIALIZABLE' ? 1 : 0, "write skew by $how, $level");
 	}
 }
+
+# the second has its snapshot when the first commits, and looks only at the first row: what it does not see was skipped
+sql($node, q{CREATE TABLE lights (position bigint, context_id text, version bigint, event_type text) USING event_store;
+	INSERT INTO lights (context_id, event_type) SELECT c, 'on' FROM generate_series(1, 3000) i, unnest(ARRAY['x', 'y']) c});
+my %last = (
+	'replay with max_count' => q{SELECT event_type FROM event_store.replay('%s', backward => true, max_count => 1, store => 'lights')},
+	'a replay that its caller ends' => q{SELECT event_store.replay('%s', backward => true, store => 'lights') LIMIT 1},
+	'a cursor that is closed' => q{DECLARE c%1$s CURSOR FOR SELECT event_store.replay('%1$s', backward => true, store => 'lights'); FETCH 1 FROM c%1$s; CLOSE c%1$s});
+foreach my $how (sort keys %last)
+{
+	my @s = map { $node->background_psql('postgres', on_error_stop => 0) } 1, 2;
+	$s[0]->query_safe('BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT FROM pg_class LIMIT 1');
+	$s[1]->query_safe('BEGIN ISOLATION LEVEL SERIALIZABLE;' . sprintf($last{$how}, 'x'));
+	$s[1]->query_safe(q{INSERT INTO lights (context_id, event_type) VALUES ('y', 'off'); COMMIT});
+	$s[0]->query(sprintf($last{$how}, 'y'));
+	$s[0]->query(q{INSERT INTO lights (context_id, event_type) VALUES ('x', 'off')});
+	$s[0]->query('COMMIT');
+	like($s[0]->{stderr}, qr/could not serialize access/, "write skew by $how");
+	$s[0]->{stderr} = '';
+	$_->quit foreach @s;
+}
 is(gaps('doctors'), '0', 'versions have no gap');
 
 # ---- a parallel SELECT in a savepoint, after INSERTs in this transaction
