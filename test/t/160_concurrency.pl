@@ -95,6 +95,16 @@ is(sql($node, q{SELECT string_agg(version::text, ',' ORDER BY position) FROM eve
 is(gaps('event_store.events'), '0', 'versions have no gap');
 is(sql($node, q{SELECT count(*) FROM pg_locks WHERE locktype = 'object' AND objid = 'event_store.events'::regclass}), '0', 'no lock is left');
 
+# who asks for the holders of all slots keeps nothing of the answers
+sub high_water { my ($pid) = @_; return PostgreSQL::Test::Utils::slurp_file("/proc/$pid/status") =~ /^VmHWM:\s+(\d+) kB/m ? $1 : die; }
+my $many = $node->background_psql('postgres', on_error_stop => 0);
+my $many_pid = $many->query_safe('SELECT pg_backend_pid()');
+$many->query_safe(q{BEGIN; INSERT INTO event_store.events (context_id, event_type) SELECT 'slot' || i, 't' FROM generate_series(1, 60000) i});
+my $water = high_water($many_pid);
+$many->query_safe('COMMIT');
+cmp_ok(high_water($many_pid) - $water, '<', 8000, 'COMMIT of contexts in all slots takes little memory (kB)');
+$many->quit;
+
 # ---- all kinds of writers at once in few contexts of two tables: whoever takes his locks at COMMIT meets no deadlock
 
 sql($node, <<'SQL');
