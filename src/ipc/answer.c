@@ -476,6 +476,8 @@ es_channel_answer_timeout(int shard, uint64 id, long timeout_ms)
 			es_shared->shards[shard].proc == NULL)
 		{
 			e->open = false;
+			if (e->generation == ch->generation && es_channel_failed(ch))
+				es_channel_raise_dropped(ch);
 			ereport(ERROR, (errcode(ERRCODE_CANNOT_CONNECT_NOW), errmsg("shard %d was restarted", shard),
 							errdetail("The answer to a request of this statement is lost."),
 							errhint("Run the transaction again.")));

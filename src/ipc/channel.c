@@ -98,7 +98,7 @@ bool
 es_channel_usable(const EsChannel *ch)
 {
 	return ch->attached && !ch->broken && ch->shard_generation == current_generation(ch->shard) &&
-		   pg_atomic_read_u32(&ch->shared->closed) != ch->generation;
+		   pg_atomic_read_u32(&ch->shared->closed) != ch->generation && !es_channel_failed(ch);
 }
 
 void
@@ -274,11 +274,12 @@ make_queues(EsChannel *ch)
 	pg_atomic_write_u32(&s->generation, ch->generation);
 }
 
-pg_attribute_noreturn() static void raise_dropped(const EsChannel *ch)
+void
+es_channel_raise_dropped(const EsChannel *ch)
 {
 	ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY),
 					errmsg("shard %d has dropped the connection of this session", ch->shard),
-					errdetail("It had no memory for its queues or for a message."),
+					errdetail("It had no memory for its queues or for an answer."),
 					errhint("See the server's log.  The session can go on.")));
 }
 
@@ -318,7 +319,7 @@ connect_channel(EsChannel *ch)
 				break;
 			}
 			if (pg_atomic_read_u32(&ch->shared->closed) == ch->generation)
-				raise_dropped(ch);
+				es_channel_raise_dropped(ch);
 			if (ch->shard_generation != current_generation(ch->shard) || !es_shard_is_open(ch->shard))
 				break;
 			check_deadline(ch, deadline, "attach to this session's queues");
@@ -510,7 +511,7 @@ es_channel_wait_room(int shard, Size len)
 			return;
 		if (ch->shard_generation == current_generation(shard) &&
 			pg_atomic_read_u32(&ch->shared->closed) == ch->generation)
-			raise_dropped(ch);
+			es_channel_raise_dropped(ch);
 	}
 }
 
@@ -563,7 +564,7 @@ es_channel_send(int shard, EsRequest *req, const EsPart *parts, int nparts, bool
 		/* again with a new incarnation; but not with one that does not want us */
 		if (ch->shard_generation == current_generation(shard) &&
 			pg_atomic_read_u32(&ch->shared->closed) == ch->generation)
-			raise_dropped(ch);
+			es_channel_raise_dropped(ch);
 	}
 	pfree(iov);
 	pfree(message);

@@ -48,6 +48,16 @@ extern EsChannel *es_channel_get(int shard);
 /* Can the channel be used: attached, not broken, to the shard's present incarnation? */
 extern bool es_channel_usable(const EsChannel *ch);
 
+/* Has the shard, which lives, given up answering on it? */
+static inline bool
+es_channel_failed(const EsChannel *ch)
+{
+	return ch->attached && pg_atomic_read_u32(&ch->shared->failed) == ch->generation;
+}
+
+/* The error of a session whose connection the shard has given up. */
+pg_attribute_noreturn() extern void es_channel_raise_dropped(const EsChannel *ch);
+
 /* Sleeps until the latch is set or the deadline (0 = none), at most a second; takes interrupts. */
 extern void es_channel_sleep(TimestampTz deadline, uint32 wait_event);
 

@@ -43,9 +43,10 @@ ES_FAULT_POINT("horizon-before-push", 0, "backend")					   /* visible, slot set 
 ES_FAULT_POINT("horizon-after-push", 0, "backend")					   /* in the ring, slot still set */
 
 /* ---- ipc: the shard's end ---- */
-ES_FAULT_POINT("server-between-words", 0, "shard")	/* a part of the ready bitmap is taken */
-ES_FAULT_POINT("server-before-attach", 0, "shard")	/* a backend waits for the shard to attach */
-ES_FAULT_POINT("server-before-message", 0, "shard") /* taken from the queue, not handled */
+ES_FAULT_POINT("server-between-words", 0, "shard")			/* a part of the ready bitmap is taken */
+ES_FAULT_POINT("server-before-attach", 0, "shard")			/* a backend waits for the shard to attach */
+ES_FAULT_POINT("server-before-message", 0, "shard")			/* taken from the queue, not handled */
+ES_FAULT_POINT("server-answer", ES_FAULT_MAY_FAIL, "shard") /* no room for it, and no memory to park it */
 
 /* ---- ipc: jobs ---- */
 ES_FAULT_POINT("job-after-take", ES_FAULT_MAY_THROW, "maintenance")

@@ -9,6 +9,11 @@
  * generation (reconnect or exit), after all that he had sent was delivered.  Then
  * the memory is unmapped, closed = generation tells the owner, and his latch is set.
  *
+ * A connection that cannot be answered (no memory to park an answer) has failed, but its queue may
+ * hold messages that commits rest on, acknowledged ones and such as are about to be sent.  So failed =
+ * generation tells the owner to let go of it, and until he does BATCH, FINISH and RESOLVE are taken as ever.
+ * A message that cannot be taken at all ends the process: it is in PostgreSQL's WAL, and recovery finds it.
+ *
  * Giving ring space back.  shm_mq publishes what was consumed when a receive begins
  * with more than a quarter of the ring consumed and unpublished, or finds no
  * whole message.  `unpublished` follows the first rule; taken_bytes is what is
@@ -48,6 +53,8 @@ void
 es_server_fail(EsConnection *c)
 {
 	c->failed = true;
+	pg_atomic_write_u32(&c->shared->failed, c->conn.generation);
+	es_server_wake(c);
 	es_set_ready(es_server_shard, c->conn.slot);
 	SetLatch(MyLatch);
 }
@@ -245,16 +252,21 @@ receive_piece(EsConnection *c, void **data, Size *len)
 	return false;
 }
 
+/* Nobody's commit rests on it. */
+static bool
+is_question(const EsRequest *req)
+{
+	return req->type != ES_REQ_BATCH && req->type != ES_REQ_FINISH && req->type != ES_REQ_RESOLVE;
+}
+
 static void
 deliver(EsConnection *c, const EsRequest *req, Size len)
 {
 	ES_FAULT("server-before-message");
 	if (len < sizeof(EsRequest) || req->len != len)
-	{
-		elog(LOG, "event_store: broken request of backend slot %d", c->conn.slot);
-		es_server_fail(c);
+		elog(ERROR, "event_store: broken request of backend slot %d", c->conn.slot);
+	if (c->failed && is_question(req))
 		return;
-	}
 	callbacks.message(&c->conn, req, len);
 }
 
@@ -278,16 +290,12 @@ take_one(EsConnection *c, bool *more)
 		if (result == ES_JOIN_MORE)
 			return 0;
 		if (result != ES_JOIN_WHOLE)
-		{
-			ereport(LOG,
+			ereport(ERROR,
 					(errcode(result == ES_JOIN_NO_MEMORY ? ERRCODE_OUT_OF_MEMORY : ERRCODE_INTERNAL_ERROR),
-					 errmsg("shard %d drops the connection of a session: %s", es_server_shard,
-							result == ES_JOIN_NO_MEMORY ? "no memory for a message" : "broken message"),
-					 errdetail("The message has " UINT64_FORMAT " bytes.", ((EsPiece *) data)->total)));
-			es_server_fail(c);
-			*more = false;
-			return 0;
-		}
+					 errmsg("shard %d cannot take a message: %s", es_server_shard,
+							result == ES_JOIN_NO_MEMORY ? "out of memory" : "it is broken"),
+					 errdetail("The message has " UINT64_FORMAT " bytes.", ((EsPiece *) data)->total),
+					 errhint("The shard restarts and reads it from PostgreSQL's WAL.")));
 		data = c->join.data;
 		len = c->join.total;
 	}
@@ -305,7 +313,7 @@ give_room(EsConnection *c, int *count)
 	bool wanted = pg_atomic_read_u32(&c->shared->room_wanted) != 0;
 
 	/* look at the empty queue, so that shm_mq publishes all; a racing message is taken as well */
-	while (wanted && c->unpublished > 0 && !c->failed)
+	while (wanted && c->unpublished > 0)
 	{
 		bool more;
 
@@ -342,10 +350,16 @@ take_messages(EsConnection *c)
 	limit = pg_atomic_read_u64(&c->shared->sent_messages);
 	pg_read_barrier();
 
-	while (more && !c->failed && c->taken_messages < limit)
+	if (c->failed && !c->ignored)
+	{
+		callbacks.closed(&c->conn);
+		es_server_drop_parked(c);
+		c->ignored = true;
+	}
+	while (more && c->taken_messages < limit)
 		count += take_one(c, &more);
 
-	if (c->failed || detached)
+	if (detached)
 	{
 		close_connection(c);
 		return count;

@@ -25,7 +25,8 @@ typedef struct EsConnection
 	dsm_segment		*segment;
 	shm_mq_handle	*requests;
 	shm_mq_handle	*answers;
-	bool			 failed; /* to be closed when it is visited next */
+	bool			 failed;  /* it gets no answers any more */
+	bool			 ignored; /* and its questions are forgotten */
 
 	/* requests */
 	uint64 taken_messages; /* pieces */
@@ -59,7 +60,10 @@ es_answer_ring(void)
 /* Sets the latch of the connection's owner. */
 extern void es_server_wake(const EsConnection *c);
 
-/* Has the connection closed soon: nothing more can be sent over it. */
+/*
+ * Nothing more can be sent over it.  What commits rest on is still taken, until its owner, who is told, lets
+ * go of it.
+ */
 extern void es_server_fail(EsConnection *c);
 
 /* Frees what is parked. */

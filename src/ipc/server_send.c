@@ -19,6 +19,7 @@
 #include "storage/latch.h"
 #include "utils/memutils.h"
 
+#include "ipc/fault.h"
 #include "ipc/server_internal.h"
 
 #define MAX_PARTS 16
@@ -127,6 +128,11 @@ es_conn_send(EsConn *conn, EsAnswer *answer, const EsPart *parts, int nparts)
 
 	if (c->failed)
 		return;
+	if (ES_FAULT_IO("server-answer") != 0)
+	{
+		es_server_fail(c);
+		return;
+	}
 	if (len > ES_MESSAGE_MAX_LEN)
 	{
 		es_conn_send_error(conn, answer->type, answer->id, ERRCODE_PROGRAM_LIMIT_EXCEEDED,

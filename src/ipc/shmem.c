@@ -118,6 +118,7 @@ init_channel(EsChannelShared *c)
 	pg_atomic_init_u32(&c->closed, 0);
 	pg_atomic_init_u32(&c->detached, 0);
 	pg_atomic_init_u32(&c->attached, 0);
+	pg_atomic_init_u32(&c->failed, 0);
 	pg_atomic_init_u64(&c->sent_messages, 0);
 	pg_atomic_init_u64(&c->sent_bytes, 0);
 	pg_atomic_init_u64(&c->taken_bytes, 0);

@@ -147,6 +147,8 @@ typedef struct EsChannelShared
 	pg_atomic_uint32 closed;		   /* generation the shard has let go of; shard */
 	pg_atomic_uint32 detached;		   /* generation the owner has let go of; owner */
 	pg_atomic_uint32 attached;		   /* generation the shard has attached to; shard */
+	pg_atomic_uint32 failed;		   /* generation that gets no answers any more: the shard still takes
+									 * what was sent, and waits until its owner lets go; shard */
 	uint32			 shard_generation; /* incarnation it was made for; owner, before generation */
 	dsm_handle		 segment;		   /* owner, before generation */
 	Size			 offset;		   /* owner, before generation */
