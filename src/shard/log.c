@@ -581,20 +581,16 @@ sync_everything(void)
 	return true;
 }
 
-void
+bool
 es_log_close_clean(EsPosition next_position)
 {
 	if (!es_log.opened)
-		return;
+		return true;
 	closing = true;
 	if (es_log.newest_end != 0)
 		XLogFlush(es_log.newest_end);
 	if (!sync_everything())
-	{
-		ereport(LOG, (errmsg("shard %d stops without having written everything", es_shard_id),
-					  errdetail("It recovers from PostgreSQL's write-ahead log at the next start.")));
-		return;
-	}
+		return false;
 
 	/*
 	 * Nothing of ours can be logged any more: all that PostgreSQL's WAL holds for this
@@ -626,4 +622,5 @@ es_log_close_clean(EsPosition next_position)
 	es_wake_keeper();
 	ES_FAULT("log-clean");
 	es_log.opened = false;
+	return true;
 }

@@ -94,7 +94,10 @@ extern Size es_log_queued_bytes(void);
 /* 0, or the errno that keeps the log from writing (ENOSPC...); it retries by itself each second. */
 extern int es_log_stuck_errno(void);
 
-/* Stopping: everything is durable, writes a clean control block (blocking). */
-extern void es_log_close_clean(EsPosition next_position);
+/*
+ * Stopping: everything is durable, writes a clean control block (blocking).  False: the log was stuck for 10 s, and
+ * nothing is clean; to be called again, unless the server does not wait.
+ */
+extern bool es_log_close_clean(EsPosition next_position);
 
 #endif /* ES_SHARD_LOG_H */

@@ -530,7 +530,10 @@ last_turn(void)
 		wait_for_events(timeout);
 }
 
-/* Everything is taken: makes it durable and says so.  Then there is nothing to recover. */
+/*
+ * Everything is taken: makes it durable and says so.  Then there is nothing to recover.  A server that stops does not
+ * wait for a full disk; a detach does, for it cannot be taken back any more.
+ */
 static void
 stop_cleanly(void)
 {
@@ -559,7 +562,20 @@ stop_cleanly(void)
 	}
 
 	ES_FAULT("stop-before-clean");
-	es_log_close_clean(next);
+	while (!es_log_close_clean(next))
+	{
+		es_shard_interrupts();
+		if (ShutdownRequestPending && es_server_stopping())
+		{
+			ereport(LOG, (errmsg("shard %d stops without having written everything", es_shard_id),
+						  errdetail("It recovers from PostgreSQL's write-ahead log at the next start.")));
+			es_uring_shutdown();
+			return;
+		}
+		ereport(LOG,
+				(errmsg("shard %d cannot write what is to be durable before it is detached", es_shard_id),
+				 errdetail("It tries again."), errhint("Make room on the disk.")));
+	}
 	es_uring_shutdown();
 	set_state(ES_SHARD_CLEAN);
 }

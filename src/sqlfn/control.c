@@ -191,7 +191,11 @@ undo_detach(int code, Datum arg)
 	ConditionVariableCancelSleep();
 	if (pg_atomic_compare_exchange_u32(&es_shared->detach, &asked, ES_ATTACHED))
 		es_wake_keeper();
-	else if (asked != ES_ATTACHED)
+	else if (asked == ES_DETACH_STOPPING)
+		ereport(WARNING, (errmsg("the event store will be detached all the same"),
+						  errdetail("Its shards have begun to stop, and are waited for no longer."),
+						  errhint("The server's log says when it is detached.")));
+	else if (asked == ES_DETACHED)
 		ereport(WARNING,
 				(errmsg("the event store is detached all the same"),
 				 errdetail("Its shards had begun to stop."), errhint("Restart the server to use it again.")));
