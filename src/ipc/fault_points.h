@@ -71,7 +71,9 @@ ES_FAULT_POINT("prepare-before-answer", 0, "shard")				 /* checked, the backend 
 ES_FAULT_POINT("arena-alloc", ES_FAULT_MAY_FAIL, "shard") /* no shared memory */
 ES_FAULT_POINT("apply-batch", 0, "shard")				  /* staged, frame queued */
 ES_FAULT_POINT("finish-before-frame", 0, "shard")
-ES_FAULT_POINT("finish-applied", 0, "shard")	/* in the MemTable, undecided */
+ES_FAULT_POINT("finish-applied", 0, "shard") /* in the MemTable, undecided */
+ES_FAULT_POINT("verdict-asked", ES_FAULT_MAY_THROW,
+			   "shard")							/* CLOG cannot be read, XactTruncationLock held */
 ES_FAULT_POINT("verdict-logged", 0, "shard")	/* RESOLVED queued */
 ES_FAULT_POINT("stop-before-clean", 0, "shard") /* all durable, control block not clean */
 

@@ -171,7 +171,8 @@ add_entry(const EsContextId *c)
 	return e;
 }
 
-static void
+/* False: no memory, and the entry is not cached any more, for it would be wrong by omission. */
+static bool
 add_tail(Entry *e, EsTxn *txn, int64 version, EsPosition position)
 {
 	Tail *t;
@@ -181,9 +182,14 @@ add_tail(Entry *e, EsTxn *txn, int64 version, EsPosition position)
 		{
 			t->version = Max(t->version, version);
 			t->position = Max(t->position, position);
-			return;
+			return true;
 		}
-	t = MemoryContextAlloc(heads_context, sizeof(Tail));
+	t = MemoryContextAllocExtended(heads_context, sizeof(Tail), MCXT_ALLOC_NO_OOM);
+	if (t == NULL)
+	{
+		remove_entry(e);
+		return false;
+	}
 	es_txn_ref(txn);
 	t->txn = txn;
 	t->version = version;
@@ -192,6 +198,7 @@ add_tail(Entry *e, EsTxn *txn, int64 version, EsPosition position)
 	e->tails = t;
 	if (e->unsettled.next == NULL)
 		dlist_push_tail(&unsettled, &e->unsettled);
+	return true;
 }
 
 static void
@@ -469,7 +476,8 @@ lookup(const EsContextId *c, bool versioned, bool keep, EsHead *head, EsDamage *
 		e = add_entry(c);
 		e->head = s.head;
 		for (int i = 0; i < s.nmet; i++)
-			add_tail(e, s.met[i].txn, s.met[i].version, s.met[i].position);
+			if (!add_tail(e, s.met[i].txn, s.met[i].version, s.met[i].position))
+				break;
 	}
 	if (s.met != NULL)
 		pfree(s.met);
@@ -515,7 +523,7 @@ es_head_advance(const EsTableKey *table, uint64 hash, const void *bytes, size_t 
 	if (e != NULL)
 	{
 		settle(e, false);
-		add_tail(e, txn, version, position);
+		(void) add_tail(e, txn, version, position);
 	}
 	settle_some();
 }

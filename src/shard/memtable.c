@@ -70,6 +70,7 @@ typedef struct Store
 {
 	EsMemStore	store;
 	uint32		nindexed;	 /* batches below this number are in the index */
+	uint32		next_row;	 /* of the next batch: rows below it are, too */
 	uint64		arrears;	 /* rows that are not */
 	Size		index_bytes; /* as counted in the MemTable's nbytes */
 	EsMemTable *memtable;
@@ -200,7 +201,7 @@ es_memtable_store(EsMemTable *mt, const EsTableKey *key, bool create)
 	return stores->last = &s->store;
 }
 
-/* Indexes batches until there is none left or about max_rows rows were done. */
+/* Indexes batches until there is none left or about max_rows rows were done.  After an ERROR it goes on with the same row. */
 static void
 index_catch_up(Store *s, uint64 max_rows)
 {
@@ -215,9 +216,11 @@ index_catch_up(Store *s, uint64 max_rows)
 		EsMemBatch *b = store->batches[s->nindexed];
 		uint32		nrows = b->view.header->nrows;
 
-		for (uint32 row = 0; row < nrows; row++)
-			if (!es_membatch_skipped(b, row))
-				es_memindex_add(store->index, es_batch_context_hash(&b->view, row), s->nindexed, row);
+		for (; s->next_row < nrows; s->next_row++)
+			if (!es_membatch_skipped(b, s->next_row))
+				es_memindex_add(store->index, es_batch_context_hash(&b->view, s->next_row), s->nindexed,
+								s->next_row);
+		s->next_row = 0;
 		s->nindexed++;
 		s->arrears -= nrows;
 		done += nrows;

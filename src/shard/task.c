@@ -10,13 +10,18 @@
  * taken what it got, and more would only fill the shard's memory.
  *
  * A slice may raise an ERROR (no memory; CLOG that cannot be read).  It ends the task, not
- * the shard: the client gets the error as its last answer.
+ * the shard: the client gets the error as its last answer, and locks are let go of.  So what a slice
+ * changes outside of its task must be whole, or go on where it was, wherever memory is asked for: the index of a
+ * MemTable (memtable.c), cached heads (heads.c), verdicts (txn.c), filters of event ids (event_filter.c).
  *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
+#include "miscadmin.h"
+#include "pgstat.h"
 #include "portability/instr_time.h"
+#include "storage/lwlock.h"
 #include "utils/memutils.h"
 
 #include "ipc/fault.h"
@@ -86,8 +91,12 @@ run_slice(EsTask *task, int64 slice)
 		ErrorData *error;
 
 		MemoryContextSwitchTo(task->context);
+		HOLD_INTERRUPTS();
 		error = CopyErrorData();
 		FlushErrorState();
+		LWLockReleaseAll();
+		pgstat_report_wait_end();
+		RESUME_INTERRUPTS();
 		ereport(LOG,
 				(errcode(error->sqlerrcode),
 				 errmsg("event store shard %d could not answer a request: %s", es_shard_id, error->message)));

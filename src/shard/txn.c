@@ -43,6 +43,7 @@
 #include "utils/timestamp.h"
 
 #include "compat.h"
+#include "ipc/fault.h"
 #include "shard/arena.h"
 #include "shard/log.h"
 #include "shard/segments.h"
@@ -198,6 +199,7 @@ es_txn_verdict(EsTxn *txn)
 		return ES_VERDICT_UNKNOWN;
 
 	LWLockAcquire(XactTruncationLock, LW_SHARED);
+	ES_FAULT_ERROR("verdict-asked");
 	if (clog_forgot(txn->fxid))
 	{
 		txn->verdict = ES_VERDICT_ABORTED;
@@ -205,14 +207,14 @@ es_txn_verdict(EsTxn *txn)
 	}
 	else if (TransactionIdDidCommit(xid))
 	{
-		txn->verdict = ES_VERDICT_COMMITTED;
-		/* 0 if the page went to disk since, which flushed WAL first */
+		/* 0 if the page went to disk since, which flushed WAL first; this may read the page again, and throw */
 		if (txn->commit_end == 0)
 		{
 			txn->commit_end = TransactionIdGetCommitLSN(xid);
 			if (txn->commit_end == 0)
 				txn->verdict_durable = true;
 		}
+		txn->verdict = ES_VERDICT_COMMITTED;
 	}
 	else
 		txn->verdict = ES_VERDICT_ABORTED;

@@ -11,6 +11,7 @@
 #include "funcapi.h"
 #include "miscadmin.h"
 #include "portability/instr_time.h"
+#include "storage/lwlock.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
 
@@ -25,6 +26,7 @@ PG_FUNCTION_INFO_V1(est_hint);
 PG_FUNCTION_INFO_V1(est_reconnect);
 PG_FUNCTION_INFO_V1(est_channel);
 PG_FUNCTION_INFO_V1(est_pause_shard);
+PG_FUNCTION_INFO_V1(est_clog_lock_is_free);
 PG_FUNCTION_INFO_V1(est_shard_pid);
 PG_FUNCTION_INFO_V1(est_shard_counter);
 
@@ -223,6 +225,16 @@ est_pause_shard(PG_FUNCTION_ARGS)
 	pg_atomic_write_u32(&es_shared->shards[shard].paused, PG_GETARG_BOOL(1));
 	es_wake_shard(shard);
 	PG_RETURN_VOID();
+}
+
+Datum
+est_clog_lock_is_free(PG_FUNCTION_ARGS)
+{
+	bool is_free = LWLockConditionalAcquire(XactTruncationLock, LW_EXCLUSIVE);
+
+	if (is_free)
+		LWLockRelease(XactTruncationLock);
+	PG_RETURN_BOOL(is_free);
 }
 
 Datum

@@ -70,6 +70,10 @@ CREATE FUNCTION pause_shard(shard integer, paused boolean) RETURNS void
 	AS 'MODULE_PATHNAME', 'est_pause_shard' LANGUAGE C STRICT;
 COMMENT ON FUNCTION pause_shard(integer, boolean) IS 'makes the shard take nothing from its queues';
 
+CREATE FUNCTION clog_lock_is_free() RETURNS boolean
+	AS 'MODULE_PATHNAME', 'est_clog_lock_is_free' LANGUAGE C STRICT VOLATILE;
+COMMENT ON FUNCTION clog_lock_is_free() IS 'does nobody hold PostgreSQL''s XactTruncationLock now?';
+
 CREATE FUNCTION shard_pid(shard integer) RETURNS integer
 	AS 'MODULE_PATHNAME', 'est_shard_pid' LANGUAGE C STRICT;
 COMMENT ON FUNCTION shard_pid(integer) IS 'process of the shard, 0 = none';
