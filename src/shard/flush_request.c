@@ -19,6 +19,7 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
+#include "shard/apply.h"
 #include "shard/engine.h"
 #include "shard/flush.h"
 #include "shard/shard.h"
@@ -88,6 +89,8 @@ es_handle_flush(EsConn *conn, const EsFlushRequest *req)
 {
 	Waiter *w = MemoryContextAllocZero(TopMemoryContext, sizeof(Waiter));
 
+	/* what has committed by now is known as such, also where the hint was lost */
+	es_apply_poll_verdicts(true);
 	w->conn = conn;
 	w->id = req->req.id;
 	w->memtable = es_flush_ask();

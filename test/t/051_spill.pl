@@ -194,6 +194,29 @@ $node->poll_query_until('postgres', q{SELECT count(*) = 2 FROM event_store.stat_
 ask(q{SELECT count(*), count(DISTINCT position) FROM plain WHERE context_id LIKE 'm%'}, "$many|$many",
 	'also after a crash');
 
+# ---- a flush waits for what has committed, also if the shard has not been told ----
+
+SKIP:
+{
+	skip 'no fault points in this build', 1 unless $compiled;
+	my $left = 0;
+	$node->safe_psql('postgres', 'CREATE TABLE flushed (context_id text, n int, filler text) USING event_store');
+	my $writer = $node->background_psql('postgres', on_error_stop => 0);
+	foreach my $round (1 .. 5)
+	{
+		$writer->query_safe("BEGIN; INSERT INTO flushed SELECT 'f$round', g, repeat('x', 80) FROM generate_series(1, $big) g; "
+			  . "SELECT count(*) FROM flushed WHERE context_id = ''; SELECT spilled(4000)");
+		$node->safe_psql('postgres', q{SELECT inject_fault('commit-after-commit', 'sleep')});
+		$writer->query_until(qr/begun/, "\\echo begun\nCOMMIT;\n");
+		$node->poll_query_until('postgres', q{SELECT fault_hits('commit-after-commit') > 0});
+		$left += $node->safe_psql('postgres', q{SELECT FROM event_store.flush(); SELECT sum(pending_segments) FROM event_store.stat_shards});
+		$node->safe_psql('postgres', 'SELECT disarm_faults()');
+		$writer->query_safe('SELECT 1');
+	}
+	is($left, 0, 'none of its segments is pending after the flush');
+	$writer->quit;
+}
+
 # ---- full disks ----
 
 SKIP:
