@@ -358,12 +358,14 @@ read_messages(Source *src, XLogReaderState *reader, HTAB *assemblies, uint16 sha
 	StringInfoData copy;
 	char		  *error;
 	uint32		   n = 0;
+	EsLsn		   reached = src->from;
 
+	/* a record ends at upto, so that one which wants to be read beyond it has a damaged length */
 	initStringInfo(&copy);
 	if (XLogRecPtrIsInvalid(XLogFindNextRecord(reader, src->from)))
 	{
 		if (src->at_end)
-			return;
+			unreadable(src, src->from, "no record begins where one should");
 		unreadable(src, src->from, reader->errormsg_buf[0] != '\0' ? reader->errormsg_buf : NULL);
 	}
 	for (;;)
@@ -373,12 +375,13 @@ read_messages(Source *src, XLogReaderState *reader, HTAB *assemblies, uint16 sha
 
 		if (XLogReadRecord(reader, &error) == NULL)
 		{
-			if (src->at_end)
+			if (src->at_end && reached == src->upto)
 				return;
-			unreadable(src, reader->EndRecPtr, error);
+			unreadable(src, reached, src->at_end ? "a record is longer than the log" : error);
 		}
 		if (reader->EndRecPtr > src->upto)
-			return;
+			unreadable(src, reached, "a record is longer than the log");
+		reached = reader->EndRecPtr;
 		if ((++n & 0x3ff) == 0)
 			es_shard_interrupts();
 		if (!our_message(reader, src, &copy, &header, &piece))
