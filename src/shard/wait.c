@@ -181,7 +181,9 @@ wanted_in_segment(Waiter *w, EsSegmentRef *ref, EsPosition *position)
 	{
 		/* From the end, since a context's rows stand in the order of their positions. */
 		block = es_block_create();
-		for (uint64 row = first + nrows; row-- > first && *position == 0;)
+		if (block == NULL)
+			status = es_fail(&err, ES_ERR_NOMEM, 0, "out of memory");
+		for (uint64 row = first + nrows; status == ES_OK && row-- > first && *position == 0;)
 		{
 			EsPosition p;
 
