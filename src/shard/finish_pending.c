@@ -34,6 +34,7 @@
 #include "utils/memutils.h"
 
 #include "ipc/fault.h"
+#include "shard/apply.h"
 #include "shard/engine.h"
 #include "shard/files.h"
 #include "shard/flush.h"
@@ -389,9 +390,12 @@ begin_versions(Finishing *f, Table *t)
 	}
 }
 
-/* Throws if PREPARE promised another version.  Two contexts may share a hash: one that agrees is enough. */
-static void
-check_promise(Finishing *f, const Table *t, uint64 hash, int64 version)
+/*
+ * The context's first version, or throws if PREPARE promised another one.  After release_wal rows before it may
+ * be lost: then the promise holds.  Two contexts may share a hash: one that agrees is enough.
+ */
+static int64
+first_version(Finishing *f, const Table *t, uint64 hash, int64 version)
 {
 	uint32				  n = t->view.table->nversions;
 	EsFirstVersion		  key = {.context_hash = hash};
@@ -401,12 +405,15 @@ check_promise(Finishing *f, const Table *t, uint64 hash, int64 version)
 	if (n > 0)
 		found = bsearch(&key, t->versions, n, sizeof(key), compare_versions);
 	if (found == NULL)
-		return;
+		return version;
 	while (found > t->versions && found[-1].context_hash == hash)
 		found--;
 	for (; found < end && found->context_hash == hash; found++)
 		if (found->first_version == version)
-			return;
+			return version;
+	/* what was met last is one of this hash */
+	if (es_versions_as_promised && found[-1].first_version > version)
+		return found[-1].first_version;
 	ES_COUNT(corruptions, 1);
 	ereport(ERROR,
 			(errcode(ERRCODE_DATA_CORRUPTED),
@@ -457,8 +464,7 @@ get_context(Finishing *f, const Table *t, Walk *w)
 	c->len = len;
 	if (!es_head_search(&t->view.table->table, entry->hash, c->bytes, len, &head, &err, &path))
 		es_corruption(ERROR, path, &err);
-	check_promise(f, t, entry->hash, head.version + 1);
-	c->version = head.version;
+	c->version = first_version(f, t, entry->hash, head.version + 1) - 1;
 	return c;
 }
 
