@@ -102,11 +102,12 @@ ES_FAULT_POINT("flush-retired", 0, "shard")
 /* ---- shard: pending segments ---- */
 ES_FAULT_POINT("spill-begun", 0, "shard")
 ES_FAULT_POINT("spill-before-manifest", 0, "shard")
-ES_FAULT_POINT("spill-manifest-durable", 0, "shard") /* named, batches still staged */
-ES_FAULT_POINT("spill-before-take-back", 0, "shard") /* named, overtaken by FINISH */
-ES_FAULT_POINT("adopt-finishing", 0, "shard")		 /* a slice of FINISH, undecided */
-ES_FAULT_POINT("adopt-finished", 0, "shard")		 /* FINISH applied, undecided */
-ES_FAULT_POINT("adopt-before-manifest", 0, "shard")	 /* verdict durable */
+ES_FAULT_POINT("spill-manifest-durable", 0, "shard")		  /* named, batches still staged */
+ES_FAULT_POINT("spill-too-large", ES_FAULT_MAY_FAIL, "shard") /* as many pending segments as may be */
+ES_FAULT_POINT("spill-before-take-back", 0, "shard")		  /* named, overtaken by FINISH */
+ES_FAULT_POINT("adopt-finishing", 0, "shard")				  /* a slice of FINISH, undecided */
+ES_FAULT_POINT("adopt-finished", 0, "shard")				  /* FINISH applied, undecided */
+ES_FAULT_POINT("adopt-before-manifest", 0, "shard")			  /* verdict durable */
 ES_FAULT_POINT("adopt-manifest-durable", 0, "shard")
 
 /* ---- dead storages ---- */

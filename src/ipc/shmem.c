@@ -101,6 +101,8 @@ init_shard(EsShardShared *s, pg_atomic_uint64 *ready)
 	pg_atomic_init_u64(&s->restart_lsn, 0);
 	pg_atomic_init_u32(&s->clean, 0);
 	pg_atomic_init_u64(&s->oldest_undecided, 0);
+	for (int i = 0; i < ES_TOO_LARGE; i++)
+		pg_atomic_init_u64(&s->too_large[i], 0);
 	pg_atomic_init_u32(&s->arena, DSM_HANDLE_INVALID);
 	init_counters(&s->counters);
 	s->ready = ready;

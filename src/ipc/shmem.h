@@ -90,6 +90,9 @@ typedef struct EsShardCounters
 
 #define ES_READY_WORDS(nslots) (((nslots) + 63) / 64)
 
+/* Transactions that a shard can call too large at a time. */
+#define ES_TOO_LARGE 16
+
 typedef struct EsShardShared
 {
 	slock_t mutex; /* guards proc, pid, reason, reason_code */
@@ -119,6 +122,9 @@ typedef struct EsShardShared
 									 * (keeper before the shard has opened) */
 	pg_atomic_uint32 clean;			   /* that control block says clean; same */
 	pg_atomic_uint64 oldest_undecided; /* oldest fxid without durable verdict, or next fxid; shard */
+	/* fxids, by their last bits: they have as many pending segments as can be adopted at once, and must not go
+	 * on; what is left of ended ones does no harm; shard */
+	pg_atomic_uint64 too_large[ES_TOO_LARGE];
 	pg_atomic_uint32 napping;	 /* 1 = sleeps a moment without looking at its latch: one who needs it now
 								 * sends a signal; shard */
 	pg_atomic_uint32 urgent;	 /* 1 = somebody needs it now; set by es_wake_shard, cleared by the shard */

@@ -46,6 +46,8 @@
 #define WORTH_A_FILE   (1024 * 1024) /* bytes; tables with less are only spilled if nothing else is there */
 #define UNFRAMED_LIMIT (64 * 1024 * 1024) /* bytes of PostgreSQL's WAL */
 #define LOOK_INTERVAL  1000				  /* ms */
+#define MAX_PENDING	   49152			  /* segments of a transaction: a manifest record has 65,535 parts */
+#define MAX_ADOPT	   ((Size) 1 << 30) /* bytes of the record that adopts them: it may have twice as many */
 
 typedef enum SpillStage
 {
@@ -324,6 +326,19 @@ submit_take_back(Spill *s)
 	return true;
 }
 
+/*
+ * One manifest record adopts or drops all segments of a transaction, so that there is a limit to them.  Who passes it
+ * is refused when it sends its next batch or FINISH; what it has sent by then still finds room.
+ */
+static void
+refuse_too_large(EsTxn *txn)
+{
+	if (list_length(txn->pending) < MAX_PENDING && txn->adopt_bytes < MAX_ADOPT &&
+		ES_FAULT_IO("spill-too-large") == 0)
+		return;
+	pg_atomic_write_u64(&es_shard->too_large[txn->fxid % ES_TOO_LARGE], txn->fxid);
+}
+
 /* The manifest names the segments: they take the place of the staged batches. */
 static void
 replace_staged(Spill *s)
@@ -349,6 +364,8 @@ replace_staged(Spill *s)
 		pfree(starts);
 		old = MemoryContextSwitchTo(TopMemoryContext);
 		txn->pending = lappend(txn->pending, ref);
+		txn->adopt_bytes +=
+			sizeof(EsManifestAdopt) + build->summary.nrows / 8 + build->summary.ncontexts * sizeof(int64);
 		MemoryContextSwitchTo(old);
 		for (uint32 k = 0; k < build->nbatches; k++)
 		{
@@ -364,6 +381,7 @@ replace_staged(Spill *s)
 		}
 		es_build_free(build);
 	}
+	refuse_too_large(txn);
 	es_adopt_register(txn);
 	end_spill(s);
 }

@@ -79,9 +79,10 @@ typedef struct EsTxn
 	dlist_head staged; /* EsMemBatch, in the order of their ordinals per table */
 	Size	   staged_bytes;
 	uint64	   staged_rows;
-	bool	   spilling; /* a SPILL job runs */
-	List	  *pending;	 /* EsSegmentRef * of its pending segments (segments.h) */
-	dlist_node node;	 /* in the list of undecided ones */
+	bool	   spilling;	/* a SPILL job runs */
+	List	  *pending;		/* EsSegmentRef * of its pending segments (segments.h) */
+	Size	   adopt_bytes; /* at most, of a manifest record that adopts those made by this incarnation */
+	dlist_node node;		/* in the list of undecided ones */
 
 	/* private to txn.c, apply.c, finish.c and verdict.c */
 	bool   listed;		  /* in es_txn_undecided, which holds one ref */

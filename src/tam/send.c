@@ -122,6 +122,20 @@ es_send_unsent(void)
 	es_floor_clear();
 }
 
+/* Has the shard so many files of this transaction that it could not adopt more? */
+static void
+check_too_large(int shard)
+{
+	EsFxid fxid = es_xact->fxid;
+
+	if (fxid == 0 || pg_atomic_read_u64(&es_shared->shards[shard].too_large[fxid % ES_TOO_LARGE]) != fxid)
+		return;
+	ereport(ERROR, (errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED), errmsg("the transaction has too many events"),
+					errdetail("Shard %d has as many files of it as it can adopt in one commit.", shard),
+					errhint("Insert the events in several transactions, or raise event_store.spill_after, so "
+							"that its files are fewer and larger.")));
+}
+
 /*
  * May events be logged for the shard?  Not while it cannot write its files: nothing
  * would ever leave its memory.  And writers stop before PostgreSQL would have to give
@@ -134,6 +148,7 @@ es_send_wait_writable(int shard)
 	TimestampTz start = 0;
 	int			err = (int) pg_atomic_read_u32(&es_shared->shards[shard].stuck_errno);
 
+	check_too_large(shard);
 	if (err != 0)
 	{
 		errno = err;

@@ -217,6 +217,28 @@ SKIP:
 	$writer->quit;
 }
 
+# ---- more than one commit can adopt ----
+
+SKIP:
+{
+	skip 'no fault points in this build', 4 unless $compiled;
+	my $load = "INSERT INTO plain SELECT NULL, 'l' || g % 20, g, repeat('x', 80) FROM generate_series(1, $big) g";
+	my $rows = $node->safe_psql('postgres', 'SELECT count(*) FROM plain');
+
+	foreach my $more ("$load; $load; COMMIT", 'COMMIT')
+	{
+		$node->safe_psql('postgres', q{SELECT inject_fault('spill-too-large', 'enospc')});
+		my (undef, undef, $error) = $node->psql('postgres', "BEGIN; $load; SELECT spilled(4000); INSERT INTO plain VALUES (NULL, 'l', 0, ''); $more",
+			extra_params => [ '-v', 'VERBOSITY=verbose' ]);
+		like($error, qr/54000: the transaction has too many events.*HINT:  .*event_store.spill_after/s, 'a transaction of too many files is refused');
+	}
+	$node->safe_psql('postgres', 'SELECT disarm_faults()');
+	ask('SELECT count(*) FROM plain', $rows, 'nothing of it is left');
+	$node->safe_psql('postgres', $load);
+	ask('SELECT count(*) FROM plain', $rows + $big, 'others go on');
+	$node->safe_psql('postgres', 'TRUNCATE plain');
+}
+
 # ---- full disks ----
 
 SKIP:
