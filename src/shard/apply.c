@@ -22,6 +22,8 @@
  */
 #include "postgres.h"
 
+#include <stdlib.h>
+
 #include "utils/memutils.h"
 
 #include "guc.h"
@@ -72,6 +74,15 @@ malformed(const char *what, EsFxid fxid, EsLsn start, const EsError *err)
 							  LSN_FORMAT_ARGS(start), (unsigned long long) err->offset, err->what)));
 }
 
+static int
+compare_starts(const void *x, const void *y)
+{
+	uint64 a = *(const uint64 *) x;
+	uint64 b = *(const uint64 *) y;
+
+	return a < b ? -1 : a > b;
+}
+
 bool
 es_txn_pending_has(EsTxn *txn, EsLsn start)
 {
@@ -79,12 +90,58 @@ es_txn_pending_has(EsTxn *txn, EsLsn start)
 
 	foreach(lc, txn->pending)
 	{
-		EsSegmentRef *ref = lfirst(lc);
+		const EsManifestEntry *e = &((EsSegmentRef *) lfirst(lc))->entry;
 
-		if (es_start_in(ref->entry.starts, ref->entry.nstarts, start))
+		/* a spill takes them in their order; almost always this batch is the youngest */
+		if (e->nstarts > 0 && e->starts[0] <= start && start <= e->starts[e->nstarts - 1] &&
+			bsearch(&start, e->starts, e->nstarts, sizeof(uint64), compare_starts) != NULL)
 			return true;
 	}
 	return false;
+}
+
+/* Starts of the batches in one transaction's pending segments, ascending. */
+static struct
+{
+	EsFxid	fxid;
+	int		nrefs; /* how many segments it had then */
+	uint64 *starts;
+	uint32	n;
+} found;
+
+void
+es_txn_pending_forget(void)
+{
+	if (found.starts != NULL)
+		pfree(found.starts);
+	memset(&found, 0, sizeof(found));
+}
+
+bool
+es_txn_pending_find(EsTxn *txn, EsLsn start)
+{
+	if (found.starts == NULL || found.fxid != txn->fxid || found.nrefs != list_length(txn->pending))
+	{
+		Size	  n = 0;
+		ListCell *lc;
+
+		es_txn_pending_forget();
+		foreach(lc, txn->pending)
+			n += ((EsSegmentRef *) lfirst(lc))->entry.nstarts;
+		found.starts = MemoryContextAllocHuge(TopMemoryContext, Max(n, 1) * sizeof(uint64));
+		found.fxid = txn->fxid;
+		found.nrefs = list_length(txn->pending);
+		foreach(lc, txn->pending)
+		{
+			const EsManifestEntry *e = &((EsSegmentRef *) lfirst(lc))->entry;
+
+			if (e->nstarts > 0)
+				memcpy(found.starts + found.n, e->starts, e->nstarts * sizeof(uint64));
+			found.n += e->nstarts;
+		}
+		qsort(found.starts, found.n, sizeof(uint64), compare_starts);
+	}
+	return bsearch(&start, found.starts, found.n, sizeof(uint64), compare_starts) != NULL;
 }
 
 bool

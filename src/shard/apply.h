@@ -28,8 +28,11 @@ extern EsMemBatch *es_membatch_create(EsTxn *txn, EsLsn start, EsLsn end, void *
  * PREPARE said, tells heads.c. */
 extern void es_assign_versions(EsTxn *txn, const EsFinishTableView *view, EsLive *live, uint32 nlive);
 
-/* Is the batch held by one of the transaction's pending segments? */
+/* Is the batch held by one of the transaction's pending segments?  Quick for one that is younger than they are. */
 extern bool es_txn_pending_has(EsTxn *txn, EsLsn start);
+/* The same for many batches of one transaction, as a FINISH lists them; with an index, to be forgotten then. */
+extern bool es_txn_pending_find(EsTxn *txn, EsLsn start);
+extern void es_txn_pending_forget(void);
 
 /*
  * Are all batches that the FINISH lists staged or in pending segments?  Not after a crash, if they were

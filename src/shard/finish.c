@@ -281,7 +281,7 @@ prepare_table(EsTxn *txn, const EsFinishTable *table, EsLsn start, EsLsn end)
 			EsLsn		wanted = view.batch_starts[i];
 			EsMemBatch *b = find_staged(staged, nstaged, wanted);
 
-			if (b == NULL && txn->pending != NIL && es_txn_pending_has(txn, wanted))
+			if (b == NULL && txn->pending != NIL && es_txn_pending_find(txn, wanted))
 				continue;
 			if (b == NULL)
 			{
@@ -444,7 +444,7 @@ es_finish_complete(EsTxn *txn, const EsSectionHeader *section, size_t len)
 		es_finish_table_view(table, &view);
 		for (uint32 i = 0; i < table->nlogged && complete; i++)
 			complete = find_staged(staged, nstaged, view.batch_starts[i]) != NULL ||
-					   (txn->pending != NIL && es_txn_pending_has(txn, view.batch_starts[i]));
+					   (txn->pending != NIL && es_txn_pending_find(txn, view.batch_starts[i]));
 	}
 	pfree(staged);
 	return complete;
@@ -535,6 +535,7 @@ es_apply_finish(EsFxid fxid, EsLsn start, EsLsn end, const EsSectionHeader *sect
 		done += ntable_batches[i];
 	}
 	txn->finished = true;
+	es_txn_pending_forget();
 	es_apply_drop_staged(txn);
 	if (txn->pending != NIL && es_wait_count > 0)
 		es_wait_pending(txn);
