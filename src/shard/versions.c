@@ -166,7 +166,7 @@ version_in_pending(Work *w, const ContextKey *key)
 		uint32		  entry;
 		int64		  live;
 
-		if (!es_table_key_equal(&ref->entry.segment.table, w->table))
+		if (!es_table_key_equal(&ref->entry.segment.table, w->table) || ref->entry.nlive == 0)
 			continue;
 		segment = es_segment_handle(ref, &err);
 		if (segment == NULL || es_segment_find_context(segment, key->hash, key_bytes(key), key->len,
