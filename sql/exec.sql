@@ -201,3 +201,27 @@ COMMIT;
 SELECT count(*) FROM x WHERE context_id = 'deferred';
 DROP TABLE x, log, fk, customer, target, uniq;
 DROP FUNCTION trig;
+
+-- who stores again what a cursor or a function reads finds it in its order, also in a table without position
+CREATE TABLE ex_v (context_id text, version bigint, n int) USING event_store;
+INSERT INTO ex_v (context_id, n) SELECT 'a', g FROM generate_series(1, 7) g;
+SELECT event_store.flush();
+INSERT INTO ex_v (context_id, n) SELECT 'a', g FROM generate_series(8, 9) g;
+BEGIN;
+DECLARE ex_c NO SCROLL CURSOR FOR SELECT * FROM ONLY ex_v;
+FETCH 8 FROM ex_c;
+FETCH 8 FROM ex_c;
+ROLLBACK;
+CREATE FUNCTION ex_rows() RETURNS SETOF ex_v LANGUAGE plpgsql AS $$ BEGIN RETURN QUERY SELECT * FROM ex_v; END $$;
+CREATE TABLE ex_v2 (LIKE ex_v) USING event_store;
+INSERT INTO ex_v2 (context_id, n) SELECT context_id, n FROM ex_rows();
+DO $$
+DECLARE r record;
+BEGIN
+	FOR r IN SELECT * FROM ex_v LOOP
+		INSERT INTO ex_v2 (context_id, n) VALUES ('b', r.n);
+	END LOOP;
+END $$;
+SELECT context_id, string_agg(n::text, ' ' ORDER BY version) FROM ex_v2 GROUP BY 1 ORDER BY 1;
+DROP FUNCTION ex_rows;
+DROP TABLE ex_v, ex_v2;

@@ -32,6 +32,7 @@
 #include "miscadmin.h"
 #include "nodes/plannodes.h"
 #include "parser/parsetree.h"
+#include "tcop/pquery.h"
 #include "tcop/utility.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
@@ -169,10 +170,15 @@ es_executor_start(QueryDesc *query, int eflags)
 		standard_ExecutorStart(query, eflags);
 }
 
-/* Does the query not store rows in the order in which it reads others? */
+/*
+ * Does nobody store rows in the order in which the query reads others?  A cursor may be pg_dump's (--inserts), or a
+ * loop's that inserts what it fetches.
+ */
 static bool
 only_reads(const QueryDesc *query)
 {
+	if (ActivePortal != NULL && ActivePortal->queryDesc == query && ActivePortal->name[0] != '\0')
+		return false;
 	if (query->operation == CMD_INSERT || query->operation == CMD_MERGE ||
 		query->plannedstmt->hasModifyingCTE)
 		return false;
@@ -222,26 +228,28 @@ run_query(ES_EXECUTOR_RUN_PARAMS)
 static void
 es_executor_run(ES_EXECUTOR_RUN_PARAMS)
 {
-	bool outer = es_scan_any_order;
-	bool wanted = only_reads(query);
+	/* a query is at work to which order matters: so it does to those of functions that it calls */
+	static bool order_matters = false;
+	bool		outer = es_scan_any_order;
+	bool		wanted = !order_matters && only_reads(query);
 
-	if (wanted == outer)
+	if (order_matters || (wanted && outer))
 	{
 		run_query(ES_EXECUTOR_RUN_ARGS);
 		return;
 	}
+	order_matters = !wanted;
 	es_scan_any_order = wanted;
 	PG_TRY();
 	{
 		run_query(ES_EXECUTOR_RUN_ARGS);
 	}
-	PG_CATCH();
+	PG_FINALLY();
 	{
+		order_matters = false;
 		es_scan_any_order = outer;
-		PG_RE_THROW();
 	}
 	PG_END_TRY();
-	es_scan_any_order = outer;
 }
 
 /* ---- utility statements ---- */
