@@ -49,3 +49,24 @@ CALL event_store.wait_for_events(context_id => '3', timeout => '10 ms', store =>
 CALL event_store.wait_for_events(timeout => '10 ms', store => 'r', found => NULL);
 DROP FUNCTION check_all;
 DROP TABLE r, r8;
+
+-- under row security own rows, which have no position yet, lie behind all others, backward before them
+CREATE TABLE rp_own (position bigint, context_id text, n int) USING event_store;
+ALTER TABLE rp_own ENABLE ROW LEVEL SECURITY;
+ALTER TABLE rp_own FORCE ROW LEVEL SECURITY;
+CREATE POLICY rp_all ON rp_own USING (true);
+CREATE ROLE rp_reader;
+GRANT SELECT, INSERT ON rp_own TO rp_reader;
+GRANT USAGE ON SCHEMA event_store TO rp_reader;
+INSERT INTO rp_own (context_id, n) SELECT 'a', g FROM generate_series(1, 3) g;
+SET ROLE rp_reader;
+BEGIN;
+INSERT INTO rp_own (context_id, n) SELECT 'a', g FROM generate_series(4, 9) g;
+SELECT string_agg(payload ->> 'n', ' ') FROM event_store.replay('a', store => 'rp_own');
+SELECT string_agg(payload ->> 'n', ' ') FROM event_store.replay('a', backward => true, store => 'rp_own');
+SELECT string_agg(payload ->> 'n', ' ') FROM event_store.replay('a', backward => true, max_count => 2, store => 'rp_own');
+COMMIT;
+RESET ROLE;
+DROP TABLE rp_own;
+REVOKE USAGE ON SCHEMA event_store FROM rp_reader;
+DROP ROLE rp_reader;

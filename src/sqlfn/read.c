@@ -357,9 +357,9 @@ replay_by_query(FunctionCallInfo fcinfo, Relation rel, const ReplayArgs *a)
 		appendStringInfo(&where, " AND recorded_at OPERATOR(pg_catalog.>=) %s",
 						 quote_literal_cstr(timestamptz_to_str(a->since)));
 
-	/* without a position role the TID is the position */
+	/* the TID is the position, and for own rows, which have none yet, their order behind all others */
 	initStringInfo(&order);
-	appendStringInfo(&order, "ORDER BY %s %s", roles.position != 0 ? "\"position\"" : "ctid", direction);
+	appendStringInfo(&order, "ORDER BY ctid %s", direction);
 	return read_by_query(fcinfo, rel, where.data, order.data, a->max_count, true);
 }
 
