@@ -398,7 +398,8 @@ shrink_cache(const EsSegmentRef *keep)
 		next = at->prev;
 		if (ref == keep)
 			continue;
-		if (ref->refs <= 1)
+		/* the list of live segments has one; a dropped one is in it no more */
+		if (ref->refs <= (ref->dropped ? 0 : 1))
 			close_segment(ref);
 		else
 		{

@@ -159,7 +159,7 @@ wanted_in_segment(Waiter *w, EsSegmentRef *ref, EsPosition *position)
 	uint32		index_entry;
 
 	*position = 0;
-	if (ref->entry.adopted && ref->entry.nlive == 0)
+	if ((ref->finished || ref->entry.adopted) && ref->entry.nlive == 0)
 		return true;
 	if (ref->entry.segment.max_position != 0 && ref->entry.segment.max_position <= w->after)
 		return true;
