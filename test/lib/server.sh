@@ -142,9 +142,10 @@ es_find_pg() {
 	fi
 	if [[ -z $PG_CONFIG ]] && command -v apt-cache >/dev/null; then
 		# The distribution's own version is what the package `postgresql` depends on.
-		major=$(apt-cache depends postgresql 2>/dev/null | sed -n 's/.*Depends: postgresql-\([0-9]*\)$/\1/p')
+		# Without package lists, as in an image of Debian, it fails.
+		major=$(apt-cache depends postgresql 2>/dev/null | sed -n 's/.*Depends: postgresql-\([0-9]*\)$/\1/p') || major=''
 		if [[ -z $major ]] && es_as_root apt-get -qq update; then
-			major=$(apt-cache depends postgresql | sed -n 's/.*Depends: postgresql-\([0-9]*\)$/\1/p')
+			major=$(apt-cache depends postgresql | sed -n 's/.*Depends: postgresql-\([0-9]*\)$/\1/p') || major=''
 		fi
 		major=${major:-15}
 		packages+=("postgresql-$major" "postgresql-server-dev-$major")
