@@ -52,12 +52,13 @@ sub about
 # What shard 0 counts comes a moment later than what a client sees.
 sub grows
 {
-	my ($before, $column, $n, $name) = @_;
+	my ($before, $column, $n, $name, $others) = @_;
 	about('stat_shards', $column);
 	my $end = time() + 30;
 	my $row;
 	do { $row = shard(); } until $row->{$column} - $before->{$column} >= $n || time() > $end || !sleep 0.02;
-	is($row->{$column} - $before->{$column}, $n, "stat_shards.$column: $name");
+	my $grown = $row->{$column} - $before->{$column};
+	ok($grown >= $n && $grown <= $n + ($others // 0), "stat_shards.$column: $name") or diag("it grew by $grown");
 	return;
 }
 
@@ -102,11 +103,12 @@ is(shard(1)->{queue_high_water} < $bytes, 1, 'of this shard only');
 is(shard()->{queue_depth} . ' ' . shard(1)->{queue_depth}, '40 0', 'stat_shards.queue_depth: all of them, and none for the other shard');
 sql($node, 'SELECT event_store.resume_shard(0)');
 comes_to('queue_depth', 0, 'taken');
-grows($before, 'messages', 40, 'each one');
+# a worker may ask for something, too
+grows($before, 'messages', 40, 'each one', 3);
 ok(!shard()->{paused}, 'stat_shards.paused: no more');
 $before = shard();
 $s->query_safe('SELECT echo(0, 100, 7)');
-grows($before, 'messages', 7, 'seven calls');
+grows($before, 'messages', 7, 'seven calls', 3);
 
 # no room: one wait, one time-out
 $before = shard();
