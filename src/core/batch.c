@@ -230,6 +230,19 @@ es_batch_open(const void *buf, size_t len, EsBatchView *view, EsError *err)
 }
 
 bool
+es_batch_same_shape(const EsBatchView *a, const EsBatchView *b)
+{
+	int n = es_batch_table_columns(a);
+
+	if (n != es_batch_table_columns(b) || memcmp(&a->header->roles, &b->header->roles, sizeof(EsRoles)) != 0)
+		return false;
+	for (int col = 0; col < n; col++)
+		if (memcmp(&a->columns[col].desc, &b->columns[col].desc, sizeof(EsColumnDesc)) != 0)
+			return false;
+	return true;
+}
+
+bool
 es_batch_context(const EsBatchView *v, uint32_t row, int64_t *scratch, const void **bytes, size_t *len)
 {
 	const EsRoles *roles = &v->header->roles;

@@ -128,6 +128,9 @@ es_batch_table_columns(const EsBatchView *v)
 	return v->header->ncols - ((v->header->flags & ES_BATCH_HAS_CONTENT_HASH) ? 1 : 0);
 }
 
+/* Have both the same roles and the same columns but for the hidden one, dropped ones in the same places? */
+extern bool es_batch_same_shape(const EsBatchView *a, const EsBatchView *b);
+
 /* true also for absent and all-null columns and for columns beyond ncols (col counts from 0) */
 static inline bool
 es_batch_is_null(const EsBatchView *v, int col, uint32_t row)

@@ -249,8 +249,10 @@ open_sources(Builder *b, dsa_area *arena)
 /*
  * The segment's columns: those of the batch that has most.  Batches of one storage differ when
  * columns were added or dropped in between; the physical shape of a column never changes
- * without a rewrite.  A column that is dropped in some batches still has
- * its values in the others: a transaction may take the DROP COLUMN back.
+ * without a rewrite, unless a savepoint is rolled back with its DDL.  The rows from before that are
+ * dead then: no flush has them, and a spill keeps other shapes in files of their own.  A column that
+ * is dropped in some batches still has its values in the others: a transaction may take the
+ * DROP COLUMN back.
  */
 static void
 gather_columns(Builder *b)

@@ -168,16 +168,17 @@ group_staged(EsTxn *txn, Staged **staged, Group **groups)
 
 		/*
 		 * Rows beyond segment_rows are the next spill's; and so are those from behind ADD COLUMN,
-		 * since readers must know that the ones before lack the column; and those without a position behind
+		 * since readers must know that the ones before lack the column, and from behind a rollback to a
+		 * savepoint that takes DDL back, since a segment has one shape; and those without a position behind
 		 * those that bring one, since the file of these is adopted with base 0.
 		 */
 		for (; i < n && same_group(s[group.first].batch, s[i].batch); i++)
 		{
 			nrows += s[i].batch->view.header->nrows;
-			full = full || (i > group.first && (nrows > es_guc_segment_rows ||
-												given(s[i].batch) != given(s[group.first].batch) ||
-												es_batch_table_columns(&s[i].batch->view) !=
-													es_batch_table_columns(&s[group.first].batch->view)));
+			full =
+				full || (i > group.first &&
+						 (nrows > es_guc_segment_rows || given(s[i].batch) != given(s[group.first].batch) ||
+						  !es_batch_same_shape(&s[i].batch->view, &s[group.first].batch->view)));
 			if (full)
 				continue;
 			group.n++;

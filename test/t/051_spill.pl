@@ -165,6 +165,52 @@ $node->safe_psql('postgres', 'ALTER TABLE versioned ADD COLUMN more int DEFAULT 
 ask('SELECT count(*) FROM versioned v JOIN restored r USING (position, context_id, version, n)', 3 * (2 * $big + 715),
 	'a rewrite keeps both');
 
+# ---- rolled-back shapes of the table ----
+
+sub io_errors { return $node->safe_psql('postgres', 'SELECT sum(io_errors) FROM event_store.stat_shards'); }
+
+$node->safe_psql('postgres', <<'SQL');
+CREATE TABLE shaped (context_id text, n int, filler text) USING event_store;
+CREATE TABLE unversioned (position bigint, context_id text, version bigint, n int, filler text) USING event_store;
+SQL
+my $io_errors = io_errors();
+$session->quit;
+$session = $node->background_psql('postgres', on_error_stop => 0);
+$session->query_safe(q{BEGIN; SAVEPOINT s; ALTER TABLE shaped ADD COLUMN x int; INSERT INTO shaped SELECT 'a', g, '', g FROM generate_series(1, 20) g});
+is($session->query_safe('SELECT sum(x) FROM shaped'), 210, 'rows with a column that a savepoint adds');
+$session->query_safe(q{ROLLBACK TO s; ALTER TABLE shaped ADD COLUMN x text});
+$session->query_safe("INSERT INTO shaped SELECT 'b' || g % 20, g, repeat('x', 80), 't' || g FROM generate_series(1, $big) g");
+is($session->query_safe(q{SELECT count(*), count(DISTINCT x), min(x) FROM shaped}), "$big|$big|t1", 'and with another column in its place');
+ok($node->poll_query_until('postgres',
+	"SELECT sum(pending_segments) > 0 AND sum(staged_rows) < $big / 4 FROM event_store.stat_shards"),
+	'go to pending segments');
+is(io_errors(), $io_errors, 'without an error');
+is($session->query_safe(q{SELECT count(*), min(n) FROM shaped WHERE x = 't7'}), '1|7', 'where they are found');
+$session->query_safe('COMMIT');
+$session->query_safe(q{BEGIN; SAVEPOINT s; ALTER TABLE unversioned DROP COLUMN version});
+$session->query_safe("INSERT INTO unversioned SELECT 1000000 + g, 'a' || g % 20, g, '' FROM generate_series(1, 100) g");
+is($session->query_safe('SELECT count(*) FROM unversioned'), 100, 'rows without the version column that a savepoint drops');
+$session->query_safe('ROLLBACK TO s');
+$session->query_safe("INSERT INTO unversioned SELECT g, 'a' || g % 20, NULL, g, repeat('x', 80) FROM generate_series(1, $big) g");
+is($session->query_safe('SELECT count(*), count(version) FROM unversioned'), "$big|0", 'and before them in position rows with it');
+ok($node->poll_query_until('postgres',
+	"SELECT sum(pending_segments) > 0 AND sum(staged_rows) < $big / 4 FROM event_store.stat_shards"),
+	'go to pending segments, too');
+is(io_errors(), $io_errors, 'and without an error');
+$session->query_safe('COMMIT');
+$session->quit;
+my @shaped = (
+	[ 'SELECT count(*), count(DISTINCT n), min(x) FROM shaped', "$big|$big|t1", 'the rows of the last shape' ],
+	[ q{SELECT count(*) FROM shaped WHERE x = 't' || n}, $big, 'with their values' ],
+	[ 'SELECT count(*), min(version), max(version), count(DISTINCT (context_id, version)) FROM unversioned', join('|', $big, 1, $big / 20, $big),
+		'versions as if none had been dropped' ]);
+ask($_->[0], $_->[1], "$_->[2], after COMMIT") foreach @shaped;
+$node->kill9;
+$node->start;
+ask($_->[0], $_->[1], "$_->[2], after a crash") foreach @shaped;
+$node->safe_psql('postgres', q{INSERT INTO unversioned (context_id, n) VALUES ('a7', 0)});
+ask(q{SELECT max(version) FROM unversioned WHERE context_id = 'a7'}, $big / 20 + 1, 'the next version follows');
+
 # ---- many tables at once ----
 
 $node->safe_psql('postgres', <<"SQL");
