@@ -64,6 +64,13 @@ sub room
 	return;
 }
 
+# Takes what has become free, and gives nothing back meanwhile.
+sub fill
+{
+	system("cat /dev/zero >> $disk/ballast 2>/dev/null");
+	return;
+}
+
 my %refused;    # SQLSTATE => how often
 
 sub load
@@ -211,7 +218,7 @@ CONF
 			my $until = time() + 30;
 			do
 			{
-				room(0) if defined $err && $where eq 'event_store';
+				fill() if defined $err && $where eq 'event_store';
 				(undef, $out, $err) = try_sql($node, q{BEGIN; INSERT INTO side SELECT 'no' || g, 0 FROM generate_series(1, 20000) g; ROLLBACK; SELECT 'usable', count(*) FROM side},
 					psql => { on_error_stop => 0 });
 			} until $err =~ /53100/ || time() > $until;
