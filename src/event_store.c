@@ -10,8 +10,9 @@
  * statement could ever succeed stops the server start: it is the one moment at
  * which somebody looks, and every message ends with the line to write.
  *
- * Under pg_upgrade and in single-user mode there are no workers: relations can be
- * created and dropped, events can be neither written nor read.
+ * Under pg_upgrade and in single-user mode there are no workers: tables can be dropped,
+ * events can be neither written nor read.  pg_upgrade makes tables as well, without their metapages,
+ * which it transfers with the old cluster's files; until then they have no rows (tam/).
  *
  *-------------------------------------------------------------------------
  */
@@ -142,7 +143,12 @@ void
 _PG_init(void)
 {
 	if (!process_shared_preload_libraries_in_progress)
+	{
+		/* pg_upgrade --check loads every library that it will need, before anything is changed */
+		if (IsBinaryUpgrade)
+			es_require_preload();
 		return;
+	}
 
 	es_guc_define();
 	es_configured_shards = count_shards();

@@ -140,9 +140,10 @@ void
 es_relation_estimate_size(Relation rel, int32 *attr_widths, BlockNumber *pages, double *tuples,
 						  double *allvisfrac)
 {
-	EsTableTotals totals;
+	EsTableTotals totals = {0};
 
-	cached_totals(rel, &totals);
+	if (!IsBinaryUpgrade)
+		cached_totals(rel, &totals);
 	*tuples = (double) totals.rows;
 	*pages = (BlockNumber) Min((totals.bytes + BLCKSZ - 1) / BLCKSZ, MaxBlockNumber);
 	*allvisfrac = 1.0;

@@ -495,6 +495,9 @@ void
 es_tam_init(void)
 {
 	es_xact_init();
+	/* nothing is said of what pg_upgrade makes again: it was when it was made */
+	if (IsBinaryUpgrade)
+		return;
 	previous_object_access = object_access_hook;
 	object_access_hook = es_object_access;
 	previous_executor_start = ExecutorStart_hook;

@@ -175,6 +175,8 @@ es_reader_begin_with(Relation rel, Snapshot snapshot, const EsReaderSpec *spec, 
 	r->rel = rel;
 	r->context = CurrentMemoryContext;
 	r->spec = *spec;
+	if (IsBinaryUpgrade)
+		return r;
 
 	if (snapshot == NULL || !IsMVCCSnapshot(snapshot))
 	{
@@ -223,6 +225,8 @@ es_reader_begin(Relation rel, Snapshot snapshot, const EsReaderSpec *spec)
 	EsTableKey	 key;
 	EsReader	*r;
 
+	if (IsBinaryUpgrade)
+		return es_reader_begin_with(rel, snapshot, spec, NULL);
 	es_wait_store_ready();
 	key = es_table_info(rel)->key;
 	if (es_xact != NULL)

@@ -49,7 +49,8 @@ typedef struct EsReader EsReader;
 /*
  * Sends the transaction's own pending rows of the table first; takes the predicate lock
  * under SERIALIZABLE.  The snapshot must be MVCC; others are replaced by the latest.
- * Allocated in the current memory context, which must outlive it.
+ * Allocated in the current memory context, which must outlive it.  Under pg_upgrade it finds no rows, and
+ * needs neither metapage nor shards: the files are transferred behind all that is done in SQL.
  */
 extern EsReader *es_reader_begin(Relation rel, Snapshot snapshot, const EsReaderSpec *spec);
 

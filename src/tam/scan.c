@@ -207,7 +207,7 @@ scan_order(Relation rel)
 {
 	const EsTableInfo *info;
 
-	if (es_scan_any_order)
+	if (es_scan_any_order || IsBinaryUpgrade)
 		return ES_ORDER_ANY;
 	es_wait_store_ready();
 	info = es_table_info(rel);

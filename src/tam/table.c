@@ -259,6 +259,13 @@ es_metapage_create(Relation rel, void *newrlocator, char persistence)
 	Page			page = (Page) block.data;
 	EsMetapage		meta;
 
+	/* pg_upgrade puts the old cluster's file in its place, whose metapage names the storage */
+	if (IsBinaryUpgrade)
+	{
+		(void) RelationCreateStorage(*locator, persistence, true);
+		return;
+	}
+
 	memset(&meta, 0, sizeof(meta));
 	es_roles_from_desc(RelationGetDescr(rel), &meta.roles);
 	es_check_not_null(RelationGetDescr(rel), &meta.roles);
@@ -327,6 +334,8 @@ read_metapage(Relation rel, EsMetapage *meta)
 	EsError	 err;
 	EsStatus status;
 
+	/* first: pg_upgrade's files are empty */
+	es_wait_store_ready();
 	/* the file's size, not what our own callback says */
 	if (table_block_relation_size(rel, MAIN_FORKNUM) == 0)
 		ereport(ERROR, (errcode(ERRCODE_DATA_CORRUPTED),
@@ -342,11 +351,14 @@ read_metapage(Relation rel, EsMetapage *meta)
 				(errcode(ERRCODE_DATA_CORRUPTED),
 				 errmsg("metapage of table \"%s\" is damaged: %s", RelationGetRelationName(rel), err.what),
 				 errdetail("Expected checksum %08x, found %08x.", err.expected_crc, err.found_crc)));
-	es_wait_store_ready();
 	if (memcmp(meta->store_uuid, es_shared->store_uuid, ES_UUID_LEN) != 0)
-		ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-						errmsg("table \"%s\" belongs to another event store", RelationGetRelationName(rel)),
-						errdetail("Its metapage names a store that is not this cluster's.")));
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("table \"%s\" belongs to another event store", RelationGetRelationName(rel)),
+			 errdetail("Its metapage names a store that is not this cluster's."),
+			 errhint(
+				 "pg_upgrade does not copy the store: stop the server, replace directory \"event_store\" in its data directory by the old cluster's, and set event_store.adopt_system_id to the old cluster's system identifier.")));
 }
 
 /* The default of the column, or what it is generated from; NULL = none. */
