@@ -14,6 +14,7 @@
 #include "storage/dsm.h"
 #include "utils/timestamp.h"
 
+#include "compat.h"
 #include "ipc/channel.h"
 #include "ipc/piece.h"
 
