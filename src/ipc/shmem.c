@@ -134,6 +134,7 @@ static void
 init_slot(EsBackendSlot *slot)
 {
 	pg_atomic_init_u64(&slot->floor, 0);
+	pg_atomic_init_u32(&slot->has_events, 0);
 	pg_atomic_init_u32(&slot->dead, DSM_HANDLE_INVALID);
 	pg_atomic_init_u64(&slot->lower_bound, 0);
 	pg_atomic_init_u64(&slot->fxid, 0);
@@ -224,6 +225,7 @@ slot_exit(int code, Datum arg)
 		es_set_ready(i, slot - es_shared->slots);
 		es_wake_shard(i);
 	}
+	pg_atomic_write_u32(&slot->has_events, 0);
 }
 
 int
@@ -248,6 +250,7 @@ es_my_slot(void)
 		if (pg_atomic_read_u64(&slot->lower_bound) != 0)
 			es_horizon_clear(slot);
 		pg_atomic_write_u64(&slot->floor, 0);
+		pg_atomic_write_u32(&slot->has_events, 0);
 		pg_atomic_write_u32(&slot->dead, DSM_HANDLE_INVALID);
 		my_slot = slot;
 	}
@@ -376,6 +379,31 @@ startup_deadline(void)
 	return TimestampTzPlusMilliseconds(GetCurrentTimestamp(), (int64) es_guc_startup_timeout);
 }
 
+/* Has the own transaction, a parallel worker's leader's, events? */
+static bool
+has_joined(void)
+{
+	PGPROC *owner = MyProc->lockGroupLeader != NULL ? MyProc->lockGroupLeader : MyProc;
+
+	return pg_atomic_read_u32(&es_shared->slots[es_proc_number(owner)].has_events) != 0;
+}
+
+/* A detach that was taken back is no reason any more: the keeper is about to open the store again. */
+static bool
+store_refuses(void)
+{
+	switch ((EsStoreFailure) pg_atomic_read_u32(&es_shared->store_failed))
+	{
+		case ES_STORE_NOT_FAILED:
+			return false;
+		case ES_STORE_REFUSED:
+			return true;
+		case ES_STORE_CLOSED:
+			return pg_atomic_read_u32(&es_shared->detach) != ES_ATTACHED;
+	}
+	return true;
+}
+
 void
 es_wait_store_ready(void)
 {
@@ -398,12 +426,14 @@ es_wait_store_ready(void)
 		ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 						errmsg("events are not available in single-user mode and during pg_upgrade"),
 						errhint("Start the server in the usual way.")));
+	if (has_joined())
+		return; /* it was ready when they came, and is closed for a detach, which waits for us */
 
 	deadline = startup_deadline();
 	ConditionVariablePrepareToSleep(&es_shared->store_changed);
 	while (pg_atomic_read_u32(&es_shared->store_ready) == 0)
 	{
-		if (pg_atomic_read_u32(&es_shared->store_failed) != 0)
+		if (store_refuses())
 		{
 			ConditionVariableCancelSleep();
 			raise_reason(&es_shared->mutex, &es_shared->store_reason_code, es_shared->store_reason);
@@ -424,6 +454,32 @@ es_wait_store_ready(void)
 	}
 	ConditionVariableCancelSleep();
 	pg_read_barrier();
+}
+
+void
+es_join_store(void)
+{
+	EsBackendSlot *slot = es_my_slot();
+
+	for (;;)
+	{
+		pg_atomic_write_u32(&slot->has_events, 1);
+		/* either we see that the store was closed, or the shards, which ask after that, see us */
+		pg_memory_barrier();
+		if (pg_atomic_read_u32(&es_shared->store_ready) != 0)
+			return;
+		pg_atomic_write_u32(&slot->has_events, 0);
+		es_wait_store_ready();
+	}
+}
+
+void
+es_leave_store(void)
+{
+	if (my_slot == NULL || pg_atomic_read_u32(&my_slot->has_events) == 0)
+		return;
+	pg_write_barrier(); /* behind what was sent */
+	pg_atomic_write_u32(&my_slot->has_events, 0);
 }
 
 /* Why a shard is not open after all the time that we had. */

@@ -178,6 +178,9 @@ typedef struct EsBackendSlot
 	/* PROTOCOL.md 2.2: F before an unsent message was logged; 0 = nothing unsent; owner */
 	pg_atomic_uint64 floor;
 
+	/* 1 = its transaction has events, or is about to: a detach waits for it, and it may go on meanwhile; owner */
+	pg_atomic_uint32 has_events;
+
 	/* dsm_handle of its transaction's dead batches (tam/dead.c), for its parallel workers; owner */
 	pg_atomic_uint32 dead;
 
@@ -202,12 +205,20 @@ typedef struct EsRingEntry
 	uint64		   tables[ES_SLOT_TABLES];
 } EsRingEntry;
 
+/* Why statements are refused while the store is not ready. */
+typedef enum EsStoreFailure
+{
+	ES_STORE_NOT_FAILED = 0,
+	ES_STORE_REFUSED,
+	ES_STORE_CLOSED /* for a detach; opens again when that is taken back */
+} EsStoreFailure;
+
 /* event_store.detach(): asked for by a superuser, done by the shards and the keeper. */
 typedef enum EsDetachState
 {
 	ES_ATTACHED = 0,
-	ES_DETACH_ASKED, /* no new statements; waits until nothing is undecided in any shard.  Whoever asked may
-						 * take it back */
+	ES_DETACH_ASKED, /* only transactions that have events go on; waits until there are none, and nothing is
+						 * undecided in any shard.  Whoever asked may take it back */
 	ES_DETACH_STOPPING, /* shards stop cleanly: there is no way back */
 	ES_DETACHED			/* store file says so, slot is dropped; until the server's restart */
 } EsDetachState;
@@ -219,7 +230,7 @@ typedef struct EsShared
 	uint64			  system_identifier;
 	uint8			  slot_map[ES_ROUTING_SLOTS];
 	pg_atomic_uint32  store_ready;	/* 1 = store file read or made, slot there; keeper */
-	pg_atomic_uint32  store_failed; /* 1 = refuses; store_reason says why; keeper */
+	pg_atomic_uint32  store_failed; /* EsStoreFailure; store_reason says why; keeper */
 	slock_t			  mutex;		/* guards store_reason, store_reason_code, keeper */
 	int				  store_reason_code;
 	char			  store_reason[512]; /* as a shard's */
@@ -311,9 +322,17 @@ extern void es_require_preload(void);
 /*
  * Waits until the store is ready and the shard takes messages, at most
  * event_store.startup_timeout; ERROR 57P03 with progress, 55000/XX001/... with
- * the shard's reason if it refuses to open, 57P03 on a standby.
+ * the shard's reason if it refuses to open, 57P03 on a standby.  Transactions that have events pass
+ * also while the store is closed for a detach.
  */
 extern void es_wait_store_ready(void);
 extern void es_wait_shard_open(int shard);
+
+/*
+ * The transaction is about to have its first event: from here to es_leave_store() a detach waits for it.  Waits as
+ * es_wait_store_ready() does.  Leaving never throws.
+ */
+extern void es_join_store(void);
+extern void es_leave_store(void);
 
 #endif /* ES_IPC_SHMEM_H */

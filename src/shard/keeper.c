@@ -74,7 +74,7 @@ on_exit_unpublish(int code, Datum arg)
 static void
 set_ready(void)
 {
-	pg_atomic_write_u32(&es_shared->store_failed, 0);
+	pg_atomic_write_u32(&es_shared->store_failed, ES_STORE_NOT_FAILED);
 	pg_write_barrier(); /* the constants come before the flag */
 	pg_atomic_write_u32(&es_shared->store_ready, 1);
 	ConditionVariableBroadcast(&es_shared->store_changed);
@@ -82,7 +82,7 @@ set_ready(void)
 
 /* Everybody who asks gets this reason; the log gets it once. */
 static void
-set_failed(int code, const char *message, const char *detail, const char *hint)
+set_failed(EsStoreFailure failure, int code, const char *message, const char *detail, const char *hint)
 {
 	char reason[sizeof(es_shared->store_reason)];
 	bool told;
@@ -94,7 +94,7 @@ set_failed(int code, const char *message, const char *detail, const char *hint)
 	strlcpy(es_shared->store_reason, reason, sizeof(es_shared->store_reason));
 	es_shared->store_reason_code = code;
 	SpinLockRelease(&es_shared->mutex);
-	pg_atomic_write_u32(&es_shared->store_failed, 1);
+	pg_atomic_write_u32(&es_shared->store_failed, failure);
 	ConditionVariableBroadcast(&es_shared->store_changed);
 
 	ereport(told ? DEBUG1 : LOG,
@@ -361,7 +361,7 @@ detaching(void)
 	return state == ES_DETACH_ASKED || state == ES_DETACH_STOPPING;
 }
 
-/* New statements are refused from here on. */
+/* Statements are refused from here on, but those of transactions that have events. */
 static void
 close_store(void)
 {
@@ -369,7 +369,7 @@ close_store(void)
 		pg_atomic_write_u32(&es_shared->shards[i].may_detach, 0);
 	pg_memory_barrier(); /* shards say so only after they have seen it closed */
 	pg_atomic_write_u32(&es_shared->store_ready, 0);
-	set_failed(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, "the event store is being detached",
+	set_failed(ES_STORE_CLOSED, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, "the event store is being detached",
 			   "event_store.detach() was called, and waits for transactions that have inserted events.",
 			   "Restart the server when it is done, to use it again; or cancel the call.");
 }
@@ -423,7 +423,7 @@ detach_if_asked(void)
 	ReplicationSlotRelease();
 	ReplicationSlotDrop(ES_SLOT_NAME, true);
 	pg_atomic_write_u32(&es_shared->detach, ES_DETACHED);
-	set_failed(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, "the event store is detached",
+	set_failed(ES_STORE_REFUSED, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, "the event store is detached",
 			   "event_store.detach() was called.", "Restart the server to use it again.");
 	ereport(
 		LOG,
@@ -482,7 +482,7 @@ try_open(MemoryContext context)
 							  error->detail ? errdetail_internal("%s", error->detail) : 0,
 							  error->hint ? errhint("%s", error->hint) : 0));
 		else
-			set_failed(error->sqlerrcode, error->message, error->detail, error->hint);
+			set_failed(ES_STORE_REFUSED, error->sqlerrcode, error->message, error->detail, error->hint);
 	}
 	PG_END_TRY();
 	return opened;

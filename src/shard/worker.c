@@ -153,13 +153,22 @@ attach(Datum arg)
 	es_jobs_reset_shard(es_shard_id);
 }
 
+/* The store was open and is closed for a detach, which waits for transactions that need this shard, and for it. */
+static bool
+detach_waits(void)
+{
+	EsDetachState state = (EsDetachState) pg_atomic_read_u32(&es_shared->detach);
+
+	return state == ES_DETACH_ASKED || state == ES_DETACH_STOPPING;
+}
+
 /* The keeper reads or makes the store file first.  It says itself why it cannot. */
 static void
 wait_for_store(void)
 {
 	static uint32 wait_event = 0;
 
-	while (pg_atomic_read_u32(&es_shared->store_ready) == 0)
+	while (pg_atomic_read_u32(&es_shared->store_ready) == 0 && !detach_waits())
 	{
 		es_shard_interrupts();
 		(void) ConditionVariableTimedSleep(&es_shared->store_changed, 1000,
@@ -580,14 +589,19 @@ stop_cleanly(void)
 	set_state(ES_SHARD_CLEAN);
 }
 
-/* The store is closed to new statements, nothing is undecided, and nobody holds a message that we have not got. */
+/*
+ * The store is closed, nothing is undecided, and no transaction has events, sent or not.  What the last ones sent is
+ * taken before the shard stops: by the turn after the one in which it said that it may.
+ */
 static bool
 nothing_to_come(bool idle)
 {
 	if (!idle || pg_atomic_read_u32(&es_shared->store_ready) != 0 || !dlist_is_empty(&es_txn_undecided))
 		return false;
+	pg_memory_barrier(); /* es_join_store() */
 	for (int i = 0; i < es_shared->nslots; i++)
-		if (pg_atomic_read_u64(&es_shared->slots[i].floor) != 0 ||
+		if (pg_atomic_read_u32(&es_shared->slots[i].has_events) != 0 ||
+			pg_atomic_read_u64(&es_shared->slots[i].floor) != 0 ||
 			pg_atomic_read_u64(&es_shared->slots[i].lower_bound) != 0)
 			return false;
 	return true;

@@ -209,7 +209,8 @@ es_detach(PG_FUNCTION_ARGS)
 	if (!superuser())
 		ereport(ERROR, (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE), errmsg("must be superuser to call detach")));
 	es_wait_store_ready();
-	if (es_xact_own_fxid() != 0)
+	/* it would wait for itself */
+	if (es_xact != NULL)
 		ereport(ERROR, (errcode(ERRCODE_ACTIVE_SQL_TRANSACTION),
 						errmsg("cannot detach the event store in a transaction that has inserted events")));
 

@@ -114,10 +114,13 @@ xact_get(void)
 {
 	if (es_xact == NULL)
 	{
-		MemoryContext context =
-			AllocSetContextCreate(TopTransactionContext, "event_store transaction", ALLOCSET_SMALL_SIZES);
-		EsXact *x = MemoryContextAllocZero(context, sizeof(EsXact));
+		MemoryContext context;
+		EsXact		 *x;
 
+		es_join_store();
+		context =
+			AllocSetContextCreate(TopTransactionContext, "event_store transaction", ALLOCSET_SMALL_SIZES);
+		x = MemoryContextAllocZero(context, sizeof(EsXact));
 		x->context = context;
 		dlist_init(&x->tables);
 		es_xact = x;
@@ -585,6 +588,15 @@ xact_forget(void)
 	es_xact = NULL;
 }
 
+/* The last that shards hear of the transaction is sent: a detach need not wait for it any longer. */
+static void
+end_transaction(void)
+{
+	es_channel_end_transaction();
+	xact_forget();
+	es_leave_store();
+}
+
 /* Storages of tables that this transaction made, dropped or emptied may be dead now. */
 static void
 hint_collector(void)
@@ -607,14 +619,12 @@ xact_callback(XactEvent event, void *arg)
 			break;
 		case XACT_EVENT_COMMIT:
 			es_xact_commit();
-			es_channel_end_transaction();
-			xact_forget();
+			end_transaction();
 			hint_collector();
 			break;
 		case XACT_EVENT_ABORT:
 			es_xact_abort();
-			es_channel_end_transaction();
-			xact_forget();
+			end_transaction();
 			es_vacuum_end();
 			hint_collector();
 			break;
@@ -630,8 +640,7 @@ xact_callback(XactEvent event, void *arg)
 		case XACT_EVENT_PARALLEL_COMMIT:
 		case XACT_EVENT_PARALLEL_ABORT:
 			es_xact_abort();
-			es_channel_end_transaction();
-			xact_forget();
+			end_transaction();
 			hint_collector();
 			break;
 		case XACT_EVENT_PARALLEL_PRE_COMMIT:

@@ -1,5 +1,6 @@
 # Waiting ends when it should: a follower goes on behind a TRUNCATE or a rewrite and stops at a DROP, statement_timeout
-# holds in COMMIT too, a cancelled detach() is none. And nobody without rights takes locks or the cluster's positions.
+# holds in COMMIT too, detach() waits for who has events, and a cancelled one is none. And nobody without rights takes
+# locks or the cluster's positions.
 
 use strict;
 use warnings;
@@ -245,9 +246,9 @@ is(as_maker("VACUUM FULL mine; SELECT count(*) FROM mine"), '103', 'rewrites kee
 
 $holder = $node->background_psql('postgres', on_error_stop => 0);
 $holder->query_safe(q{BEGIN; INSERT INTO e SELECT NULL, 'd' || i, NULL, i FROM generate_series(1, 20000) i});
-($out, $seconds) = timed('SELECT event_store.detach()', "SET statement_timeout = '2s';");
-like($out, qr/canceling statement due to statement timeout/, 'detach waits for a transaction with events; cancelled');
-$node->poll_query_until('postgres', "SELECT bool_and(state = 'open' AND reason IS NULL) FROM event_store.stat_shards");
+$got = both("SET statement_timeout = '2s'; SELECT event_store.detach(); RESET statement_timeout; SELECT 'now ' || count(*) FROM mine");
+like($got, qr/canceling statement due to statement timeout/, 'detach waits for a transaction with events; cancelled');
+like($got, qr/^now \d+\n(?!.*detached)/s, 'the next statement is not told of it any more');
 is(as_maker("INSERT INTO mine (context_id) VALUES ('z')"), '', 'then the store is not detached');
 $holder->query_safe('COMMIT');
 is(sql($node, "SELECT count(*) FROM e WHERE context_id LIKE 'd%'"), '20000', 'and that transaction commits');
@@ -266,7 +267,57 @@ is(as_maker("INSERT INTO mine (context_id) VALUES ('z')"), '', 'a caller that di
 $holder->query_safe('ROLLBACK');
 $holder->quit;
 
-is(sql($node, 'SELECT event_store.detach()'), '', 'detach');
+# who has events, sent or not, goes on: reads, appends, commits; and so does who waits in append() for one of them
+my $rows = sql($node, 'SELECT count(*) FROM e');
+my %open = map { $_ => $node->background_psql('postgres', on_error_stop => 0) } qw(small append large queue none gone back);
+$open{small}->query_safe(q{BEGIN; INSERT INTO e VALUES (NULL, 'small', NULL, 1)});
+$open{append}->query_safe(q{BEGIN; SELECT event_store.append('own', 'x', '{}')});
+$open{large}->query_safe(q{BEGIN; INSERT INTO e SELECT NULL, 'g' || i, NULL, i FROM generate_series(1, 20000) i});
+$open{back}->query_safe(q{BEGIN; INSERT INTO e VALUES (NULL, 'back', NULL, 1)});
+$open{gone}->query_safe(q{BEGIN; INSERT INTO e VALUES (NULL, 'gone', NULL, 1)});
+$open{none}->query_safe(q{BEGIN; SELECT txid_current(), count(*) FROM e});
+$open{queue}->query_until(qr/asks/, qq{BEGIN;\n\\echo asks\nSELECT event_store.append('own', 'y', '{}');\nCOMMIT;\n});
+$node->poll_query_until('postgres', "SELECT count(*) = 1 FROM pg_stat_activity WHERE query LIKE '%''y''%' AND wait_event_type = 'Lock'");
+like(both(q{BEGIN; INSERT INTO e VALUES (NULL, 'own', NULL, 1); SELECT event_store.detach()}),
+	qr/cannot detach the event store in a transaction that has inserted events/, 'a transaction does not wait for itself');
+
+$caller = IPC::Run::start([ 'psql', '-XAtq', '-d', $node->connstr('postgres'), '-c', 'SELECT event_store.detach()' ],
+	'>', \$detach_out, '2>', \$detach_err, IPC::Run::timeout(100));
+$node->poll_query_until('postgres', "SELECT bool_or(reason LIKE 'the event store is being detached%') FROM event_store.stat_shards");
+
+# What the session says.
+sub goes_on
+{
+	my ($who, $sql) = @_;
+	$open{$who}->{stderr} = '';
+	my $said = $open{$who}->query($sql);
+	return $said . $open{$who}->{stderr};
+}
+sub waits { return sql($node, "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT event_store.detach()' AND state = 'active'"); }
+
+like(goes_on('none', "INSERT INTO e VALUES (NULL, 'none', NULL, 1);"), qr/the event store is being detached/, 'not without events');
+like(both("INSERT INTO e VALUES (NULL, 'new', NULL, 1)"), qr/55000|the event store is being detached/, 'nor in a new transaction');
+is(goes_on('large', q{SELECT count(*) FROM e WHERE context_id LIKE 'g%';}), '20000', 'own events are read');
+goes_on('large', q{SET LOCAL parallel_setup_cost = 0; SET LOCAL parallel_tuple_cost = 0;
+	SET LOCAL min_parallel_table_scan_size = 0; SET LOCAL parallel_leader_participation = off;});
+my $count = q{SELECT count(*) FROM e WHERE n > 0 AND context_id LIKE 'g%';};
+like(goes_on('large', "EXPLAIN $count"), qr/Gather/, 'parallel workers');
+is(goes_on('large', $count), '20000', 'read them');
+is(goes_on('small', q{INSERT INTO e VALUES (NULL, 'small', NULL, 2);}), '', 'more is inserted');
+my $pid = sql($node, 'SELECT pid FROM event_store.stat_shards WHERE shard = 0');
+sql($node, "SELECT pg_terminate_backend($pid)");
+$node->poll_query_until('postgres', "SELECT pid <> $pid AND state = 'open' FROM event_store.stat_shards WHERE shard = 0");
+is(goes_on('large', 'COMMIT;'), '', 'COMMIT of what was sent, by way of a shard that restarts');
+is(goes_on('small', 'COMMIT;'), '', 'COMMIT of what was not');
+sleep 1;
+is(waits(), '1', 'detach waits for rows in a backend');
+is(goes_on('back', 'ROLLBACK;'), '', 'ROLLBACK');
+is(goes_on('append', 'COMMIT;'), '', 'COMMIT of an append');
+like(goes_on('queue', q{SELECT 'over';}), qr/^\(2,appended\)\nover$/, 'and of who waited for it');
+is(waits(), '1', 'a session is left');
+$_->quit for values %open;
+$caller->finish;
+is($detach_out . $detach_err, "\n", 'detached');
 is(sql($node, "SELECT DISTINCT state, reason FROM event_store.stat_shards"),
 	"stopped|the event store is detached: event_store.detach() was called.\nRestart the server to use it again.",
 	'stat_shards says why nothing works');
@@ -274,6 +325,8 @@ $got = both('SELECT count(*) FROM mine');
 like($got, qr/ERROR:  the event store is detached\nDETAIL:  event_store.detach\(\) was called.\nHINT:  Restart the server/, 'so does the error');
 $node->restart;
 is(sql($node, 'SELECT count(*) FROM mine'), '105', 'all is there after a restart');
+is(sql($node, 'SELECT count(*) FROM e'), $rows + 20002, 'also what was committed meanwhile');
+is(sql($node, "SELECT string_agg(event_type, '' ORDER BY version) FROM event_store.replay('own')"), 'xy', 'and appended');
 
 # a refusal of the whole store
 $node->append_conf('postgresql.conf', 'event_store.shards = 3');
