@@ -228,7 +228,7 @@ es_apply_batch(EsFxid fxid, EsLsn start, EsLsn end, const void *batch, size_t le
 }
 
 /*
- * Beyond the limit of all staging the largest transaction becomes big.  One
+ * Beyond the limit of all staging, and while shared memory is short, the largest transaction becomes big.  One
  * victim per call: what it has staged leaves memory when its job is done.
  */
 void
@@ -237,8 +237,9 @@ es_apply_limit_staging(void)
 	dlist_iter iter;
 	EsTxn	  *largest = NULL;
 	Size	   spilling = 0;
+	Size	   limit = es_arena_short ? 0 : (Size) es_guc_staging_size * 1024;
 
-	if (pg_atomic_read_u64(&es_shard->counters.staged_bytes) <= (Size) es_guc_staging_size * 1024)
+	if (pg_atomic_read_u64(&es_shard->counters.staged_bytes) <= limit)
 		return;
 	dlist_foreach(iter, &es_txn_undecided)
 	{
@@ -251,8 +252,7 @@ es_apply_limit_staging(void)
 		else if (largest == NULL || txn->staged_bytes > largest->staged_bytes)
 			largest = txn;
 	}
-	if (largest == NULL ||
-		pg_atomic_read_u64(&es_shard->counters.staged_bytes) - spilling <= (Size) es_guc_staging_size * 1024)
+	if (largest == NULL || pg_atomic_read_u64(&es_shard->counters.staged_bytes) - spilling <= limit)
 		return;
 	largest->big = true;
 	es_flush_consider_spill(largest);

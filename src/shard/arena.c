@@ -29,8 +29,12 @@
 #include "shard/arena.h"
 #include "shard/shard.h"
 
-#define CHUNK_SIZE (64 * 1024)
-#define CARVE_MAX  (CHUNK_SIZE / 4)
+#define CHUNK_SIZE	   (64 * 1024)
+#define CARVE_MAX	   (CHUNK_SIZE / 4)
+#define PROBE_SIZE	   (256 * 1024) /* bytes that must be there before memory is no longer short */
+#define PROBE_INTERVAL 100			/* ms */
+#define PATIENCE	   10000		/* ms until writers are refused */
+#define PATIENCE_IDLE  1000			/* ... when nothing is under way that could free memory */
 
 struct EsArenaChunk
 {
@@ -41,10 +45,20 @@ struct EsArenaChunk
 };
 
 dsa_area *es_arena = NULL;
+bool	  es_arena_short = false;
+uint64	  es_arena_private = 0;
 
 static EsArenaChunk *current_chunk[2];
 static MemoryContext chunk_context;
+static MemoryContext private_context;
 static TimestampTz	 last_complaint;
+static TimestampTz	 short_since; /* or since memory was freed last */
+static TimestampTz	 short_until; /* when it was over last */
+static TimestampTz	 probe_at;
+static Size			 wanted;  /* largest piece that waits, as far as it was tried since the last probe */
+static bool			 gave_up; /* until there is memory again */
+static dsa_pointer	 reserve;
+static bool			 reserve_lent;
 
 void
 es_arena_init(void)
@@ -54,7 +68,26 @@ es_arena_init(void)
 	dsa_pin_mapping(es_arena);
 	chunk_context = SlabContextCreate(TopMemoryContext, "event_store arena chunks", SLAB_DEFAULT_BLOCK_SIZE,
 									  sizeof(EsArenaChunk));
+	private_context =
+		AllocSetContextCreate(TopMemoryContext, "event_store rows outside the arena", ALLOCSET_DEFAULT_SIZES);
+	/* most of the area's first segment */
+	reserve = dsa_allocate_extended(es_arena, ES_ARENA_RESERVE, DSA_ALLOC_NO_OOM);
 	pg_atomic_write_u32(&es_shard->arena, dsa_get_handle(es_arena));
+}
+
+static void
+note_short(void)
+{
+	TimestampTz now;
+
+	if (es_arena_short)
+		return;
+	es_arena_short = true;
+	now = GetCurrentTimestamp();
+	probe_at = TimestampTzPlusMilliseconds(now, PROBE_INTERVAL);
+	/* a probe that succeeded although more is needed is no relief */
+	if (TimestampDifferenceExceeds(short_until, now, PATIENCE_IDLE))
+		short_since = now;
 }
 
 dsa_pointer
@@ -64,7 +97,10 @@ es_arena_alloc(Size size)
 	volatile dsa_pointer result = InvalidDsaPointer;
 
 	if (ES_FAULT_IO("arena-alloc") != 0)
+	{
+		note_short();
 		return InvalidDsaPointer;
+	}
 
 	PG_TRY();
 	{
@@ -86,7 +122,8 @@ es_arena_alloc(Size size)
 				(errcode(ERRCODE_OUT_OF_MEMORY),
 				 errmsg("shard %d has no shared memory for %zu bytes of rows: %s", es_shard_id, size,
 						error->message),
-				 errdetail("It goes on when rows were written to segments or transactions have ended."),
+				 errdetail(
+					 "It writes rows to segments to make room.  While that does not help, inserts are refused."),
 				 errhint(
 					 "Give the server more shared memory (in a container /dev/shm), or lower event_store.memtable_size and event_store.staging_size.")));
 			FreeErrorData(error);
@@ -97,13 +134,15 @@ es_arena_alloc(Size size)
 	}
 	PG_END_TRY();
 
+	if (!DsaPointerIsValid(result))
+		note_short();
 	return result;
 }
 
 static EsArenaChunk *
 new_chunk(void)
 {
-	dsa_pointer	  pointer = es_arena_alloc(CHUNK_SIZE);
+	dsa_pointer	  pointer = es_arena_short ? InvalidDsaPointer : es_arena_alloc(CHUNK_SIZE);
 	EsArenaChunk *chunk;
 
 	if (!DsaPointerIsValid(pointer))
@@ -127,6 +166,29 @@ chunk_unref(EsArenaChunk *chunk)
 	}
 }
 
+/*
+ * A piece for whose copy the reserve is too small waits for a flush or spill of what came before it, as
+ * long as there is hope: once in the same MemTable it would keep that from being flushed.
+ */
+static void *
+private_memory(Size size, dsa_pointer *pointer, EsArenaChunk **chunk)
+{
+	void *p;
+
+	*pointer = InvalidDsaPointer;
+	*chunk = NULL;
+	if (size > ES_ARENA_RESERVE / 2 && pg_atomic_read_u32(&es_shard->state) == ES_SHARD_OPEN &&
+		!es_arena_stuck(false))
+	{
+		wanted = Max(wanted, size);
+		return NULL;
+	}
+	p = MemoryContextAllocExtended(private_context, size, MCXT_ALLOC_HUGE | MCXT_ALLOC_NO_OOM);
+	if (p != NULL)
+		es_arena_private++;
+	return p;
+}
+
 void *
 es_arena_carve(EsArenaKind kind, Size size, dsa_pointer *pointer, EsArenaChunk **chunk)
 {
@@ -136,15 +198,16 @@ es_arena_carve(EsArenaKind kind, Size size, dsa_pointer *pointer, EsArenaChunk *
 	if (size > CARVE_MAX)
 	{
 		*chunk = NULL;
-		*pointer = es_arena_alloc(size);
-		return DsaPointerIsValid(*pointer) ? dsa_get_address(es_arena, *pointer) : NULL;
+		*pointer = es_arena_short ? InvalidDsaPointer : es_arena_alloc(size);
+		return DsaPointerIsValid(*pointer) ? dsa_get_address(es_arena, *pointer)
+										   : private_memory(size, pointer, chunk);
 	}
 	if (c == NULL || size > CHUNK_SIZE - c->used)
 	{
 		EsArenaChunk *fresh = new_chunk();
 
 		if (fresh == NULL)
-			return NULL;
+			return private_memory(size, pointer, chunk);
 		if (c != NULL)
 			chunk_unref(c);
 		c = current_chunk[kind] = fresh;
@@ -157,7 +220,7 @@ es_arena_carve(EsArenaKind kind, Size size, dsa_pointer *pointer, EsArenaChunk *
 }
 
 void
-es_arena_release(dsa_pointer pointer, EsArenaChunk *chunk)
+es_arena_release(void *address, dsa_pointer pointer, EsArenaChunk *chunk)
 {
 	if (chunk != NULL)
 	{
@@ -169,4 +232,62 @@ es_arena_release(dsa_pointer pointer, EsArenaChunk *chunk)
 	}
 	else if (DsaPointerIsValid(pointer))
 		dsa_free(es_arena, pointer);
+	else
+	{
+		pfree(address);
+		es_arena_private--;
+	}
+}
+
+dsa_pointer
+es_arena_job_alloc(Size size)
+{
+	dsa_pointer pointer = es_arena_short && size <= ES_ARENA_RESERVE && !reserve_lent ? InvalidDsaPointer
+																					  : es_arena_alloc(size);
+
+	if (DsaPointerIsValid(pointer) || size > ES_ARENA_RESERVE || reserve_lent)
+		return pointer;
+	reserve_lent = DsaPointerIsValid(reserve);
+	return reserve;
+}
+
+void
+es_arena_job_free(dsa_pointer pointer)
+{
+	if (pointer == reserve)
+		reserve_lent = false;
+	else
+		dsa_free(es_arena, pointer);
+}
+
+void
+es_arena_tick(TimestampTz now)
+{
+	dsa_pointer probe;
+
+	if (!es_arena_short || now < probe_at)
+		return;
+	probe_at = TimestampTzPlusMilliseconds(now, PROBE_INTERVAL);
+	probe = es_arena_alloc(Max(PROBE_SIZE, wanted));
+	wanted = 0;
+	if (!DsaPointerIsValid(probe))
+		return;
+	dsa_free(es_arena, probe);
+	es_arena_short = gave_up = false;
+	short_until = now;
+}
+
+void
+es_arena_freed(void)
+{
+	short_since = GetCurrentTimestamp();
+}
+
+bool
+es_arena_stuck(bool idle)
+{
+	if (es_arena_short && !gave_up)
+		gave_up =
+			TimestampDifferenceExceeds(short_since, GetCurrentTimestamp(), idle ? PATIENCE_IDLE : PATIENCE);
+	return gave_up;
 }

@@ -12,6 +12,10 @@
  * tried again after a pause for as long as the build is wanted: the rows are in memory and
  * in own WAL, so nothing is lost by waiting.
  *
+ * The job's description is made in the arena.  Rows that are the shard's private memory, because there was no shared
+ * memory when they came, are copied behind it.  If the arena has no memory for it either, a small one gets what is kept
+ * for that (arena.h); flush.c splits a large one.
+ *
  * A build that is given up while a worker is at it stays in a list until the
  * worker is done; only then its file is removed and its batches are let go.
  *
@@ -31,6 +35,7 @@
 
 #include "guc.h"
 #include "ipc/fault.h"
+#include "shard/arena.h"
 #include "shard/engine.h"
 #include "shard/files.h"
 #include "shard/flush.h"
@@ -70,6 +75,73 @@ es_build_create(EsJobKind kind, const EsTableKey *table, EsMemBatch **batches, u
 	return b;
 }
 
+static inline Size
+skip_bytes(const EsMemBatch *b)
+{
+	return MAXALIGN((b->view.header->nrows + 7) / 8);
+}
+
+Size
+es_build_needs(const EsMemBatch *b, EsJobKind kind)
+{
+	Size bytes = sizeof(EsJobBatch);
+
+	if (!DsaPointerIsValid(b->pointer))
+		bytes += MAXALIGN(b->view.header->total_len);
+	if (kind == ES_JOB_FLUSH && b->versions_local != NULL && !DsaPointerIsValid(b->versions))
+		bytes += b->view.header->nrows * sizeof(int64);
+	if (kind == ES_JOB_FLUSH && b->skip_local != NULL && !DsaPointerIsValid(b->skip))
+		bytes += skip_bytes(b);
+	return bytes;
+}
+
+/* The piece's place in the arena: its own, or that of a copy. */
+static dsa_pointer
+place(EsBuild *build, dsa_pointer pointer, const void *address, Size len)
+{
+	if (DsaPointerIsValid(pointer) || address == NULL)
+		return pointer;
+	pointer = build->list + build->list_bytes;
+	memcpy(dsa_get_address(es_arena, pointer), address, len);
+	build->list_bytes += MAXALIGN(len);
+	return pointer;
+}
+
+static void
+free_list(EsBuild *build)
+{
+	if (DsaPointerIsValid(build->list))
+		es_arena_job_free(build->list);
+	build->list = InvalidDsaPointer;
+	build->listed = 0;
+}
+
+static bool
+alloc_list(EsBuild *build)
+{
+	Size bytes = sizeof(EsJobBatch) * Max(build->nbatches, 1);
+
+	build->list_bytes = bytes;
+	if (es_arena_private > 0)
+	{
+		bytes = 0;
+		for (uint32 i = 0; i < build->nbatches; i++)
+			bytes += es_build_needs(build->batches[i], build->kind);
+	}
+	build->list = es_arena_job_alloc(Max(bytes, sizeof(EsJobBatch)));
+	build->too_large = !DsaPointerIsValid(build->list) && bytes > ES_ARENA_RESERVE;
+	if (DsaPointerIsValid(build->list))
+		return true;
+	if (build->too_large && build->nbatches == 1 && es_arena_stuck(false))
+	{
+		build->failures = 1;
+		build->sqlerrcode = ERRCODE_OUT_OF_MEMORY;
+		snprintf(build->error, sizeof(build->error), "There is no shared memory for %zu bytes of rows",
+				 bytes);
+	}
+	return false;
+}
+
 /* The job's description in the arena, in slices.  False: not yet, or no memory. */
 static bool
 make_list(EsBuild *build)
@@ -77,9 +149,7 @@ make_list(EsBuild *build)
 	EsJobBatch *list;
 	uint32		end = Min(build->nbatches, build->listed + LIST_SLICE);
 
-	if (!DsaPointerIsValid(build->list))
-		build->list = es_arena_alloc(sizeof(EsJobBatch) * Max(build->nbatches, 1));
-	if (!DsaPointerIsValid(build->list))
+	if (!DsaPointerIsValid(build->list) && !alloc_list(build))
 		return false;
 	list = dsa_get_address(es_arena, build->list);
 	for (; build->listed < end; build->listed++)
@@ -88,17 +158,35 @@ make_list(EsBuild *build)
 		EsJobBatch		 *l = &list[build->listed];
 
 		memset(l, 0, sizeof(*l));
-		l->batch = b->pointer;
+		l->batch = place(build, b->pointer, b->view.base, b->view.header->total_len);
 		l->fxid = b->txn->fxid;
 		if (build->kind == ES_JOB_FLUSH)
 		{
-			l->versions = b->versions;
-			l->skip = b->skip;
+			l->versions = place(build, b->versions, b->versions_local, b->view.header->nrows * sizeof(int64));
+			l->skip = place(build, b->skip, b->skip_local, skip_bytes(b));
 			l->base = b->base;
 			l->flags = b->finish_flags;
 		}
 	}
 	return build->listed == build->nbatches;
+}
+
+EsBuild *
+es_build_split(EsBuild *build)
+{
+	uint32	 half = build->nbatches / 2;
+	EsBuild *second;
+
+	if (!build->too_large || half == 0)
+		return NULL;
+	second = es_build_create(build->kind, &build->table, build->batches + half, build->nbatches - half,
+							 build->memtable);
+	if (build->memtable == NULL)
+		for (uint32 i = half; i < build->nbatches; i++)
+			es_membatch_unref(build->batches[i]);
+	build->nbatches = half;
+	build->too_large = false;
+	return second;
 }
 
 bool
@@ -159,6 +247,7 @@ es_build_tick(EsBuild *build)
 				posted--;
 				build->finished = true;
 				build->failures = 0;
+				free_list(build);
 				return true;
 			case ES_JOB_FAILED:
 				job = *build->job;
@@ -257,8 +346,7 @@ es_build_free(EsBuild *build)
 	else
 		for (uint32 i = 0; i < build->nbatches; i++)
 			es_membatch_unref(build->batches[i]);
-	if (DsaPointerIsValid(build->list))
-		dsa_free(es_arena, build->list);
+	free_list(build);
 	pfree(build->batches);
 	pfree(build);
 }

@@ -23,7 +23,7 @@
  * of later commands are told by their command ids.
  *
  * What is left when the passes do not come to an end waits for the next drain, and so does
- * everything from a BATCH or FINISH on for which the arena has no memory; nothing
+ * everything from a BATCH or FINISH on for which there is no memory; nothing
  * more is taken from the queues until that was applied.
  *
  * Copies of each kind lie in a buffer that grows and is used again; entries refer to it

@@ -168,6 +168,12 @@ wants_versions(const EsFinishTable *table, const EsBatchHeader *header)
 	return header->roles.version != 0;
 }
 
+static inline dsa_pointer
+in_arena(dsa_pointer piece, Size offset)
+{
+	return DsaPointerIsValid(piece) ? piece + offset : InvalidDsaPointer;
+}
+
 /*
  * A live batch that is staged: takes a reference and gets memory for versions and skip
  * bitmap.  first_row: its first row among the table's live rows.
@@ -187,28 +193,22 @@ prepare_staged(EsMemBatch *b, const EsFinishTableView *view, uint64 first_row)
 	if (nversions + nskip == 0)
 		return true;
 	/* memory from an attempt that failed for a later batch is still there */
-	if (!DsaPointerIsValid(b->extra))
-	{
-		extra = es_arena_carve(ES_ARENA_FINISHED, nversions + nskip, &b->extra, &b->extra_chunk);
-		if (extra == NULL)
-		{
-			b->extra = InvalidDsaPointer;
-			return false;
-		}
-	}
-	else
-		extra = dsa_get_address(es_arena, b->extra);
+	if (b->extra_local == NULL)
+		b->extra_local = es_arena_carve(ES_ARENA_FINISHED, nversions + nskip, &b->extra, &b->extra_chunk);
+	extra = b->extra_local;
+	if (extra == NULL)
+		return false;
 	if (nversions)
 	{
 		l->versions = (int64 *) extra;
-		b->versions = b->extra;
+		b->versions = in_arena(b->extra, 0);
 		b->versions_local = l->versions;
 	}
 	if (nskip)
 	{
 		l->skip = (uint8 *) extra + nversions;
 		copy_not_taken(l->skip, view->not_taken, first_row, nrows);
-		b->skip = b->extra + nversions;
+		b->skip = in_arena(b->extra, nversions);
 		b->skip_local = l->skip;
 	}
 	return true;
@@ -241,14 +241,14 @@ prepare_inline(EsTxn *txn, const EsBatchHeader *header, uint32 index, EsLsn star
 	if (nversions)
 	{
 		l->versions = (int64 *) (local + nbatch);
-		b->versions = pointer + nbatch;
+		b->versions = in_arena(pointer, nbatch);
 		b->versions_local = l->versions;
 	}
 	if (nskip)
 	{
 		l->skip = (uint8 *) (local + nbatch + nversions);
 		copy_not_taken(l->skip, view->not_taken, first_row, nrows);
-		b->skip = pointer + nbatch + nversions;
+		b->skip = in_arena(pointer, nbatch + nversions);
 		b->skip_local = l->skip;
 	}
 	return true;
@@ -383,7 +383,7 @@ adopt_table(EsTxn *txn, const EsFinishTable *table, EsPosition base, EsLive *fir
 		if (b->in_staging)
 		{
 			es_txn_unstage(b);
-			if (DsaPointerIsValid(b->extra))
+			if (b->extra_local != NULL)
 				b->memory += b->view.header->nrows * sizeof(int64);
 		}
 		else

@@ -41,6 +41,8 @@
 
 #include "guc.h"
 #include "ipc/fault.h"
+#include "shard/apply.h"
+#include "shard/arena.h"
 #include "shard/engine.h"
 #include "shard/flush.h"
 #include "shard/log.h"
@@ -133,7 +135,7 @@ wants_to_turn(TimestampTz now)
 		return nflushes < MAX_ASKED;
 	if (nflushes >= MAX_PASSIVE)
 		return false;
-	if (mt->nbytes >= size)
+	if (mt->nbytes >= size || (es_arena_short && mt->nrows > 0))
 		return true;
 	if (es_guc_memtable_age > 0 && mt->first_row != 0 &&
 		TimestampDifferenceExceeds(mt->first_row, now, es_guc_memtable_age * 1000))
@@ -297,6 +299,19 @@ taken_rows(const EsMemBatch *b)
 	return n;
 }
 
+static void
+add_build(Flush *f, EsBuild *build)
+{
+	if (f->nbuilds == f->builds_allocated)
+	{
+		f->builds_allocated = Max(16, f->builds_allocated * 2);
+		f->builds = f->builds == NULL
+						? MemoryContextAlloc(TopMemoryContext, f->builds_allocated * sizeof(EsBuild *))
+						: repalloc(f->builds, f->builds_allocated * sizeof(EsBuild *));
+	}
+	f->builds[f->nbuilds++] = build;
+}
+
 /* Cuts the store's batches into builds, in the order of positions. */
 static void
 cut_store(Flush *f)
@@ -316,14 +331,7 @@ cut_store(Flush *f)
 		} while (i < f->nplaced && nrows + f->placed[i].nrows <= es_guc_segment_rows &&
 				 es_batch_table_columns(&f->placed[i].batch->view) ==
 					 es_batch_table_columns(&batches[0]->view));
-		if (f->nbuilds == f->builds_allocated)
-		{
-			f->builds_allocated = Max(16, f->builds_allocated * 2);
-			f->builds = f->builds == NULL
-							? MemoryContextAlloc(TopMemoryContext, f->builds_allocated * sizeof(EsBuild *))
-							: repalloc(f->builds, f->builds_allocated * sizeof(EsBuild *));
-		}
-		f->builds[f->nbuilds++] = es_build_create(ES_JOB_FLUSH, &f->store->key, batches, k, f->memtable);
+		add_build(f, es_build_create(ES_JOB_FLUSH, &f->store->key, batches, k, f->memtable));
 	}
 	pfree(batches);
 }
@@ -388,7 +396,14 @@ builds_finished(Flush *f)
 	bool all = true;
 
 	for (uint32 i = 0; i < f->nbuilds; i++)
+	{
+		EsBuild *second;
+
 		all &= es_build_tick(f->builds[i]);
+		second = es_build_split(f->builds[i]);
+		if (second != NULL)
+			add_build(f, second);
+	}
 	return all;
 }
 
@@ -462,6 +477,7 @@ retire(Flush *f)
 		es_log_release(last_lsn);
 	last_lsn = f->lsn;
 	ES_COUNT(flushes, 1);
+	es_arena_freed();
 
 	dlist_delete(&f->node);
 	nflushes--;
@@ -598,6 +614,9 @@ es_flush_tick(void)
 {
 	TimestampTz now = GetCurrentTimestamp();
 
+	es_arena_tick(now);
+	if (es_arena_short)
+		es_apply_limit_staging();
 	es_builds_tick();
 	es_drop_tick();
 	es_spill_tick();
@@ -617,6 +636,8 @@ es_flush_timeout(void)
 
 	if (es_flush_finishing() || reaping)
 		return 0;
+	if (es_arena_short)
+		timeout = Min(timeout, 100);
 
 	if (es_guc_memtable_age > 0 && es_memtable_active->first_row != 0)
 		timeout = Min(timeout, TimestampDifferenceMilliseconds(
@@ -648,6 +669,8 @@ es_flush_timeout(void)
 bool
 es_flush_overloaded(void)
 {
+	if (es_arena_short)
+		return true;
 	if (nflushes >= MAX_PASSIVE && es_memtable_active->nbytes >= (Size) es_guc_memtable_size * 1024)
 		return true;
 	return pg_atomic_read_u64(&es_shard->counters.staged_bytes) > (Size) es_guc_staging_size * 1024 &&
@@ -661,9 +684,12 @@ es_flush_stuck_errno(void)
 	int	 sqlerrcode;
 	char detail[320];
 
-	if (!es_flush_overloaded() || !es_flush_trouble(&sqlerrcode, detail, sizeof(detail)))
+	if (!es_flush_overloaded())
 		return 0;
-	return sqlerrcode == ERRCODE_DISK_FULL ? ENOSPC : EIO;
+	if (es_flush_trouble(&sqlerrcode, detail, sizeof(detail)) &&
+		(sqlerrcode != ERRCODE_OUT_OF_MEMORY || (!es_arena_short && es_arena_private == 0)))
+		return sqlerrcode == ERRCODE_DISK_FULL ? ENOSPC : EIO;
+	return es_arena_stuck(dlist_is_empty(&flushes) && es_spill_idle()) ? ENOMEM : 0;
 }
 
 /*

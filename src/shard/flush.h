@@ -49,9 +49,11 @@ typedef struct EsBuild
 	EsTableKey	 table;
 	EsMemBatch **batches;
 	uint32		 nbatches;
-	EsMemTable	*memtable; /* that has the batches, with a reference; NULL = a reference to each */
-	dsa_pointer	 list;	   /* EsJobBatch[nbatches], 0 = not made */
-	uint32		 listed;   /* how many are in it */
+	EsMemTable	*memtable;	 /* that has the batches, with a reference; NULL = a reference to each */
+	dsa_pointer	 list;		 /* EsJobBatch[nbatches], 0 = not made */
+	uint32		 listed;	 /* how many are in it */
+	Size		 list_bytes; /* what of it is used by them and copies of private memory */
+	bool		 too_large;	 /* there is no memory for the list, and what is kept for one is too small */
 
 	uint64			 id;		/* of this attempt's segment; 0 = none under way */
 	EsJob			*job;		/* NULL = not posted, or finished */
@@ -69,6 +71,10 @@ typedef struct EsBuild
 /* memtable: the one that has the batches, NULL = staged ones.  Nothing is posted yet. */
 extern EsBuild *es_build_create(EsJobKind kind, const EsTableKey *table, EsMemBatch **batches,
 								uint32 nbatches, EsMemTable *memtable);
+/* Bytes of shared memory that the job needs for this batch. */
+extern Size es_build_needs(const EsMemBatch *b, EsJobKind kind);
+/* If it is too large: leaves it the first half of its batches.  The other half, or NULL. */
+extern EsBuild *es_build_split(EsBuild *build);
 /* Has it more to do than one turn of the loop allows? */
 extern bool es_build_hurries(const EsBuild *build);
 /* Posts the job, looks after it, posts it again if it failed.  True when the file is there. */

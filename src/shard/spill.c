@@ -37,6 +37,7 @@
 
 #include "guc.h"
 #include "ipc/fault.h"
+#include "shard/arena.h"
 #include "shard/engine.h"
 #include "shard/flush.h"
 #include "shard/log.h"
@@ -90,7 +91,8 @@ chunk_size(void)
 static bool
 staging_full(void)
 {
-	return pg_atomic_read_u64(&es_shard->counters.staged_bytes) > (Size) es_guc_staging_size * 1024;
+	return es_arena_short ||
+		   pg_atomic_read_u64(&es_shard->counters.staged_bytes) > (Size) es_guc_staging_size * 1024;
 }
 
 static inline bool
@@ -165,19 +167,23 @@ group_staged(EsTxn *txn, Staged **staged, Group **groups)
 		Group  group = {.first = i};
 		uint64 nrows = 0;
 		bool   full = false;
+		Size   needs = 0;
 
 		/*
 		 * Rows beyond segment_rows are the next spill's; and so are those from behind ADD COLUMN,
 		 * since readers must know that the ones before lack the column, and from behind a rollback to a
 		 * savepoint that takes DDL back, since a segment has one shape; and those without a position behind
-		 * those that bring one, since the file of these is adopted with base 0.
+		 * those that bring one, since the file of these is adopted with base 0.  While shared memory is short the
+		 * job must do with what is kept for one.
 		 */
 		for (; i < n && same_group(s[group.first].batch, s[i].batch); i++)
 		{
 			nrows += s[i].batch->view.header->nrows;
+			needs += es_build_needs(s[i].batch, ES_JOB_SPILL);
 			full =
 				full || (i > group.first &&
 						 (nrows > es_guc_segment_rows || given(s[i].batch) != given(s[group.first].batch) ||
+						  ((es_arena_short || es_arena_private > 0) && needs > ES_ARENA_RESERVE) ||
 						  !es_batch_same_shape(&s[i].batch->view, &s[group.first].batch->view)));
 			if (full)
 				continue;
@@ -382,6 +388,7 @@ replace_staged(Spill *s)
 		}
 		es_build_free(build);
 	}
+	es_arena_freed();
 	refuse_too_large(txn);
 	es_adopt_register(txn);
 	end_spill(s);

@@ -354,9 +354,9 @@ es_membatch_unref(EsMemBatch *b)
 		es_membatch_unref(b->origin);
 	else
 	{
-		es_arena_release(b->pointer, b->chunk);
-		if (DsaPointerIsValid(b->extra))
-			es_arena_release(b->extra, b->extra_chunk);
+		es_arena_release((void *) b->view.base, b->pointer, b->chunk);
+		if (b->extra_local != NULL)
+			es_arena_release(b->extra_local, b->extra, b->extra_chunk);
 	}
 	es_txn_unref(b->txn);
 	pfree(b);

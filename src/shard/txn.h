@@ -34,7 +34,7 @@ struct EsTxn;
 typedef struct EsMemBatch
 {
 	int			  refs;
-	dsa_pointer	  pointer; /* the batch's bytes in the arena */
+	dsa_pointer	  pointer; /* the batch's bytes in the arena; 0 = they are private memory */
 	EsBatchView	  view;	   /* trusted */
 	struct EsTxn *txn;	   /* holds one of its refs */
 	EsLsn		  start;   /* of its message; an inline batch has the FINISH's start */
@@ -45,9 +45,9 @@ typedef struct EsMemBatch
 	/* set by FINISH */
 	EsPosition	 base;		   /* position = base + ordinal unless GIVEN_POSITIONS */
 	uint32		 finish_flags; /* ES_FINISH_* of its table */
-	dsa_pointer	 versions;	   /* int64[nrows], 0 = table without versions */
+	dsa_pointer	 versions;	   /* int64[nrows], 0 = table without versions, or private memory */
 	const int64 *versions_local;
-	dsa_pointer	 skip; /* bitmap of rows not taken; 0 = all taken */
+	dsa_pointer	 skip; /* bitmap of rows not taken; 0 = all taken, or private memory */
 	const uint8 *skip_local;
 
 	uint64			   moved_to; /* id of the MemTable it was carried over to; 0 = none */
@@ -55,11 +55,12 @@ typedef struct EsMemBatch
 	dlist_node		   node;	 /* in EsTxn.staged */
 
 	/* private to txn.c, arena.c, apply.c and finish.c */
-	bool				 in_staging; /* in EsTxn.staged, which holds one ref */
-	bool				 unframed;	 /* in es_txn_unframed: no frame in own WAL yet */
-	Size				 memory;	 /* bytes it takes, structs and arrays included */
-	struct EsArenaChunk *chunk;		 /* of pointer; NULL = allocated by itself */
-	dsa_pointer			 extra;		 /* versions and skip of a batch that was staged first */
+	bool				 in_staging;  /* in EsTxn.staged, which holds one ref */
+	bool				 unframed;	  /* in es_txn_unframed: no frame in own WAL yet */
+	Size				 memory;	  /* bytes it takes, structs and arrays included */
+	struct EsArenaChunk *chunk;		  /* of pointer; NULL = allocated by itself */
+	void				*extra_local; /* versions and skip of a batch that was staged first */
+	dsa_pointer			 extra;
 	struct EsArenaChunk *extra_chunk;
 	dlist_node			 unframed_node;
 } EsMemBatch;

@@ -356,7 +356,7 @@ es_worker_make_room(void)
 		es_apply_poll_verdicts(true);
 		es_apply_limit_staging();
 		wait_for_events(10);
-	} while (es_worker_overloaded());
+	} while (es_worker_overloaded() && stuck_errno() != ENOMEM);
 }
 
 /*

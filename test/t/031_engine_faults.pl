@@ -1,5 +1,5 @@
 # A shard that dies at any step of recovery, of applying a message or of stopping loses nothing and doubles nothing;
-# one that has no shared memory goes on when there is some; a paused one keeps its log durable.
+# one that has no shared memory makes room, refuses writers while that does not help, and still answers; a paused one keeps its log durable.
 
 use strict;
 use warnings;
@@ -183,6 +183,71 @@ $node->safe_psql('postgres', 'SELECT event_store_test.disarm_faults()');
 $session->query_safe('SELECT 1');
 $session->quit;
 consistent('went on after memory was short');
+
+# it makes room by itself: a failed allocation has the MemTable flushed
+$node->safe_psql('postgres', $many);
+my $flushes = $node->safe_psql('postgres', 'SELECT flushes FROM event_store.stat_shards');
+$node->safe_psql('postgres', q{SELECT event_store_test.inject_fault('arena-alloc', 'enospc')});
+my $begin = time();
+$node->safe_psql('postgres', "SET statement_timeout = '60s'; $large $many");
+ok($node->poll_query_until('postgres', "SELECT flushes > $flushes FROM event_store.stat_shards"),
+	'without shared memory the MemTable is flushed');
+consistent('room was made');
+
+# it does not help: writers are refused in bounded time; whatever was committed is read, and can still be flushed
+$node->safe_psql('postgres', q{SELECT event_store_test.inject_fault('arena-alloc', 'enospc always')});
+my $refused = '';
+my $slowest = 0;
+my $rows = 0;
+$session = $node->background_psql('postgres', on_error_stop => 0);
+$session->query_safe("SET statement_timeout = '60s'");
+$session->query_safe('\set VERBOSITY verbose');
+$begin = time();
+while ($refused eq '' && time() - $begin < 120)
+{
+	my $at = time();
+	$session->{stderr} = '';
+	$session->query("INSERT INTO e (context_id, n, filler) SELECT 'full', $rows + g, repeat('f', 1000) FROM generate_series(1, 100) g");
+	$refused = $session->{stderr};
+	$slowest = time() - $at if time() - $at > $slowest;
+	$rows += 100 if $refused eq '';
+}
+like($refused, qr/ERROR:  53200: shard 0 has no shared memory for more events.*memtable_size/s, 'writers are refused');
+cmp_ok($slowest, '<', 40, 'in bounded time');
+$node->safe_psql('postgres', "INSERT INTO h SELECT 'full', g FROM generate_series(1, $rows) g") if $rows > 0;
+$begin = time();
+is($node->safe_psql('postgres', q{SET statement_timeout = '30s'; SELECT count(*) FROM e WHERE context_id = 'full'}),
+	$rows, 'reads go on, with all that was committed');
+cmp_ok(time() - $begin, '<', 10, 'without delay');
+$session->{stderr} = '';
+$session->query('SELECT event_store.flush()');
+is($session->{stderr}, '', 'flush() needs no memory');
+consistent('no memory');
+is($session->query_safe('SELECT memtable_rows FROM event_store.stat_shards'), '0', 'all of it is in segments');
+$node->safe_psql('postgres', 'SELECT event_store_test.disarm_faults()');
+my $again = 0;
+for (1 .. 300)
+{
+	$again = ($node->psql('postgres', q{BEGIN; INSERT INTO h VALUES ('again', 1); INSERT INTO e (context_id, n) VALUES ('again', 1); COMMIT;}))[0] == 0;
+	last if $again;
+	sleep 0.1;
+}
+ok($again, 'with memory writers go on');
+$session->quit;
+consistent('went on with memory');
+
+# a value too large for what is kept for jobs: committed and read without memory, flush() says why it cannot go to a segment
+$node->safe_psql('postgres', q{SELECT event_store_test.inject_fault('arena-alloc', 'enospc always')});
+$node->safe_psql('postgres', q{BEGIN; INSERT INTO h VALUES ('large', 1);
+	INSERT INTO e (context_id, n, filler) SELECT 'large', 1, string_agg(md5(g::text), '') FROM generate_series(1, 30000) g; COMMIT;});
+consistent('a large value without memory');
+my $why = '';
+$node->psql('postgres', "\\set VERBOSITY verbose\nSET statement_timeout = '60s'; SELECT event_store.flush()", stderr => \$why);
+like($why, qr/ERROR:  53200: .*DETAIL:  There is no shared memory for \d{6} bytes of rows/s, 'flush() says why');
+$node->safe_psql('postgres', 'SELECT event_store_test.disarm_faults()');
+sleep 1;
+$node->safe_psql('postgres', "SET statement_timeout = '60s'; SELECT event_store.flush()");
+consistent('a large value, in a segment');
 
 # ---- paused ----
 
