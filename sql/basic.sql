@@ -4,7 +4,9 @@
 CREATE SCHEMA event_store;
 CREATE FUNCTION event_store.theirs(regclass, oid) RETURNS boolean LANGUAGE sql AS 'SELECT true';
 CREATE OPERATOR event_store.= (LEFTARG = regclass, RIGHTARG = oid, FUNCTION = event_store.theirs);
+\set VERBOSITY terse
 CREATE EXTENSION event_store;
+\set VERBOSITY default
 SET client_min_messages = warning;
 DROP SCHEMA event_store CASCADE;
 RESET client_min_messages;
