@@ -93,8 +93,7 @@ es_txn_pending_has(EsTxn *txn, EsLsn start)
 		const EsManifestEntry *e = &((EsSegmentRef *) lfirst(lc))->entry;
 
 		/* a spill takes them in their order; almost always this batch is the youngest */
-		if (e->nstarts > 0 && e->starts[0] <= start && start <= e->starts[e->nstarts - 1] &&
-			bsearch(&start, e->starts, e->nstarts, sizeof(uint64), compare_starts) != NULL)
+		if (es_start_in(e->starts, e->nstarts, start))
 			return true;
 	}
 	return false;
@@ -141,7 +140,7 @@ es_txn_pending_find(EsTxn *txn, EsLsn start)
 		}
 		qsort(found.starts, found.n, sizeof(uint64), compare_starts);
 	}
-	return bsearch(&start, found.starts, found.n, sizeof(uint64), compare_starts) != NULL;
+	return es_start_in(found.starts, found.n, start);
 }
 
 bool
