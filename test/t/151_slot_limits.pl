@@ -36,18 +36,37 @@ $writer->query_safe("INSERT INTO plain SELECT 'p' || g, g FROM generate_series($
 $writer->query_safe("BEGIN; INSERT INTO plain SELECT 'aborted' || g, g FROM generate_series(1, 50) g; ROLLBACK");
 my $plain = q{SELECT count(*), sum(n), count(*) FILTER (WHERE context_id LIKE 'aborted%') FROM plain};
 
-# True messages with their exact length, as somebody has them who can read WAL files: 72 bytes of header, whose 15th word is the
-# length of what follows. One that crosses a page has that page's header within, and is left out.
-my @true;
-foreach my $file (sort glob($node->data_dir . '/pg_wal/0000*'))
+# PostgreSQL's WAL without the headers of its pages, so that what crosses a page is whole. A page that does not say where it lies is
+# what a file that is used again held before: WAL ends there.
+sub wal_of
 {
-	my $wal = slurp_file($file);
-	while ($wal =~ /event_store\0\x01\0(?=ESBM)/g)
+	my ($page_size, $size) = split /\|/, sql($node, q{SELECT current_setting('wal_block_size'), setting FROM pg_settings WHERE name = 'wal_segment_size'});
+	my $wal = '';
+
+	foreach my $file (sort glob($node->data_dir . '/pg_wal/' . '[0-9A-F]' x 24))
 	{
-		my $at = pos($wal);
-		my $len = 72 + unpack('V', substr($wal, $at + 56, 4));
-		push @true, substr($wal, $at, $len) if $len < 8000 && int($at / 8192) == int(($at + $len) / 8192);
+		my ($log, $segment) = map { hex } $file =~ /(.{8})(.{8})$/;
+		my $bytes = slurp_file($file);
+		for (my $at = 0; $at < length($bytes); $at += $page_size)
+		{
+			my ($magic, $info, $timeline, $address) = unpack('vvVQ<', substr($bytes, $at, 16));
+			return $wal if $magic == 0 || $address != ($log << 32) + $segment * $size + $at;
+			my $header = $info & 0x0002 ? 40 : 24;
+			$wal .= substr($bytes, $at + $header, $page_size - $header);
+		}
 	}
+	return $wal;
+}
+
+# True messages with their exact length, as somebody has them who can read WAL files: 72 bytes of header, whose 15th word is the
+# length of what follows.
+my @true;
+my $wal = wal_of();
+while ($wal =~ /event_store\0\x01\0(?=ESBM)/g)
+{
+	my $at = pos($wal);
+	my $len = 72 + unpack('V', substr($wal, $at + 56, 4));
+	push @true, substr($wal, $at, $len) if $len < 8000;
 }
 my %kinds = map { ord(substr($_, 6, 1)) => 1 } @true;
 is(join(' ', sort keys %kinds), '2 3 4', scalar(@true) . ' true messages are in WAL: FINISH, RESERVE and MARK') or diag(join(' ', %kinds));
@@ -89,14 +108,16 @@ eval { $writer->quit };
 crash_restart($node);
 is(sql($node, $what), $expected, 'they have no effect at recovery of the server');
 is(sql($node, $plain), '150|11325|0', 'nor on the messages that were copied');
+my $generations = sql($node, 'SELECT sum(generation) FROM event_store.stat_shards');
 sql($node, q{SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE backend_type LIKE 'event_store shard%'});
-ok($node->poll_query_until('postgres', q{SELECT bool_and(state = 'open') FROM event_store.stat_shards}), 'open');
+ok($node->poll_query_until('postgres', qq{SELECT bool_and(state = 'open') AND sum(generation) = $generations + 2 FROM event_store.stat_shards}), 'open');
 is(sql($node, $what), $expected, 'nor at recovery of a shard');
 is(sql($node, $plain), '150|11325|0', 'nor there');
 is(sql($node, q{SELECT count(*) FROM event_store.verify()}), '0', 'no damage');
 
 # ---- max_slot_wal_keep_size: writers of events wait before they log, others do not
 
+sql($node, 'SELECT event_store.sync()');
 sql($node, 'SELECT event_store.pause_shard(0)');
 my $ballast = 'INSERT INTO ballast SELECT repeat(md5(g::text), 100) FROM generate_series(1, 4000) g';
 my $begin = time();
@@ -136,7 +157,7 @@ my $clients = EventStore::Clients->new(
 	node => $node, n => 4,
 	next => sub { my $u = $workload->unit; $oracle->begins($u, 1); return $u; },
 	done => sub { my ($c, $u) = @_; $oracle->ends($u); });
-$clients->run(seconds => 1);
+$clients->run(seconds => 120, tick => sub { return ($oracle->{counts}{committed} // 0) <= 20; });
 $committed_before = $oracle->{counts}{committed};
 my $log = -s $node->logfile;
 my $starving = IPC::Run::start([ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres'), '-f', $starve ],
@@ -154,12 +175,12 @@ $clients->run(seconds => 240, tick => sub {
 	}
 	eval { $starving->pump_nb };
 	$stop_at //= time() + 2 if !$starving->pumpable;
-	return !defined $stop_at || time() < $stop_at;
+	return !defined $stop_at || time() < $stop_at || $oracle->{counts}{committed} - $committed_lost <= 20;
 });
 $starving->finish;
 is($errors, '', 'WAL is written until the slot is lost');
 ok(defined $lost_at, 'it is, while clients write');
-$clients->drain(seconds => 60);
+$clients->drain(seconds => 240);
 cmp_ok($committed_before, '>', 20, 'clients committed before that');
 cmp_ok($oracle->{counts}{committed} - $committed_lost, '>', 20, 'and after it');
 ok($node->poll_query_until('postgres', q{SELECT count(*) = 1 FROM pg_replication_slots WHERE slot_name = 'event_store' AND active AND restart_lsn IS NOT NULL}),
