@@ -354,12 +354,18 @@ pg_attribute_noreturn() static void raise_reason(slock_t *mutex, const int *code
 void
 es_require_preload(void)
 {
-	if (es_shared == NULL)
-		ereport(
-			ERROR,
-			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE), errmsg("event_store is not loaded"),
-			 errhint(
-				 "Add event_store to shared_preload_libraries in postgresql.conf and restart the server.")));
+	const char *others = shared_preload_libraries_string;
+
+	if (es_shared != NULL)
+		return;
+	if (others == NULL)
+		others = "";
+	ereport(
+		ERROR,
+		(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE), errmsg("event_store is not loaded"),
+		 errhint(
+			 "Set \"shared_preload_libraries = '%s%sevent_store'\" in postgresql.conf and restart the server.",
+			 others, others[0] != '\0' ? ", " : "")));
 }
 
 /* Milliseconds left, at most 1 s so that a lost wake-up costs no more; < 0 = none left. */

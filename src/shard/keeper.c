@@ -186,6 +186,27 @@ set_restart_lsn(XLogRecPtr lsn)
 	ReplicationSlotsComputeRequiredLSN();
 }
 
+/* Said in our words: PostgreSQL's own refusal names neither who needs the slot nor what to write. */
+static void
+check_slot_free(void)
+{
+	bool is_free = false;
+
+	LWLockAcquire(ReplicationSlotControlLock, LW_SHARED);
+	for (int i = 0; i < max_replication_slots && !is_free; i++)
+		is_free = !ReplicationSlotCtl->replication_slots[i].in_use;
+	LWLockRelease(ReplicationSlotControlLock);
+	if (!is_free)
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("event_store needs a replication slot, but all of them are in use"),
+			 errdetail("max_replication_slots is %d.", max_replication_slots),
+			 errhint(
+				 "Set \"max_replication_slots = %d\" in postgresql.conf and restart the server, or drop a slot that nobody uses any more with pg_drop_replication_slot.",
+				 max_replication_slots + 1)));
+}
+
 /*
  * A new slot.  It is ephemeral until it keeps something, so that a crash leaves none or a
  * good one.  Where the WAL that the shards need is still there, though nobody
@@ -197,6 +218,7 @@ make_slot(void)
 	XLogRecPtr needed;
 	bool	   all_clean;
 
+	check_slot_free();
 	es_slot_create(ES_SLOT_NAME, RS_EPHEMERAL);
 	ES_FAULT("slot-created");
 	ReplicationSlotReserveWal();

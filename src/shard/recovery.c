@@ -42,6 +42,7 @@
 #include "access/xlog.h"
 #include "utils/memutils.h"
 
+#include "guc.h"
 #include "ipc/fault.h"
 #include "ipc/logmsg.h"
 #include "ipc/position.h"
@@ -112,10 +113,14 @@ remember(EsLsn start)
 static void
 no_memory(void)
 {
-	ereport(ERROR,
-			(errcode(ERRCODE_OUT_OF_MEMORY),
-			 errmsg("shard %d has no shared memory for what its own write-ahead log holds", es_shard_id),
-			 errhint("Give the server more shared memory (in a container /dev/shm).")));
+	ereport(
+		ERROR,
+		(errcode(ERRCODE_OUT_OF_MEMORY),
+		 errmsg("shard %d has no shared memory for what its own write-ahead log holds", es_shard_id),
+		 errdetail(
+			 "With event_store.memtable_size and event_store.staging_size as they are, each shard, of %d, may need %zu MB.",
+			 es_shared->nshards, ((Size) 3 * es_guc_memtable_size + es_guc_staging_size) / 1024),
+		 errhint("Give the server more shared memory (in a container /dev/shm).")));
 }
 
 static void

@@ -132,12 +132,7 @@ shard_arg(FunctionCallInfo fcinfo, const char *function)
 	if (!superuser())
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE), errmsg("must be superuser to call %s", function)));
-	if (es_shared == NULL)
-		ereport(
-			ERROR,
-			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE), errmsg("event_store is not loaded"),
-			 errhint(
-				 "Add event_store to shared_preload_libraries in postgresql.conf and restart the server.")));
+	es_require_preload();
 	if (shard < 0 || shard >= es_shared->nshards)
 		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("there is no shard %d", shard),
 						errdetail("This cluster has shards 0 to %d.", es_shared->nshards - 1)));

@@ -429,11 +429,6 @@ es_tam_routine(void)
 Datum
 event_store_handler(PG_FUNCTION_ARGS)
 {
-	if (es_shared == NULL)
-		ereport(
-			ERROR,
-			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE), errmsg("event_store is not loaded"),
-			 errhint(
-				 "Add event_store to shared_preload_libraries in postgresql.conf and restart the server.")));
+	es_require_preload();
 	PG_RETURN_POINTER(&es_routine);
 }

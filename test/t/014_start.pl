@@ -18,8 +18,12 @@ $node->start;
 my ($status, $out, $err) = $node->psql('postgres', "\\set VERBOSITY verbose\nCREATE EXTENSION event_store");
 like(
 	$err,
-	qr/ERROR:  55000: event_store is not loaded\nHINT:  Add event_store to shared_preload_libraries in postgresql.conf and restart the server\./,
+	qr/ERROR:  55000: event_store is not loaded\nHINT:  Set "shared_preload_libraries = 'event_store'" in postgresql.conf and restart the server\./,
 	'CREATE EXTENSION without preload');
+$node->append_conf('postgresql.conf', "shared_preload_libraries = 'auto_explain'\n");
+$node->restart;
+($status, $out, $err) = $node->psql('postgres', 'CREATE EXTENSION event_store');
+like($err, qr/HINT:  Set "shared_preload_libraries = 'auto_explain, event_store'" in/, 'the line keeps what is preloaded already');
 is($node->safe_psql('postgres', "LOAD 'event_store'; SELECT count(*) FROM pg_settings WHERE name LIKE 'event_store.%'"),
 	$node->safe_psql('postgres', "SELECT count(*) FROM pg_settings WHERE name LIKE 'event_store.%'"),
 	'loading it late defines nothing');

@@ -191,7 +191,8 @@ $node->start;
 $node->safe_psql('postgres', "SELECT pg_create_physical_replication_slot('another')");
 $node->append_conf('postgresql.conf', "shared_preload_libraries = 'event_store'");
 $node->restart;
-like(ask(), qr/53400: all replication slots are in use/, 'no free slot: the reason reaches the client');
+like(ask(), qr/55000: event_store needs a replication slot, but all of them are in use.*max_replication_slots is 1\..*Set "max_replication_slots = 2" in postgresql\.conf/,
+	'no free slot: the reason reaches the client');
 $node->safe_psql('postgres', "SELECT pg_drop_replication_slot('another')");
 ok($node->poll_query_until('postgres', 'SELECT count(*) = 2 FROM event_store.stat_shards WHERE state = \'open\''),
 	'once there is one the store opens by itself');

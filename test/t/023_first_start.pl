@@ -37,7 +37,8 @@ $node->start;
 $node->safe_psql('postgres', "SELECT pg_create_physical_replication_slot('another')");
 $node->append_conf('postgresql.conf', "shared_preload_libraries = 'event_store'");
 $node->restart;
-like(ask(), qr/53400: all replication slots are in use/, 'store made, no slot');
+like(ask(), qr/55000: event_store needs a replication slot, but all of them are in use.*max_replication_slots is 1\..*Set "max_replication_slots = 2" in postgresql\.conf/,
+	'store made, no slot');
 ok(-e "$dir/store", 'the store file is there');
 $node->stop('immediate');
 PostgreSQL::Test::RecursiveCopy::copypath($dir, "$dir.new");
