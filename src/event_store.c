@@ -99,8 +99,9 @@ check_configuration(void)
 			(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
 			 errmsg("event_store needs %d background workers, but max_worker_processes is %d", needed,
 					max_worker_processes),
-			 errdetail("It runs %d shards, %d maintenance workers and 1 keeper.", es_configured_shards,
-					   es_guc_maintenance_workers),
+			 errdetail(
+				 "One is its keeper; event_store.shards is %d and event_store.maintenance_workers is %d.",
+				 es_configured_shards, es_guc_maintenance_workers),
 			 errhint(
 				 "Set \"max_worker_processes = %d\" in postgresql.conf, or more if other extensions and parallel queries need workers as well.",
 				 needed + 8)));

@@ -174,7 +174,9 @@ es_positions_given(EsPosition lowest, EsPosition highest, const uint64 *tables, 
 		ereport(
 			ERROR,
 			(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-			 errmsg("permission denied to skip " UINT64_FORMAT " positions", highest - counter),
+			 errmsg_plural("permission denied to skip " UINT64_FORMAT " position",
+						   "permission denied to skip " UINT64_FORMAT " positions",
+						   (unsigned long) (highest - counter), highest - counter),
 			 errdetail("Position " UINT64_FORMAT " was given, and the next one is " UINT64_FORMAT
 					   ".  Of the cluster's " UINT64_FORMAT " positions the upper half is not skipped.",
 					   highest, counter, ES_MAX_POSITION),

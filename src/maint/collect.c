@@ -383,7 +383,9 @@ drop_candidates(void)
 		req->req.flags = 0;
 		pfree(es_channel_call(shard, &req->req, &(EsPart){req, len}, 1));
 	}
-	ereport(LOG, (errmsg("event_store dropped %u storages that no table has any more", ncandidates)));
+	ereport(LOG, (errmsg_plural("event_store dropped %u storage that no table has any more",
+								"event_store dropped %u storages that no table has any more", ncandidates,
+								ncandidates)));
 	pfree(req);
 }
 

@@ -360,7 +360,9 @@ es_files_open(int shard, EsShardFiles *files)
 			es_file_error(ERROR, errno, "stat", dir);
 		ereport(ERROR, (errcode(ERRCODE_DATA_CORRUPTED),
 						errmsg("directory \"%s\" of shard %d is missing", dir, shard),
-						errdetail("The store file says that the store has %d shards.", es_shared->nshards),
+						errdetail_plural("The store file says that the store has %d shard.",
+										 "The store file says that the store has %d shards.",
+										 es_shared->nshards, es_shared->nshards),
 						errhint("Restore the data directory from a backup.")));
 	}
 

@@ -555,7 +555,7 @@ es_recover(void)
 		LOG,
 		(errmsg("event_store shard %d is open", es_shard_id),
 		 errdetail(
-			 "Own write-ahead log: %u of %u FINISH frames; PostgreSQL's WAL: %X/%X to %X/%X; %llu rows in memory.",
+			 "Own write-ahead log: %u of %u FINISH frames; PostgreSQL's WAL: %X/%X to %X/%X; rows in memory: %llu.",
 			 held_done, nheld, LSN_FORMAT_ARGS(clean ? es_recovery_end : restart_lsn),
 			 LSN_FORMAT_ARGS(es_recovery_end),
 			 (unsigned long long) pg_atomic_read_u64(&es_shard->counters.memtable_rows))));

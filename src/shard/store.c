@@ -261,8 +261,9 @@ make_store(EsStoreFile *store)
 	write_store(store);
 	ES_FAULT("store-made");
 
-	ereport(LOG, (errmsg("event_store made a new store with %d shards in directory \"%s\"",
-						 es_shared->nshards, ES_STORE_DIR)));
+	ereport(LOG, (errmsg_plural("event_store made a new store with %d shard in directory \"%s\"",
+								"event_store made a new store with %d shards in directory \"%s\"",
+								es_shared->nshards, es_shared->nshards, ES_STORE_DIR)));
 }
 
 /* ---- may this cluster open it? ---- */
@@ -288,7 +289,9 @@ check_shard_count(const EsStoreFile *store)
 	ereport(
 		ERROR,
 		(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-		 errmsg("event_store.shards is %d, but the store has %u shards", es_shared->nshards, store->nshards),
+		 errmsg_plural("event_store.shards is %d, but the store has %u shard",
+					   "event_store.shards is %d, but the store has %u shards", store->nshards,
+					   es_shared->nshards, store->nshards),
 		 errdetail("The number of shards is fixed when the store is made."),
 		 errhint(
 			 "Set \"event_store.shards = %u\" in postgresql.conf and restart the server. To change the number, dump the event tables, remove the store and restore them.",

@@ -135,7 +135,7 @@ shard_arg(FunctionCallInfo fcinfo, const char *function)
 	es_require_preload();
 	if (shard < 0 || shard >= es_shared->nshards)
 		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("there is no shard %d", shard),
-						errdetail("This cluster has shards 0 to %d.", es_shared->nshards - 1)));
+						errdetail("The highest number of a shard is %d.", es_shared->nshards - 1)));
 	return shard;
 }
 

@@ -157,8 +157,8 @@ es_send_wait_writable(int shard)
 				(errcode(ERRCODE_OUT_OF_MEMORY),
 				 errmsg("shard %d has no shared memory for more events", shard),
 				 errdetail("Writing events to segments has not helped so far; reads go on.  With "
-						   "event_store.memtable_size and event_store.staging_size as they are, each of %d "
-						   "shards may need %zu MB.",
+						   "event_store.memtable_size and event_store.staging_size as they are, each shard, "
+						   "of %d, may need %zu MB.",
 						   es_shared->nshards, size),
 				 errhint("Give the server more shared memory (in a container /dev/shm), or lower "
 						 "event_store.memtable_size and event_store.staging_size.")));

@@ -61,7 +61,7 @@ start_fails(
 	'max_worker_processes',
 	"event_store.shards = 7\nmax_worker_processes = 8",
 	qr/FATAL:  event_store needs 9 background workers, but max_worker_processes is 8/,
-	qr/DETAIL:  It runs 7 shards, 1 maintenance workers and 1 keeper\./,
+	qr/DETAIL:  One is its keeper; event_store\.shards is 7 and event_store\.maintenance_workers is 1\./,
 	qr/HINT:  Set "max_worker_processes = \d+" in postgresql\.conf/);
 # ---- warnings, and what runs
 

@@ -100,7 +100,7 @@ foreach my $flushed (0, 1)
 		is(scalar(@opened), 4, "$name: both shards say so");
 		while (my ($shard, $detail) = splice(@opened, 0, 2))
 		{
-			my ($done, $of, $from, $to, $rows) = $detail =~ /(\d+) of (\d+) FINISH frames; PostgreSQL's WAL: (\S+) to (\S+); (\d+) rows/;
+			my ($done, $of, $from, $to, $rows) = $detail =~ /(\d+) of (\d+) FINISH frames; PostgreSQL's WAL: (\S+) to (\S+); rows in memory: (\d+)/;
 			is($from, $to, "$name: shard $shard reads nothing of PostgreSQL's WAL");
 			is($done, $of, "$name: shard $shard knows all that its own log holds");
 			is($rows, 0, "$name: shard $shard has nothing in memory") if $flushed;
