@@ -212,7 +212,7 @@ CREATE VIEW event_store.stat_shards AS SELECT * FROM event_store.stat_shards_fn(
 COMMENT ON VIEW event_store.stat_shards IS 'one row per shard: state, queues, memory, files, own WAL; counters since the server''s start';
 COMMENT ON COLUMN event_store.stat_shards.shard IS 'number of the shard, from 0';
 COMMENT ON COLUMN event_store.stat_shards.pid IS 'its process; NULL = none runs';
-COMMENT ON COLUMN event_store.stat_shards.state IS 'absent, starting, recovering, open, stopping, stopped or failed';
+COMMENT ON COLUMN event_store.stat_shards.state IS 'absent, starting, recovering, open, stopping, stopped, failed (it cannot open) or refused (the whole store must not be opened); reason says why';
 COMMENT ON COLUMN event_store.stat_shards.reason IS 'why it cannot open, or why nobody may use the store';
 COMMENT ON COLUMN event_store.stat_shards.paused IS 'it takes nothing from its queues (pause_shard)';
 COMMENT ON COLUMN event_store.stat_shards.generation IS 'grows by one with each process of the shard';

@@ -174,7 +174,7 @@ es_uring_init(void)
 	}
 	errno = err;
 	ereport(
-		es_guc_io_method == ES_IO_AUTO ? LOG : FATAL,
+		es_guc_io_method == ES_IO_AUTO ? LOG : ERROR,
 		(errcode(err == ENOMEM ? ERRCODE_OUT_OF_MEMORY : ERRCODE_SYSTEM_ERROR),
 		 errmsg("could not set up io_uring: %m"),
 		 es_guc_io_method == ES_IO_AUTO ? errdetail("Files are written with io_method \"sync\" instead.") : 0,

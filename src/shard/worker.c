@@ -230,12 +230,13 @@ refuse(const ErrorData *error)
 	proc_exit(1);
 }
 
+/* A step of the start; what it throws is why the shard does not open. */
 static void
-recover(void)
+start_step(void (*step)(void))
 {
 	PG_TRY();
 	{
-		es_recover();
+		step();
 	}
 	PG_CATCH();
 	{
@@ -250,8 +251,6 @@ recover(void)
 		refuse(error);
 	}
 	PG_END_TRY();
-
-	pg_atomic_write_u32(&es_shard->release_wal, 0);
 }
 
 /* ---- the loop ---- */
@@ -667,7 +666,7 @@ es_shard_main(Datum arg)
 	wait_for_store();
 	reset_gauges();
 
-	es_uring_init();
+	start_step(es_uring_init);
 	wait_set = es_create_wait_event_set(3);
 	AddWaitEventToSet(wait_set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
 	AddWaitEventToSet(wait_set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
@@ -677,7 +676,8 @@ es_shard_main(Datum arg)
 	es_arena_init();
 	es_txn_init();
 	es_memtable_create();
-	recover();
+	start_step(es_recover);
+	pg_atomic_write_u32(&es_shard->release_wal, 0);
 
 	es_collect_init();
 	in_loop = true;

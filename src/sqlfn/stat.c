@@ -35,15 +35,16 @@ PG_FUNCTION_INFO_V1(es_stat_segments);
 
 #define SHARD_COLUMNS 50
 
+/* store_refused: the keeper does not open the store, so a shard that waits for it does not start. */
 static const char *
-state_name(uint32 state)
+state_name(uint32 state, bool store_refused)
 {
 	switch ((EsShardState) state)
 	{
 		case ES_SHARD_ABSENT:
-			return "absent";
+			return store_refused ? "refused" : "absent";
 		case ES_SHARD_STARTING:
-			return "starting";
+			return store_refused ? "refused" : "starting";
 		case ES_SHARD_RECOVERING:
 			return "recovering";
 		case ES_SHARD_OPEN:
@@ -140,6 +141,7 @@ es_stat_shards(PG_FUNCTION_ARGS)
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
 
 	char  store_reason[sizeof(es_shared->store_reason)] = "";
+	bool  store_refused;
 	text *refusal;
 
 	InitMaterializedSRF(fcinfo, 0);
@@ -151,6 +153,8 @@ es_stat_shards(PG_FUNCTION_ARGS)
 		memcpy(store_reason, es_shared->store_reason, sizeof(store_reason));
 		SpinLockRelease(&es_shared->mutex);
 	}
+	store_refused =
+		store_reason[0] != '\0' && pg_atomic_read_u32(&es_shared->store_failed) == ES_STORE_REFUSED;
 	for (int s = 0; s < es_shared->nshards; s++)
 	{
 		EsShardShared	*shard = &es_shared->shards[s];
@@ -174,7 +178,7 @@ es_stat_shards(PG_FUNCTION_ARGS)
 		values[n++] = Int32GetDatum(s);
 		nulls[n] = pid == 0;
 		values[n++] = Int32GetDatum(pid);
-		values[n++] = CStringGetTextDatum(state_name(state));
+		values[n++] = CStringGetTextDatum(state_name(state, store_refused));
 		/* the shard's own, or why nobody may use the store */
 		refusal = reason_text(pstrdup(state == ES_SHARD_FAILED ? reason : store_reason));
 		nulls[n] = refusal == NULL;

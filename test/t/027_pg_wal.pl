@@ -142,6 +142,23 @@ for my $method ('sync', 'io_uring')
 		is(ask('SELECT count(*) FROM t'), $was + 1000, 'writes and reads');
 	}
 }
+SKIP:
+{
+	skip 'no fault points or no io_uring', 3
+	  unless $node->safe_psql('postgres',
+		q{SELECT event_store_test.fault_points_compiled() AND bool_and(io_method = 'io_uring') FROM event_store.stat_shards}) eq 't';
+
+	# asked for by name there is nothing to fall back to: whoever waits for the shard is told why it does not open
+	$node->safe_psql('postgres', "SELECT event_store_test.inject_fault('uring-setup', 'eio always')");
+	$node->safe_psql('postgres',
+		"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'event_store shard 0'");
+	ok( $node->poll_query_until('postgres',
+			"SELECT state = 'failed' AND reason LIKE 'could not set up io_uring: %io_method = sync%' FROM event_store.stat_shards WHERE shard = 0"),
+		'io_method = io_uring, and none to be had: stat_shards says so');
+	like(ask(), qr/58000: could not set up io_uring: .*HINT: .*Set "event_store\.io_method = sync"/, 'so do statements');
+	$node->safe_psql('postgres', 'SELECT event_store_test.disarm_faults()');
+	ok($node->poll_query_until('postgres', "SELECT bool_and(state = 'open') FROM event_store.stat_shards"), 'it opens when it can');
+}
 $node->stop;
 
 done_testing();

@@ -341,8 +341,8 @@ is(sql($node, "SELECT string_agg(event_type, '' ORDER BY version) FROM event_sto
 # a refusal of the whole store
 $node->append_conf('postgresql.conf', 'event_store.shards = 3');
 $node->restart;
-like(sql($node, "SELECT DISTINCT reason FROM event_store.stat_shards"),
-	qr/^event_store.shards is 3, but the store has 2 shards: The number.*\nSet "event_store.shards = 2"/,
+like(sql($node, "SELECT DISTINCT state, reason FROM event_store.stat_shards"),
+	qr/^refused\|event_store.shards is 3, but the store has 2 shards: The number.*\nSet "event_store.shards = 2"/,
 	'stat_shards says why the store is refused');
 
 $node->stop;
