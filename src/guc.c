@@ -100,6 +100,23 @@ static const IntSetting int_settings[] = {
 	 NULL, &es_guc_wal_sync_interval, 200, 1, 60000, PGC_SIGHUP, GUC_UNIT_MS},
 };
 
+/* What pg_controldata prints as "Database system identifier", or nothing. */
+static bool
+check_system_id(char **newval, void **extra, GucSource source)
+{
+	const char *id = *newval;
+
+	if (id == NULL || id[0] == '\0')
+		return true;
+	errno = 0;
+	if (strspn(id, "0123456789") == strlen(id) && strtoull(id, NULL, 10) > 0 && errno == 0)
+		return true;
+	GUC_check_errdetail("A system identifier is a number of 64 bits that is not 0.");
+	GUC_check_errhint(
+		"pg_controldata prints it, and so does the message that refuses another cluster's store.");
+	return false;
+}
+
 void
 es_guc_define(void)
 {
@@ -114,7 +131,7 @@ es_guc_define(void)
 	DefineCustomStringVariable(
 		"event_store.adopt_system_id",
 		"System identifier of another cluster whose cleanly stopped store this cluster takes over (pg_upgrade).",
-		NULL, &es_guc_adopt_system_id, "", PGC_POSTMASTER, 0, NULL, NULL, NULL);
+		NULL, &es_guc_adopt_system_id, "", PGC_POSTMASTER, 0, check_system_id, NULL, NULL);
 	DefineCustomEnumVariable("event_store.compression", "Compression of segment pages.", NULL,
 							 &es_guc_compression, ES_CODEC_LZ4, compression_options, PGC_SIGHUP, 0, NULL,
 							 NULL, NULL);

@@ -217,6 +217,13 @@ my (undef, undef, $err) = $other->psql('postgres', 'CREATE EXTENSION event_store
 like($err, qr/55000.*belongs to another cluster.*system identifier is $sysid/s, 'a copied store is refused');
 like($err, qr/event_store.adopt_system_id = '$sysid'/, 'with a hint');
 
+foreach my $id ('abc', '-1', ' 1', "${sysid}x", '0', '99999999999999999999')
+{
+	(undef, undef, $err) = $other->psql('postgres', "ALTER SYSTEM SET event_store.adopt_system_id = '$id'");
+	like($err, qr/invalid value for parameter "event_store\.adopt_system_id": "$id".*DETAIL:.*HINT:.*pg_controldata/s, "'$id' is no system identifier");
+}
+(undef, undef, $err) = $other->psql('postgres', "ALTER SYSTEM SET event_store.adopt_system_id = '$sysid'; ALTER SYSTEM RESET event_store.adopt_system_id");
+is($err, '', 'this one is');
 $other->append_conf('postgresql.conf', "event_store.adopt_system_id = '$sysid'");
 $other->restart;
 (undef, undef, $err) = $other->psql('postgres', 'CREATE EXTENSION event_store', extra_params => [ '-v', 'VERBOSITY=verbose' ]);
