@@ -206,7 +206,7 @@ CREATE FUNCTION event_store.stat_shards_fn(
 RETURNS SETOF record
 AS 'MODULE_PATHNAME', 'es_stat_shards'
 LANGUAGE C VOLATILE PARALLEL RESTRICTED ROWS 4;
-COMMENT ON FUNCTION event_store.stat_shards_fn() IS 'what stat_shards shows';
+COMMENT ON FUNCTION event_store.stat_shards_fn() IS 'what stat_shards shows, to those who may read it';
 
 CREATE VIEW event_store.stat_shards AS SELECT * FROM event_store.stat_shards_fn();
 COMMENT ON VIEW event_store.stat_shards IS 'one row per shard: state, queues, memory, files, own WAL; counters since the server''s start';
@@ -268,14 +268,14 @@ CREATE FUNCTION event_store.stat_tables_fn(
 RETURNS SETOF record
 AS 'MODULE_PATHNAME', 'es_stat_tables'
 LANGUAGE C VOLATILE PARALLEL RESTRICTED ROWS 10;
-COMMENT ON FUNCTION event_store.stat_tables_fn() IS 'what the shards hold of the tables of this database; stat_tables sums it up';
+COMMENT ON FUNCTION event_store.stat_tables_fn() IS 'what the shards hold of the tables of this database; stat_tables sums it up, and who may read it may call this';
 
 CREATE FUNCTION event_store.table_roles(store regclass,
     OUT context_id name, OUT "position" name, OUT version name, OUT event_id name, OUT event_type name, OUT storage_id bigint, OUT locked boolean)
 RETURNS record
 AS 'MODULE_PATHNAME', 'es_table_roles'
 LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED;
-COMMENT ON FUNCTION event_store.table_roles(regclass) IS 'names of the columns that have a role in an event_store table, NULL = none, and its storage id; all are NULL, and locked is true, while another session changes the table';
+COMMENT ON FUNCTION event_store.table_roles(regclass) IS 'names of the columns that have a role in an event_store table, NULL = none, and its storage id; all are NULL, and locked is true, while another session changes the table; for those who may read stat_tables';
 
 CREATE VIEW event_store.stat_tables AS
 SELECT c.oid::pg_catalog.regclass AS store,
@@ -326,7 +326,7 @@ CREATE FUNCTION event_store.stat_segments_fn(
 RETURNS SETOF record
 AS 'MODULE_PATHNAME', 'es_stat_segments'
 LANGUAGE C VOLATILE PARALLEL RESTRICTED ROWS 100;
-COMMENT ON FUNCTION event_store.stat_segments_fn() IS 'what stat_segments shows';
+COMMENT ON FUNCTION event_store.stat_segments_fn() IS 'what stat_segments shows, to those who may read it';
 
 CREATE VIEW event_store.stat_segments AS SELECT * FROM event_store.stat_segments_fn();
 COMMENT ON VIEW event_store.stat_segments IS 'one row per segment file of this database; a paused shard is left out with a warning';
@@ -344,8 +344,5 @@ COMMENT ON COLUMN event_store.stat_segments.max_position IS 'highest position in
 COMMENT ON COLUMN event_store.stat_segments.pending IS 'of a large transaction, and not adopted yet';
 
 GRANT USAGE ON SCHEMA event_store TO PUBLIC;
-REVOKE ALL ON FUNCTION event_store.stat_shards_fn(), event_store.stat_tables_fn(), event_store.stat_segments_fn(),
-    event_store.table_roles(regclass) FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION event_store.stat_shards_fn(), event_store.stat_tables_fn(), event_store.stat_segments_fn(),
-    event_store.table_roles(regclass) TO pg_monitor;
-GRANT SELECT ON event_store.stat_shards, event_store.stat_tables, event_store.stat_segments TO pg_monitor;
+-- The functions ask for SELECT on their views themselves (es_check_view_acl).  pg_monitor is a member.
+GRANT SELECT ON event_store.stat_shards, event_store.stat_tables, event_store.stat_segments TO pg_read_all_stats;

@@ -26,6 +26,12 @@ extern void es_check_store_acl(Oid relid, AclMode mode);
 /* Checks the privilege on the store argument (NULL: ERROR), 0 = none is needed, and opens it with the lock. */
 extern Relation es_open_store(FunctionCallInfo fcinfo, int arg, LOCKMODE lock, AclMode mode);
 
+/*
+ * ERROR unless the current user may SELECT from the view that the function is for.  A view's functions are called
+ * with the rights of who reads it, so everybody may call these, and the view's privileges decide.
+ */
+extern void es_check_view_acl(FunctionCallInfo fcinfo, const char *view);
+
 /* Is the current user under row security in this table?  ERROR if so and it is off (row_security). */
 extern bool es_rls_applies(Oid relid);
 

@@ -315,6 +315,7 @@ es_table_roles(PG_FUNCTION_ARGS)
 	NameData		   names[5];
 	Oid				   relid = PG_GETARG_OID(0);
 
+	es_check_view_acl(fcinfo, "stat_tables");
 	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
 		elog(ERROR, "return type must be a row type");
 	desc = BlessTupleDesc(desc);

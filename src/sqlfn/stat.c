@@ -20,6 +20,7 @@
 #include "replication/slot.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/lsyscache.h"
 #include "utils/pg_lsn.h"
 #include "utils/rel.h"
 
@@ -34,6 +35,15 @@ PG_FUNCTION_INFO_V1(es_stat_tables);
 PG_FUNCTION_INFO_V1(es_stat_segments);
 
 #define SHARD_COLUMNS 50
+
+void
+es_check_view_acl(FunctionCallInfo fcinfo, const char *view)
+{
+	Oid relid = get_relname_relid(view, get_func_namespace(fcinfo->flinfo->fn_oid));
+
+	if (OidIsValid(relid) ? pg_class_aclcheck(relid, GetUserId(), ACL_SELECT) != ACLCHECK_OK : !superuser())
+		aclcheck_error(ACLCHECK_NO_PRIV, OBJECT_VIEW, view);
+}
 
 /* store_refused: the keeper does not open the store, so a shard that waits for it does not start. */
 static const char *
@@ -144,6 +154,7 @@ es_stat_shards(PG_FUNCTION_ARGS)
 	bool  store_refused;
 	text *refusal;
 
+	es_check_view_acl(fcinfo, "stat_shards");
 	InitMaterializedSRF(fcinfo, 0);
 	if (es_shared == NULL)
 		return (Datum) 0;
@@ -273,6 +284,7 @@ es_stat_tables(PG_FUNCTION_ARGS)
 {
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
 
+	es_check_view_acl(fcinfo, "stat_tables");
 	InitMaterializedSRF(fcinfo, 0);
 	es_wait_store_ready();
 	for (int s = 0; s < es_shared->nshards; s++)
@@ -313,6 +325,7 @@ es_stat_segments(PG_FUNCTION_ARGS)
 {
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
 
+	es_check_view_acl(fcinfo, "stat_segments");
 	InitMaterializedSRF(fcinfo, 0);
 	es_wait_store_ready();
 	for (int s = 0; s < es_shared->nshards; s++)
