@@ -181,7 +181,7 @@ CREATE FUNCTION event_store.verify(
 RETURNS SETOF record
 AS 'MODULE_PATHNAME', 'es_verify'
 LANGUAGE C VOLATILE PARALLEL UNSAFE ROWS 10;
-COMMENT ON FUNCTION event_store.verify() IS 'reads every page of every segment and lists all damage; no row = no damage';
+COMMENT ON FUNCTION event_store.verify() IS 'reads every page of every segment and lists all damage; no row = no damage; superuser, and who is granted EXECUTE';
 
 REVOKE ALL ON FUNCTION event_store.pause_shard(integer), event_store.resume_shard(integer),
     event_store.release_wal(integer), event_store.detach(), event_store.verify() FROM PUBLIC;

@@ -366,4 +366,13 @@ SELECT count(*) > 0 FROM event_store.stat_shards;
 SELECT count(*) > 0 FROM event_store.stat_tables;
 SELECT count(*) >= 0 FROM event_store.stat_segments;
 RESET ROLE;
+-- verify() is for who is granted EXECUTE
+SET ROLE regress_es_stat;
+SELECT * FROM event_store.verify();
+RESET ROLE;
+GRANT EXECUTE ON FUNCTION event_store.verify() TO regress_es_stat;
+SET ROLE regress_es_stat;
+SELECT * FROM event_store.verify();
+RESET ROLE;
+REVOKE EXECUTE ON FUNCTION event_store.verify() FROM regress_es_stat;
 DROP ROLE regress_es_stat, regress_es_monitor, regress_es_stats;

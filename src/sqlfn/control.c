@@ -236,8 +236,7 @@ es_verify(PG_FUNCTION_ARGS)
 {
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
 
-	if (!superuser())
-		ereport(ERROR, (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE), errmsg("must be superuser to call verify")));
+	/* nothing of what it reads is shown: who was given EXECUTE may */
 	InitMaterializedSRF(fcinfo, 0);
 	es_wait_store_ready();
 	for (int s = 0; s < es_shared->nshards; s++)
