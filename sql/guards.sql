@@ -376,3 +376,9 @@ SELECT * FROM event_store.verify();
 RESET ROLE;
 REVOKE EXECUTE ON FUNCTION event_store.verify() FROM regress_es_stat;
 DROP ROLE regress_es_stat, regress_es_monitor, regress_es_stats;
+-- what the extension brings is described
+SELECT p.oid::regprocedure FROM pg_proc p WHERE p.pronamespace = 'event_store'::regnamespace AND obj_description(p.oid, 'pg_proc') IS NULL;
+SELECT c.oid::regclass FROM pg_class c WHERE c.relnamespace = 'event_store'::regnamespace AND obj_description(c.oid, 'pg_class') IS NULL;
+SELECT a.attrelid::regclass, a.attname FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+WHERE c.relnamespace = 'event_store'::regnamespace AND col_description(c.oid, a.attnum) IS NULL;
+SELECT name FROM pg_settings WHERE name LIKE 'event\_store.%' AND short_desc = '';
