@@ -18,6 +18,7 @@
 #include "postgres.h"
 
 #include "access/tableam.h"
+#include "access/xlog.h"
 #include "commands/progress.h"
 #include "miscadmin.h"
 #include "storage/bufmgr.h"
@@ -84,6 +85,14 @@ es_table_totals(Relation rel, EsTableTotals *totals)
 	(void) ask_totals(rel, totals, true);
 }
 
+/* As of the last VACUUM or ANALYZE. */
+static void
+catalog_totals(Relation rel, EsTableTotals *totals)
+{
+	totals->rows = (uint64) Max(rel->rd_rel->reltuples, 0);
+	totals->bytes = (uint64) Max(rel->rd_rel->relpages, 1) * BLCKSZ;
+}
+
 /* Without the paused shards: contexts spread evenly, so the others stand for them. */
 static void
 estimate_totals(Relation rel, EsTableTotals *totals)
@@ -91,10 +100,7 @@ estimate_totals(Relation rel, EsTableTotals *totals)
 	int asked = ask_totals(rel, totals, false);
 
 	if (asked == 0)
-	{
-		totals->rows = (uint64) Max(rel->rd_rel->reltuples, 0);
-		totals->bytes = (uint64) Max(rel->rd_rel->relpages, 1) * BLCKSZ;
-	}
+		catalog_totals(rel, totals);
 	else if (asked < es_shared->nshards)
 	{
 		totals->rows = totals->rows * es_shared->nshards / asked;
@@ -142,7 +148,10 @@ es_relation_estimate_size(Relation rel, int32 *attr_widths, BlockNumber *pages, 
 {
 	EsTableTotals totals = {0};
 
-	if (!IsBinaryUpgrade)
+	/* a standby has no shards to ask; it can explain what would be done */
+	if (RecoveryInProgress())
+		catalog_totals(rel, &totals);
+	else if (!IsBinaryUpgrade)
 		cached_totals(rel, &totals);
 	*tuples = (double) totals.rows;
 	*pages = (BlockNumber) Min((totals.bytes + BLCKSZ - 1) / BLCKSZ, MaxBlockNumber);

@@ -76,6 +76,8 @@ $standby->start;
 insert_rows();
 $node->wait_for_catchup($standby);
 like(ask($standby), qr/57P03: event tables are not available while the server is a standby/, 'standby: says so');
+like(ask($standby, 'EXPLAIN SELECT count(*) FROM t WHERE x = 1'), qr/^Aggregate.*\n.*Seq Scan on t /, 'but a query can be explained');
+like(ask($standby, 'EXPLAIN (ANALYZE) SELECT * FROM t'), qr/57P03: event tables are not available while the server is a standby/, 'unless that runs it');
 $standby->promote;
 like(ask($standby), qr/$missing|55000: the event store was written on timeline 1/, 'promoted standby: refused');
 $standby->stop;
