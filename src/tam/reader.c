@@ -447,6 +447,12 @@ es_reader_next(EsReader *r, TupleTableSlot *slot)
 	return true;
 }
 
+uint64
+es_reader_given_out(const EsReader *r)
+{
+	return r->given_out;
+}
+
 void
 es_reader_end(EsReader *r)
 {

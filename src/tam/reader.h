@@ -68,6 +68,9 @@ extern bool es_reader_skip(EsReader *r, EsPosition *position);
 extern EsPosition es_reader_position(const EsReader *r);
 extern int64	  es_reader_version(const EsReader *r);
 
+/* How many rows it has given so far. */
+extern uint64 es_reader_given_out(const EsReader *r);
+
 /* Under SERIALIZABLE it may throw, as es_reader_next: what was skipped is looked at here at the latest. */
 extern void es_reader_end(EsReader *r);
 

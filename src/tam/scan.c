@@ -34,6 +34,7 @@
 #include "catalog/pg_type.h"
 #include "executor/executor.h"
 #include "miscadmin.h"
+#include "pgstat.h"
 #include "nodes/execnodes.h"
 #include "storage/bufmgr.h"
 #include "tcop/pquery.h"
@@ -97,6 +98,14 @@ portal_may_go_back(void)
 	return ActivePortal != NULL && (ActivePortal->cursorOptions & CURSOR_OPT_SCROLL) != 0;
 }
 
+/* For pg_stat_user_tables.seq_scan, which counts as for a heap: each begin and each start over. */
+static void
+count_scan(EsScan scan)
+{
+	if ((scan->base.rs_flags & SO_TYPE_SEQSCAN) != 0)
+		pgstat_count_heap_scan(scan->base.rs_rd);
+}
+
 TableScanDesc
 es_scan_begin(Relation rel, Snapshot snapshot, int nkeys, struct ScanKeyData *key,
 			  ParallelTableScanDesc pscan, uint32 flags)
@@ -128,14 +137,19 @@ es_scan_begin(Relation rel, Snapshot snapshot, int nkeys, struct ScanKeyData *ke
 			p += shared->ndead[s];
 		}
 	}
+	count_scan(scan);
 	return &scan->base;
 }
 
 static void
 close_reader(EsScan scan)
 {
-	if (scan->reader != NULL)
-		es_reader_end(scan->reader);
+	if (scan->reader == NULL)
+		return;
+	/* seq_tup_read: all rows at once, by the macro that takes a number */
+	if ((scan->base.rs_flags & SO_TYPE_SEQSCAN) != 0)
+		pgstat_count_index_tuples(scan->base.rs_rd, (PgStat_Counter) es_reader_given_out(scan->reader));
+	es_reader_end(scan->reader);
 	scan->reader = NULL;
 }
 
@@ -183,6 +197,7 @@ es_scan_rescan(TableScanDesc sscan, struct ScanKeyData *key, bool set_params, bo
 		return;
 	}
 	close_reader(scan);
+	count_scan(scan);
 	scan->done = false;
 	scan->block_done = false;
 	scan->sample_next = 0;

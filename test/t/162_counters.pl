@@ -220,6 +220,33 @@ is(join(' ', @$table{qw(context_column position_column version_column event_id_c
 	'context_id position version event_id event_type', 'stat_tables: columns that have a role');
 is(row('stat_tables', "store = 'plain'::regclass")->{version_column}, undef, 'and none that have not');
 
+# ---- PostgreSQL's own: scans and their rows count as those of a heap with the same rows
+
+sql($node, "CREATE TABLE scanned (position bigint, context_id text, n int) USING event_store; CREATE TABLE scanned_heap (n int);
+	INSERT INTO scanned SELECT NULL, 'c' || g % 60, g FROM generate_series(1, 6000) g; INSERT INTO scanned_heap SELECT generate_series(1, 6000)");
+sub scans
+{
+	my ($of) = @_;
+	return sql($node, "SELECT seq_scan, seq_tup_read FROM pg_stat_user_tables WHERE relname = '$of'");
+}
+foreach my $case (
+	[ 'a scan', 'SELECT count(*) FROM %s' ],
+	[ 'with LIMIT', 'SELECT n FROM %s LIMIT 10' ],
+	[ 'started over', 'SET enable_material = off; SELECT (SELECT count(*) FROM %s WHERE n < g) FROM generate_series(1, 3) g' ],
+	[ 'parallel', 'SET parallel_setup_cost = 0; SET parallel_tuple_cost = 0; SET min_parallel_table_scan_size = 0; SET parallel_leader_participation = off;
+		SET max_parallel_workers_per_gather = 1; SELECT count(*) FROM %s' ],
+	[ 'a cursor', 'BEGIN; DECLARE c SCROLL CURSOR FOR SELECT n FROM %s; MOVE 5 c; MOVE 7 c; CLOSE c; COMMIT' ],
+	[ 'only explained', 'EXPLAIN SELECT * FROM %s' ])
+{
+	my ($name, $query) = @$case;
+	foreach my $of ('scanned', 'scanned_heap') { sql($node, sprintf($query, $of) . '; SELECT pg_stat_force_next_flush()'); }
+	# a backend may still be about to report when psql has ended
+	my $end = time() + 20;
+	sleep 0.1 while scans('scanned') ne scans('scanned_heap') && time() < $end;
+	is(scans('scanned'), scans('scanned_heap'), "pg_stat_user_tables, $name");
+}
+sql($node, 'DROP TABLE scanned, scanned_heap');
+
 # ---- duplicates, one by one
 
 my $id = '00000000-0000-0000-0000-000000000001';
