@@ -518,16 +518,45 @@ check_file(const EsSegmentRef *ref, EsError *err)
 	return ES_OK;
 }
 
+/* What is said of a file that cannot be used, as es_corruption() says it of other files. */
+static int
+refusal_of(const EsError *err, const char **what, const char **hint)
+{
+	switch (err->status)
+	{
+		case ES_ERR_IO:
+			*what = "cannot be read";
+			break;
+		case ES_ERR_VERSION:
+			*what = "was made by another version of event_store";
+			*hint = "Install the version of event_store that made the file, or a newer one.";
+			return ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+		case ES_ERR_FOREIGN:
+			*what = "belongs to another event store";
+			*hint = "Files of event_store cannot be copied from one cluster to another.";
+			return ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
+		default:
+			*what = "is damaged";
+			break;
+	}
+	*hint = "event_store.verify() lists all damage; what does not need this file goes on working.";
+	return err->status == ES_ERR_IO ? ERRCODE_IO_ERROR : ERRCODE_DATA_CORRUPTED;
+}
+
 void
 es_segment_damaged(EsSegmentRef *ref, const EsError *err)
 {
+	const char *what;
+	const char *hint;
+	int			code;
+
 	if (err->status == ES_ERR_NOMEM)
 		return;
 	if (err->status != ES_ERR_IO)
 		ES_COUNT(corruptions, 1);
+	code = refusal_of(err, &what, &hint);
 	ereport(LOG,
-			(errcode(err->status == ES_ERR_IO ? ERRCODE_IO_ERROR : ERRCODE_DATA_CORRUPTED),
-			 errmsg("file \"%s\" cannot be read", ref->path),
+			(errcode(code), errmsg("file \"%s\" %s", ref->path, what),
 			 err->expected_crc != 0 || err->found_crc != 0
 				 ? errdetail("At offset %llu: %s; expected checksum %08X, found %08X.",
 							 (unsigned long long) err->offset, err->what, err->expected_crc, err->found_crc)
@@ -537,8 +566,11 @@ es_segment_damaged(EsSegmentRef *ref, const EsError *err)
 void
 es_segment_send_error(EsConn *conn, uint16 type, uint64 id, const char *path, const EsError *err)
 {
-	char message[MAXPGPATH + 64];
-	char detail[256];
+	char		message[MAXPGPATH + 64];
+	char		detail[256];
+	const char *what;
+	const char *hint;
+	int			code;
 
 	if (err->status == ES_ERR_NOMEM)
 	{
@@ -546,16 +578,14 @@ es_segment_send_error(EsConn *conn, uint16 type, uint64 id, const char *path, co
 						   "out of memory in a shard of the event store", "", "");
 		return;
 	}
-	snprintf(message, sizeof(message), "file \"%s\" %s", path,
-			 err->status == ES_ERR_IO ? "cannot be read" : "is damaged");
+	code = refusal_of(err, &what, &hint);
+	snprintf(message, sizeof(message), "file \"%s\" %s", path, what);
 	if (err->expected_crc != 0 || err->found_crc != 0)
 		snprintf(detail, sizeof(detail), "At offset %llu: %s; expected checksum %08X, found %08X.",
 				 (unsigned long long) err->offset, err->what, err->expected_crc, err->found_crc);
 	else
 		snprintf(detail, sizeof(detail), "At offset %llu: %s.", (unsigned long long) err->offset, err->what);
-	es_conn_send_error(
-		conn, type, id, err->status == ES_ERR_IO ? ERRCODE_IO_ERROR : ERRCODE_DATA_CORRUPTED, message, detail,
-		"event_store.verify() lists all damage; what does not need this file goes on working.");
+	es_conn_send_error(conn, type, id, code, message, detail, hint);
 }
 
 EsSegment *

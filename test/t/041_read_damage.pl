@@ -116,6 +116,26 @@ link("$dir/$segments[1]", $file) or die;
 like($err, qr/XX001/, 'a file in place of another is damage');
 unlink($file);
 rename("$file.away", $file) or die;
+
+# a file of a later version, whose header may be longer, is not damaged
+open(my $segment, '+<:raw', $file) or die "$file: $!";
+seek($segment, 8, 0);
+read($segment, my $header, 4);
+my ($version, $len) = unpack('vv', $header);
+seek($segment, 8, 0);
+print $segment pack('vv', $version + 1, $len + 8);
+close($segment);
+$node->restart;
+($status, $out, $err) = $node->psql('postgres', "\\set VERBOSITY verbose\n$queries{all}");
+my $later = $version + 1;
+like($err, qr/55000: file "event_store\/shard_0\/\Q$segments[0]\E" was made by another version.*format version $later, this is version $version.*HINT:.*Install the version/s,
+	'a file of a later version: both are named');
+is($node->safe_psql('postgres', 'SELECT count(*) FROM other'), '1000', 'another table is read');
+open($segment, '+<:raw', $file) or die "$file: $!";
+seek($segment, 8, 0);
+print $segment $header;
+close($segment);
+$node->restart;
 is($node->safe_psql('postgres', $queries{all}), $right{all}, 'all is well again');
 $node->stop;
 done_testing();
