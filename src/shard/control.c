@@ -19,6 +19,26 @@
  * block is written again, at the same place, a second later; an error on sync is a PANIC,
  * for a later sync of the same pages would report success.
  *
+ * An older copy of the store's directory beside a newer cluster.  One that was not stopped cleanly asks for
+ * PostgreSQL's WAL, and is refused if that is gone.  One that was asks for nothing; so there is
+ * a witness that such a copy does not bring along: file "event_store.opened" beside the
+ * directory, with a block for each shard, a copy of the control block with which the shard opened last.
+ *		When a clean shard is opened, restart_lsn of its control block is not below that of the note.
+ * A control block's restart_lsn never moves back, and the note is written after both of the shard's
+ * blocks were replaced and synced with what it says.  So a crash, a full disk or a lost write between
+ * them leaves a note that is older than it could be, and older notes refuse less.  A clean
+ * stop notes F, and the next start of the server, which has written a checkpoint since, F
+ * again: so every older clean copy is below.  A clean shard that is not opened for long, because
+ * it cannot or because the server stopped before, has an old block and an old note.
+ *		The slot could not be that witness.  It moves on without shards that are clean (while others
+ * stop, or run), it is made anew at a checkpoint behind a clean stop, and anybody may move
+ * it while the library is not loaded.
+ *		A note counts for its store, cluster, timeline and shard only: a new store in the place of
+ * one that was given up has no note, nor has one that was adopted, whose control blocks
+ * have F of the adoption, besides.  And it counts only if it lies in the cluster's past: where
+ * PostgreSQL's files are the older ones (a backup was put over a newer data directory that held
+ * this file) it is the note that is wrong.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
@@ -134,6 +154,70 @@ es_control_check(int shard, const EsControl *control, const EsFileIdentity *iden
 	else
 		return;
 	es_corruption(ERROR, es_path_in_shard(shard, names[control->sequence % 2]), &err);
+}
+
+/* ---- with what shards opened last ---- */
+
+#define OPENED_NAME ES_STORE_DIR ".opened"
+
+void
+es_opened_note(int shard, const EsControl *control)
+{
+	EsControl c = *control;
+	char	  buf[ES_WAL_BLOCK];
+	int		  fd = OpenTransientFile(OPENED_NAME, O_RDWR | O_CREAT | PG_BINARY);
+
+	if (fd < 0)
+	{
+		es_file_error(LOG, errno, "open", OPENED_NAME);
+		return;
+	}
+	es_control_encode(&c, buf);
+	errno = 0;
+	if (pg_pwrite(fd, buf, sizeof(buf), (off_t) shard * ES_WAL_BLOCK) != sizeof(buf))
+		es_file_error(LOG, errno ? errno : ENOSPC, "write", OPENED_NAME);
+	else if (pg_fsync(fd) != 0)
+		es_file_error(LOG, errno, "fsync", OPENED_NAME);
+	else
+		(void) fsync_fname_ext(".", true, false, LOG);
+	CloseTransientFile(fd);
+}
+
+EsLsn
+es_opened_lsn(const EsFileIdentity *identity)
+{
+	static const char nothing[ES_WAL_BLOCK];
+	char			  buf[ES_WAL_BLOCK];
+	EsControl		  c;
+	EsError			  err;
+	ssize_t			  len;
+	int				  fd = OpenTransientFile(OPENED_NAME, O_RDONLY | PG_BINARY);
+
+	if (fd < 0)
+	{
+		if (errno != ENOENT)
+			es_file_error(LOG, errno, "open", OPENED_NAME);
+		return 0;
+	}
+	len = pg_pread(fd, buf, sizeof(buf), (off_t) identity->shard * ES_WAL_BLOCK);
+	if (len < 0)
+		es_file_error(LOG, errno, "read", OPENED_NAME);
+	CloseTransientFile(fd);
+
+	/* it ends there, or has a hole, if the shard has never opened */
+	if (len != sizeof(buf) || memcmp(buf, nothing, sizeof(buf)) == 0)
+		return 0;
+	if (es_control_decode(buf, &c, &err) != ES_OK)
+	{
+		ereport(LOG,
+				(errcode(ERRCODE_DATA_CORRUPTED),
+				 errmsg("file \"%s\" does not tell whether the files of shard %d are those that it had last",
+						OPENED_NAME, identity->shard),
+				 errdetail("Its block at offset %d is not valid: %s.", identity->shard * ES_WAL_BLOCK,
+						   err.what)));
+		return 0;
+	}
+	return memcmp(&c.identity, identity, sizeof(*identity)) == 0 ? c.restart_lsn : 0;
 }
 
 /* ---- writing ---- */

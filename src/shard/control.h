@@ -36,6 +36,15 @@ extern void es_control_write(const EsControl *control, void (*done)(void));
 extern void es_control_tick(void);
 extern int	es_control_stuck_errno(void);
 
+/*
+ * Notes, outside the store's directory, with which control block the shard has opened.  A failure
+ * is logged, no more: a note that is older, or missing, says less and nothing wrong.
+ */
+extern void es_opened_note(int shard, const EsControl *control);
+
+/* restart_lsn of the last note of this shard, store, cluster and timeline; 0 = none, or it cannot be read. */
+extern EsLsn es_opened_lsn(const EsFileIdentity *identity);
+
 extern uint64 es_unix_micros(void);
 
 #endif /* ES_SHARD_CONTROL_H */

@@ -345,6 +345,44 @@ remove_unnamed(int shard, EsManifestState *manifest)
 	manifest->head.next_segment_id = Max(manifest->head.next_segment_id, highest + 1) + 1000;
 }
 
+/*
+ * A shard that was stopped cleanly, and was opened again after that, comes with what it
+ * had then (control.c): what it has taken since would be missing without a word.
+ */
+static void
+check_not_older(int shard, EsShardFiles *files)
+{
+	EsLsn stopped = files->control.restart_lsn;
+	EsLsn opened;
+
+	if (!(files->control.flags & ES_CONTROL_CLEAN))
+		return;
+	opened = es_opened_lsn(&files->identity);
+	if (opened <= stopped || opened > GetFlushRecPtr(NULL))
+		return;
+
+	files->older = pg_atomic_read_u32(&es_shard->release_wal) != 0;
+	if (files->older)
+		ereport(
+			WARNING,
+			(errcode(ERRCODE_DATA_CORRUPTED),
+			 errmsg("shard %d opens with files that are older than those it had last", shard),
+			 errdetail(
+				 "event_store.release_wal(%d) was called. The files are of a stop at %X/%X, and the shard was opened again at %X/%X: events since the stop are lost.",
+				 shard, LSN_FORMAT_ARGS(stopped), LSN_FORMAT_ARGS(opened))));
+	else
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("the files of shard %d are older than those it had last", shard),
+			 errdetail("They are of a clean stop at %X/%X, but by file \"" ES_STORE_DIR
+					   ".opened\" the shard was opened again at %X/%X.",
+					   LSN_FORMAT_ARGS(stopped), LSN_FORMAT_ARGS(opened)),
+			 errhint(
+				 "Stop the server, and put the newer directory back or restore the whole data directory. event_store.release_wal(%d) opens the shard with these files and gives up later events.",
+				 shard)));
+}
+
 void
 es_files_open(int shard, EsShardFiles *files)
 {
@@ -368,6 +406,7 @@ es_files_open(int shard, EsShardFiles *files)
 
 	es_control_read(shard, &files->control);
 	es_control_check(shard, &files->control, &files->identity);
+	check_not_older(shard, files);
 	files->fresh = files->control.incarnation == 0;
 	es_manifest_load(shard, &files->control, &files->manifest);
 

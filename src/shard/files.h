@@ -77,6 +77,7 @@ typedef struct EsShardFiles
 {
 	EsFileIdentity	identity;
 	bool			fresh;	 /* there was nothing: a new shard */
+	bool			older;	 /* not what the shard had last, and to be opened all the same (release_wal) */
 	EsControl		control; /* current one */
 	EsManifestState manifest;
 } EsShardFiles;

@@ -184,6 +184,7 @@ es_log_open(const EsShardFiles *files, uint64 incarnation)
 	es_control_replace(es_log.identity.shard, &c);
 	es_control_own(es_log.identity.shard, &c);
 	ES_FAULT("log-unclean");
+	es_opened_note(es_log.identity.shard, &c);
 	publish();
 	pg_memory_barrier();
 	pg_atomic_write_u32(&es_shard->clean, 0);

@@ -56,6 +56,8 @@
 /* Messages between two looks at verdicts, log, flush. */
 #define HOUSEKEEPING_MESSAGES 256
 #define VERDICT_MESSAGES	  16384
+/* More than were ever taken between an older copy of a shard's files and now. */
+#define OLDER_POSITIONS (UINT64CONST(1) << 40)
 
 EsLsn es_recovery_end = 0;
 
@@ -466,7 +468,7 @@ read_pg_wal(bool released)
 /* ---- positions ---- */
 
 static void
-recover_positions(const EsControl *control, bool clean)
+recover_positions(const EsControl *control, bool clean, bool older)
 {
 	EsPosition next = es_apply_highest_position + 1;
 
@@ -480,6 +482,9 @@ recover_positions(const EsControl *control, bool clean)
 	{
 		next = Max(next, clean ? control->next_position : reserved_below);
 		next = Max(next, pg_atomic_read_u64(&es_shared->position_start));
+		/* nobody knows how many were taken since; storages made since have ids of the same counter */
+		if (older && next < ES_MAX_POSITION - OLDER_POSITIONS)
+			next += OLDER_POSITIONS;
 	}
 	es_positions_recovered(next, Max(reserved_below, next));
 }
@@ -548,7 +553,7 @@ es_recover(void)
 	ES_FAULT("recovery-pg-wal-read");
 
 	/* 6 */
-	recover_positions(&files.control, clean);
+	recover_positions(&files.control, clean, files.older);
 	ES_SET(last_position, es_apply_highest_position);
 
 	ereport(

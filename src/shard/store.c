@@ -23,7 +23,8 @@
  * event_store.adopt_system_id that nothing was written since the clean stop.
  *
  * What is wrong with one shard only (its control blocks are damaged, its directory
- * is missing) is that shard's own refusal: the others open.
+ * is missing, its files are older than those it had last: control.c) is that shard's own
+ * refusal: the others open.
  *
  *-------------------------------------------------------------------------
  */

@@ -2,7 +2,7 @@
  *
  * es_filedump.c
  *	  Prints any file of an event store in words: store, control.0 and .1, wal.*,
- *	  manifest, seg.*.  Reads only; a server may be running.
+ *	  manifest, seg.*, event_store.opened.  Reads only; a server may be running.
  *
  * What a file is says its magic, not its name.  Everything is checked on the way
  * as a shard would check it, segments page by page.  How much of a log or a
@@ -133,11 +133,12 @@ dump(const char *path)
 static void
 usage(void)
 {
-	printf("es_filedump prints and checks files of an event store.\n\n"
-		   "Usage:\n  es_filedump [-v] FILE...\n\n"
-		   "  -v, --verbose  also columns of batches, batch lists, versions, statistics of zones\n\n"
-		   "Files are $PGDATA/event_store/store and, in $PGDATA/event_store/shard_N/, control.0, control.1,\n"
-		   "wal.*, manifest and seg.*.  Exit status: 0 = all good, 1 = damage found, 2 = cannot read.\n");
+	printf(
+		"es_filedump prints and checks files of an event store.\n\n"
+		"Usage:\n  es_filedump [-v] FILE...\n\n"
+		"  -v, --verbose  also columns of batches, batch lists, versions, statistics of zones\n\n"
+		"Files are $PGDATA/event_store/store and, in $PGDATA/event_store/shard_N/, control.0, control.1,\n"
+		"wal.*, manifest and seg.*, and $PGDATA/event_store.opened.  Exit status: 0 = all good, 1 = damage found, 2 = cannot read.\n");
 }
 
 int

@@ -82,10 +82,15 @@ print_control(const Input *in)
 	printf("control block\n");
 	if (!one_block(in))
 		return;
-	if (es_control_decode(in->data, &c, &err) != ES_OK)
-		damaged(&err);
-	else
-		print_control_body(&c);
+	/* event_store.opened has one for each shard */
+	for (size_t at = 0; at + ES_WAL_BLOCK <= in->len; at += ES_WAL_BLOCK)
+		if (es_control_decode(in->data + at, &c, &err) == ES_OK)
+			print_control_body(&c);
+		else
+		{
+			err.offset += at;
+			damaged(&err);
+		}
 }
 
 bool

@@ -90,6 +90,7 @@ sub with_damage
 	$node->stop('immediate');
 	remove_tree($dir);
 	rename("$dir.saved", $dir) or die "rename: $!";
+	unlink("$dir.opened"); # or shards that were opened meanwhile notice that these are older files
 	$node->start;
 	return;
 }

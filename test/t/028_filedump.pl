@@ -51,6 +51,7 @@ foreach my $kind (sort keys %kinds)
 	diag(substr($out, 0, 900)) if $ENV{ES_SHOW};
 }
 my @all = grep { !/pgsql_tmp[^\/]*$/ && -f $_ } glob("$uuid_dir/* $uuid_dir/shard_*/*");
+push(@all, "$uuid_dir.opened");
 my ($status, $out) = dump_file(@all);
 is($status, 0, 'all files of the store at once, ' . @all . ' files');
 unlike($out, qr/DAMAGED/, 'none is damaged');
