@@ -164,6 +164,9 @@ es_stat_shards(PG_FUNCTION_ARGS)
 		memcpy(store_reason, es_shared->store_reason, sizeof(store_reason));
 		SpinLockRelease(&es_shared->mutex);
 	}
+	else if (RecoveryInProgress())
+		strlcpy(store_reason, "event tables are not available while the server is a standby or recovers",
+				sizeof(store_reason));
 	store_refused =
 		store_reason[0] != '\0' && pg_atomic_read_u32(&es_shared->store_failed) == ES_STORE_REFUSED;
 	for (int s = 0; s < es_shared->nshards; s++)

@@ -80,6 +80,8 @@ $standby->start;
 insert_rows();
 $node->wait_for_catchup($standby);
 like(ask($standby), qr/57P03: event tables are not available while the server is a standby/, 'standby: says so');
+is(ask($standby, 'SELECT DISTINCT state, reason FROM event_store.stat_shards'),
+	'absent|event tables are not available while the server is a standby or recovers', 'stat_shards as well');
 like(ask($standby, 'EXPLAIN SELECT count(*) FROM t WHERE x = 1'), qr/^Aggregate.*\n.*Seq Scan on t /, 'but a query can be explained');
 like(ask($standby, 'EXPLAIN (ANALYZE) SELECT * FROM t'), qr/57P03: event tables are not available while the server is a standby/, 'unless that runs it');
 $standby->promote;
