@@ -227,6 +227,17 @@ es_nblocks(RelFileLocator locator)
 	return n;
 }
 
+/* Path of a table's file, in the data directory; 18 gives it back by value. */
+static inline char *
+es_relation_path(Relation rel)
+{
+#if PG_VERSION_NUM >= 180000
+	return pstrdup(relpathperm(rel->rd_locator, MAIN_FORKNUM).str);
+#else
+	return relpathperm(rel->rd_locator, MAIN_FORKNUM);
+#endif
+}
+
 /* ---- replication slots ---- */
 
 static inline void

@@ -340,17 +340,29 @@ read_metapage(Relation rel, EsMetapage *meta)
 	if (table_block_relation_size(rel, MAIN_FORKNUM) == 0)
 		ereport(ERROR, (errcode(ERRCODE_DATA_CORRUPTED),
 						errmsg("table \"%s\" has no metapage", RelationGetRelationName(rel)),
-						errdetail("Its file is empty.")));
+						errdetail("Its file \"%s\" is empty.", es_relation_path(rel))));
 	buffer = ReadBuffer(rel, 0);
 	LockBuffer(buffer, BUFFER_LOCK_SHARE);
 	status = es_metapage_decode(PageGetContents(BufferGetPage(buffer)),
 								BLCKSZ - MAXALIGN(SizeOfPageHeaderData), meta, &err);
 	UnlockReleaseBuffer(buffer);
+	if (status == ES_ERR_VERSION)
+		ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+						errmsg("table \"%s\" was made by another version of event_store",
+							   RelationGetRelationName(rel)),
+						errdetail("File \"%s\": %s.", es_relation_path(rel), err.what),
+						errhint("Install the version of event_store that made the table, or a newer one.")));
 	if (status != ES_OK)
 		ereport(ERROR,
 				(errcode(ERRCODE_DATA_CORRUPTED),
 				 errmsg("metapage of table \"%s\" is damaged: %s", RelationGetRelationName(rel), err.what),
-				 errdetail("Expected checksum %08x, found %08x.", err.expected_crc, err.found_crc)));
+				 err.expected_crc != 0 || err.found_crc != 0
+					 ? errdetail("File \"%s\", offset %d: expected checksum %08X, found %08X.",
+								 es_relation_path(rel), (int) MAXALIGN(SizeOfPageHeaderData),
+								 err.expected_crc, err.found_crc)
+					 : errdetail("File \"%s\", offset %d.", es_relation_path(rel),
+								 (int) MAXALIGN(SizeOfPageHeaderData)),
+				 errhint("Check the storage for errors, then restore the data directory from a backup.")));
 	if (memcmp(meta->store_uuid, es_shared->store_uuid, ES_UUID_LEN) != 0)
 		ereport(
 			ERROR,

@@ -137,5 +137,37 @@ print $segment $header;
 close($segment);
 $node->restart;
 is($node->safe_psql('postgres', $queries{all}), $right{all}, 'all is well again');
+
+# a table's metapage, in PostgreSQL's own file
+my $path = $node->safe_psql('postgres', q{SELECT pg_relation_filepath('ev')});
 $node->stop;
+my $whole = slurp_file($node->data_dir . "/$path");
+foreach my $case (
+	[ 24, qr/XX001: metapage of table "ev" is damaged: not a metapage.*DETAIL:  File "\Q$path\E", offset 24\./s ],
+	[ 28, qr/55000: table "ev" was made by another version.*DETAIL:  File "\Q$path\E": metapage has format version \d+, this program knows \d+/s ],
+	[ 40, qr/XX001: metapage of table "ev" is damaged.*DETAIL:  File "\Q$path\E", offset 24: expected checksum [0-9A-F]{8}, found/s ])
+{
+	my ($offset, $message) = @$case;
+	my $page = $whole;
+	substr($page, $offset, 1) ^= "\x10";
+	put($page);
+	$node->start;
+	($status, $out, $err) = $node->psql('postgres', "\\set VERBOSITY verbose\n$queries{all}");
+	# with checksums of its own PostgreSQL finds it first
+	like($err, qr/$message|XX001: invalid page in block 0 of relation \"?$path/, "metapage, byte $offset: file, offset and what is wrong");
+	is($node->safe_psql('postgres', 'SELECT count(*) FROM other'), '1000', 'another table is read');
+	$node->stop;
+}
+put($whole);
+$node->start;
+is($node->safe_psql('postgres', $queries{all}), $right{all}, 'all is well again');
+$node->stop;
+
+sub put
+{
+	open(my $f, '>:raw', $node->data_dir . "/$path") or die "$path: $!";
+	print $f $_[0];
+	close($f);
+	return;
+}
 done_testing();
