@@ -36,6 +36,7 @@ ES_FAULT_POINT("abort", 0, "backend")								  /* in the abort callback */
 /* ---- ipc: positions and horizon ---- */
 ES_FAULT_POINT("reserve-after-publish", ES_FAULT_MAY_THROW, "backend") /* slot set, no position taken */
 ES_FAULT_POINT("reserve-after-take", ES_FAULT_MAY_THROW, "backend")	   /* positions taken */
+ES_FAULT_POINT("reserve-before-id", ES_FAULT_MAY_THROW, "backend")	   /* no storage id taken */
 ES_FAULT_POINT("reserve-before-log", ES_FAULT_MAY_THROW, "backend")	   /* new H announced */
 ES_FAULT_POINT("reserve-before-flush", ES_FAULT_MAY_THROW, "backend")  /* RESERVE logged */
 ES_FAULT_POINT("reserve-after-flush", ES_FAULT_MAY_THROW, "backend")   /* RESERVE durable, H not raised */

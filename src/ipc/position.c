@@ -205,10 +205,16 @@ uint64
 es_positions_take_id(void)
 {
 	EsPosition id;
+	bool	   joined;
 
 	(void) known_counter();
+	/* a shard that stops for a detach notes the counter, so it waits for who is about to move it */
+	joined = es_join_store();
+	ES_FAULT_ERROR("reserve-before-id");
 	id = take(1);
 	ensure_reserved(id + 1);
+	if (joined)
+		es_leave_store();
 	return id;
 }
 

@@ -462,18 +462,20 @@ es_wait_store_ready(void)
 	pg_read_barrier();
 }
 
-void
+bool
 es_join_store(void)
 {
 	EsBackendSlot *slot = es_my_slot();
 
+	if (pg_atomic_read_u32(&slot->has_events) != 0)
+		return false;
 	for (;;)
 	{
 		pg_atomic_write_u32(&slot->has_events, 1);
 		/* either we see that the store was closed, or the shards, which ask after that, see us */
 		pg_memory_barrier();
 		if (pg_atomic_read_u32(&es_shared->store_ready) != 0)
-			return;
+			return true;
 		pg_atomic_write_u32(&slot->has_events, 0);
 		es_wait_store_ready();
 	}

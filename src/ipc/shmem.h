@@ -330,9 +330,9 @@ extern void es_wait_shard_open(int shard);
 
 /*
  * The transaction is about to have its first event: from here to es_leave_store() a detach waits for it.  Waits as
- * es_wait_store_ready() does.  Leaving never throws.
+ * es_wait_store_ready() does; false: it has joined already.  Leaving never throws.
  */
-extern void es_join_store(void);
+extern bool es_join_store(void);
 extern void es_leave_store(void);
 
 #endif /* ES_IPC_SHMEM_H */

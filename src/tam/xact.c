@@ -117,7 +117,7 @@ xact_get(void)
 		MemoryContext context;
 		EsXact		 *x;
 
-		es_join_store();
+		(void) es_join_store();
 		context =
 			AllocSetContextCreate(TopTransactionContext, "event_store transaction", ALLOCSET_SMALL_SIZES);
 		x = MemoryContextAllocZero(context, sizeof(EsXact));
