@@ -22,6 +22,7 @@ my @plan = (
 	[ qr/^channel-mid-message|^log-between-pieces/, 'backend', ['huge'] ],
 	[ qr/^channel-/, 'backend', ['reconnect'] ],
 	[ qr/^reserve-(before|after)-(log|flush)/, 'backend', ['reserve'] ],
+	[ qr/^reserve-before-id/, 'backend', ['drop'] ],
 	[ qr/^reserve-|^horizon-/, 'backend', [] ],
 	[ qr/^server-before-attach/, 'backend', ['reconnect'] ],
 	[ qr/^scan-before/, 'backend', ['scan'] ],
