@@ -65,6 +65,17 @@ sub is_usable
 	is(attempt($s, 'SELECT half_sent FROM channel(0)'), 'f', "$name: nothing is half-sent");
 }
 
+# A few milliseconds may be too short for RESET as well.
+sub reset_timeout
+{
+	for (1 .. 1000)
+	{
+		attempt($s, 'RESET statement_timeout');
+		last if attempt($s, 'SHOW statement_timeout') eq '0';
+	}
+	return;
+}
+
 # ---- cancel in the middle of a message
 
 run('SELECT pause_shard(0, true)');
@@ -88,10 +99,10 @@ for my $i (1 .. 20)
 	attempt($s, "SET statement_timeout = ${\(10 + $i)}; SELECT echo(0, $size)");
 }
 run('SELECT pause_shard(0, false)');
-attempt($s, 'RESET statement_timeout');
+reset_timeout();
 is_usable('many time-outs');
 attempt($s, "SET statement_timeout = 3; SELECT echo(0, $long)") for 1 .. 50;
-attempt($s, 'RESET statement_timeout');
+reset_timeout();
 is_usable('many time-outs while the shard takes');
 
 # ---- enqueue_timeout: with nothing half-sent
@@ -100,7 +111,7 @@ run('SELECT pause_shard(0, true)');
 my $start = time;
 is( attempt($s, "SET event_store.enqueue_timeout = '300ms'; SELECT echo(0, $long)"),
 	'53000: shard 0 is busy', 'no room for enqueue_timeout');
-cmp_ok(time - $start, '<', 3, 'in time');
+cmp_ok(time - $start, '<', 25, 'in time, which is not the default of 30 s');
 is(attempt($s, 'SELECT send_without_waiting(0, 100000, 10)'), '53000: shard 0 is busy', 'small messages, too');
 is(attempt($s, 'SELECT hint(1)'), 't', 'another shard takes hints');
 is(attempt($s, "SELECT count(*) FROM generate_series(1, 20000) WHERE NOT hint(0)") > 0, 1, 'a hint without room is not sent');
@@ -111,6 +122,7 @@ $t->query_safe("SET search_path = event_store_test, public; SET event_store.enqu
 is(attempt($t, 'SELECT hint(0)'), 'f', 'a hint makes no connection');
 is(attempt($t, 'SELECT echo(0, 1)'), '53000: shard 0 is busy', 'no connection to a shard that takes nothing');
 run('SELECT pause_shard(0, false)');
+attempt($t, 'RESET event_store.enqueue_timeout');
 is(attempt($t, 'SELECT echo(0, 1) > 0'), 't', 'and then one');
 $t->quit;
 attempt($s, 'RESET event_store.enqueue_timeout');

@@ -18,6 +18,8 @@ max_worker_processes = 16
 max_connections = 60
 log_statement = none
 synchronous_commit = off
+# its snapshots would need folded entries
+autovacuum = off
 CONF
 $node->start;
 # A heap table plays the event table: its rows become visible exactly when the transaction does.

@@ -72,8 +72,10 @@ my $log = substr(slurp_file($node->logfile), $offset);
 like($log, qr/WARNING:  event_store does not run on standbys/, 'synchronous_standby_names');
 like($log, qr/WARNING:  max_slot_wal_keep_size is 100 MB/,     'max_slot_wal_keep_size');
 like($log, qr/WARNING:  invalid configuration parameter name "event_store\.shard"/, 'a setting that does not exist');
-is( $node->safe_psql('postgres', "SELECT string_agg(backend_type, ', ' ORDER BY backend_type) FROM pg_stat_activity WHERE backend_type ~ 'event_store'"),
-	'event_store keeper, event_store maintenance 0, event_store shard 0, event_store shard 1',
+# connections are taken while they start
+ok( $node->poll_query_until('postgres',
+		"SELECT string_agg(backend_type, ', ' ORDER BY backend_type) FROM pg_stat_activity WHERE backend_type ~ 'event_store'",
+		'event_store keeper, event_store maintenance 0, event_store shard 0, event_store shard 1'),
 	'the processes show in pg_stat_activity');
 $node->safe_psql('postgres', 'CREATE EXTENSION event_store');
 $node->safe_psql('postgres', 'CREATE DATABASE other');
@@ -84,8 +86,10 @@ pass('DROP DATABASE is not held up by them');
 $node->stop;
 append_to_file($conf, "event_store.shards = 0\nmax_worker_processes = 30\n");
 $node->start;
-is($node->safe_psql('postgres', "SELECT count(*) FROM pg_stat_activity WHERE backend_type ~ 'event_store shard'"),
-	'2', 'event_store.shards = 0 takes what the store has');
+ok( $node->poll_query_until('postgres',
+		"SELECT (SELECT count(*) FROM pg_stat_activity WHERE backend_type ~ 'event_store shard') || ' ' || string_agg(state, ' ') FROM event_store.stat_shards",
+		'2 open open'),
+	'event_store.shards = 0 takes what the store has');
 $node->stop;
 
 # ---- without workers

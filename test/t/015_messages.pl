@@ -20,6 +20,9 @@ CONF
 $node->start;
 $node->safe_psql('postgres', 'CREATE SCHEMA event_store_test; CREATE EXTENSION event_store_test');
 
+# a shard that starts logs messages of its own
+$node->safe_psql('postgres', 'SELECT event_store_test.echo(0, 1), event_store_test.echo(1, 1)');
+
 # ---- records
 
 sub records

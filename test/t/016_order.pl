@@ -82,6 +82,8 @@ for my $i (1 .. 5)
 is($other->query_safe("SELECT count(*) FROM (SELECT version, row_number() OVER (ORDER BY position) AS rank FROM numbered WHERE context_id = 'a') x WHERE version <> rank"),
 	'0', 'and of positions');
 $_->quit for @sessions, $other;
+# room for the next 66: a session is not over when its psql is
+ok($node->poll_query_until('postgres', q{SELECT count(*) = 1 FROM pg_stat_activity WHERE backend_type = 'client backend'}), 'all are gone');
 
 # ---- by chance: in one snapshot, a heap row and the event of the same transaction are both there or both not
 

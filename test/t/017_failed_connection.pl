@@ -27,7 +27,8 @@ inject('scan-before-slice', 'sleep');
 for (my $i = 0; $i < 100 && hits('scan-before-slice') == 0; $i++)
 {
 	$s->query_safe('MOVE 200 FROM c');
-	sleep 0.02;
+	# longer than the shard needs: who moves beyond what was read ahead would wait for it
+	sleep 0.3;
 }
 is(hits('scan-before-slice'), '1', 'the shard reads ahead');
 $s->query_safe('COMMIT');
