@@ -149,7 +149,7 @@ sub killed_once
 	my ($self, $node, $point, $offset, $name) = @_;
 	my @pids = firings($node, $point, 'kill', $offset);
 	my @ended;
-	my $end = time() + 10;
+	my $end = time() + 60;
 
 	while (1)
 	{

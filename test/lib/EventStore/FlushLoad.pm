@@ -71,7 +71,7 @@ SQL
 }
 
 # Shows what is behind a complaint: the contexts, row by row.
-sub tell
+sub show
 {
 	my ($node, $wrong) = @_;
 	my %contexts = map { $_ => 1 } $wrong =~ /^(?:gap|order) in (.+)$/mg;
@@ -102,7 +102,7 @@ sub consistent
 	my ($node, $name) = @_;
 	my $wrong = wrong($node);
 
-	is($wrong, '', "$name: all that was committed is there, once and in order") or tell($node, $wrong);
+	is($wrong, '', "$name: all that was committed is there, once and in order") or show($node, $wrong);
 	return $wrong eq '';
 }
 
