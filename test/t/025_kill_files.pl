@@ -137,12 +137,16 @@ for my $point (@at_start)
 
 	write_rows();
 	$node->safe_psql('postgres', "SELECT event_store_test.inject_fault('$point', 'kill')");
-	for (1 .. 5)
+	for (1 .. 10)
 	{
 		last if slurp_file($node->logfile, $offset) =~ /terminated by signal 9/;
 		try_sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'event_store shard 1'");
-		sleep(1) for 1 .. 3;
-		write_rows() if $point eq 'pgwal-message';
+		for (1 .. 100)
+		{
+			last if slurp_file($node->logfile, $offset) =~ /terminated by signal 9/;
+			select(undef, undef, undef, 0.1);
+			write_rows() if $point eq 'pgwal-message' && $_ == 30;
+		}
 	}
 	like(slurp_file($node->logfile, $offset), qr/terminated by signal 9/, "$point: killed");
 	wait_until_up($point);

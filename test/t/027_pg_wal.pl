@@ -16,7 +16,7 @@ shared_preload_libraries = 'event_store'
 wal_level = replica
 max_worker_processes = 16
 event_store.shards = 2
-event_store.startup_timeout = '30s'
+event_store.startup_timeout = '120s'
 CONF
 $node->start;
 $node->safe_psql('postgres', <<'SQL');
@@ -35,6 +35,15 @@ sub ask
 	return $out if $status == 0;
 	$err =~ s/\s+/ /g;
 	return $err;
+}
+
+# The slot follows once a second: where the paused shard needs PostgreSQL's WAL from.
+sub slot_at_rest
+{
+	my $slot = q{SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = 'event_store'};
+	$node->poll_query_until('postgres', "SELECT ($slot) = (SELECT restart_lsn FROM event_store.stat_shards WHERE shard = 1)")
+	  or diag('the slot does not follow');
+	return $node->safe_psql('postgres', $slot);
 }
 
 # ---- forged records
@@ -56,7 +65,7 @@ for (1 .. 4)
 	$node->safe_psql('postgres', "INSERT INTO h SELECT g, repeat('x', 500) FROM generate_series(1, 50000) g; SELECT pg_switch_wal()");
 }
 $node->safe_psql('postgres', 'CHECKPOINT');
-my $before = $node->safe_psql('postgres', "SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = 'event_store'");
+my $before = slot_at_rest();
 my $segment = $node->safe_psql('postgres', "SELECT pg_walfile_name('$before'::pg_lsn)");
 my $path    = $node->data_dir . "/pg_wal/$segment";
 ok(-e $path, 'the file is kept');
@@ -70,7 +79,7 @@ my $answer = ask();
 like($answer,
 	qr/58P01: PostgreSQL's write-ahead log that shard 1 needs is gone.*from [0-9A-F]+\/[0-9A-F]+ on, but file "pg_wal\/$segment".*slot "event_store".*HINT: .*release_wal\(1\)/,
 	'a file that is gone: refused');
-is(ask("SELECT string_agg(shard || state, ' ' ORDER BY shard) FROM event_store.stat_shards"), '0open 1failed', 'by that shard only');
+ok($node->poll_query_until('postgres', "SELECT string_agg(shard || state, ' ' ORDER BY shard) FROM event_store.stat_shards", '0open 1failed'), 'by that shard only');
 is(ask('CREATE DATABASE other'), '', 'databases can be made of templates without event tables');
 like(ask('CREATE DATABASE another TEMPLATE bare'), qr/55000: cannot tell.*Shard 1 could not open/, 'and of no other');
 
@@ -87,7 +96,7 @@ for (1 .. 4)
 	$node->safe_psql('postgres', "INSERT INTO h SELECT g, repeat('x', 500) FROM generate_series(1, 50000) g; SELECT pg_switch_wal()");
 }
 $node->safe_psql('postgres', 'CHECKPOINT');
-$before = $node->safe_psql('postgres', "SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = 'event_store'");
+$before = slot_at_rest();
 $segment = $node->safe_psql('postgres', "SELECT pg_walfile_name('$before'::pg_lsn)");
 $node->stop('immediate');
 unlink($node->data_dir . "/pg_wal/$segment") or die "unlink: $!";

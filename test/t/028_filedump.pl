@@ -32,12 +32,16 @@ sub dump_file
 	return ($? >> 8, $out . $err);
 }
 
+# which files of the log are still there depends on when their rows came into segments
+my @logs = sort glob("$uuid_dir/shard_0/wal.*");
+my ($log) = grep { (dump_file($_))[1] =~ /FINISH/ } @logs;
+
 my %kinds = (
 	store => [ "$uuid_dir/store", qr/2 shards|shards.*\b2\b/ ],
 	control => [ "$uuid_dir/shard_0/control.0", qr/PostgreSQL's WAL needed from [0-9A-F]+\/[0-9A-F]+/ ],
 	manifest => [ "$uuid_dir/shard_0/manifest", qr/$segment|segment/i ],
 	segment => [ "$uuid_dir/shard_0/$segment", qr/\b$storage\b/ ],
-	wal => [ "$uuid_dir/shard_0/wal.00000001", qr/FINISH/ ]);
+	wal => [ $log // $logs[0], qr/FINISH/ ]);
 
 foreach my $kind (sort keys %kinds)
 {

@@ -36,7 +36,7 @@ sub waiter
 	$w->{run} = IPC::Run::start(
 		[ 'psql', '-XAtq', '-d', $node->connstr('postgres'), '-c',
 			"CALL event_store.wait_for_events($arguments, store => 'e')" ],
-		'>', \$w->{out}, '2>', \$w->{err}, IPC::Run::timeout(100));
+		'>', \$w->{out}, '2>', \$w->{err}, IPC::Run::timeout(300));
 	return $w;
 }
 
@@ -60,7 +60,7 @@ sub newest { return $node->safe_psql('postgres', 'SELECT max(position) FROM e');
 # ---- one writer ----
 
 my $after = newest();
-my @w = (waiter("after => $after, timeout => '30 s'"), waiter("after => $after, context_id => 'b', timeout => '30 s'"));
+my @w = (waiter("after => $after, timeout => '150 s'"), waiter("after => $after, context_id => 'b', timeout => '150 s'"));
 ok(waiting(2), 'both wait');
 sleep 0.3;
 $node->safe_psql('postgres', q{INSERT INTO other VALUES (NULL, 'b', 1)});
@@ -69,7 +69,7 @@ sleep 0.7;
 is($w[0]{out} . $w[1]{out}, '', 'nobody is woken by another table or by an abort');
 $node->safe_psql('postgres', q{INSERT INTO e VALUES (NULL, 'b', 1)});
 is(result($_), 't', 'woken by a commit') for @w;
-cmp_ok($w[1]{seconds}, '<', 20, 'soon');
+cmp_ok($w[1]{seconds}, '<', 60, 'soon');
 
 $after = newest();
 is(result(waiter("after => $after - 1, timeout => '10 s'")), 't', 'a row that is there already');
@@ -82,7 +82,7 @@ my $timed = waiter("after => $after, context_id => 'a', timeout => '1 s'");
 $node->safe_psql('postgres', q{INSERT INTO e VALUES (NULL, 'b', 2)});
 is(result($timed), 'f', 'time-out, although another context got a row');
 cmp_ok($timed->{seconds}, '>', 0.9, 'not before its time');
-cmp_ok($timed->{seconds}, '<', 8, 'and not long after it');
+cmp_ok($timed->{seconds}, '<', 30, 'and not long after it');
 
 # ---- the horizon ----
 
@@ -98,11 +98,11 @@ SKIP:
 		my $slow = IPC::Run::start(
 			[ 'psql', '-XAtq', '-d', $node->connstr('postgres'), '-c', q{SET application_name = 'slow'},
 				'-c', q{INSERT INTO e VALUES (NULL, 'slow', 1)} ],
-			'>', \my $out, '2>', \my $err, IPC::Run::timeout(100));
+			'>', \my $out, '2>', \my $err, IPC::Run::timeout(300));
 		$node->poll_query_until('postgres', q{SELECT event_store_test.fault_hits('reserve-after-take') > 0});
 		$after = newest();
-		my @held = (waiter("after => $after, timeout => '30 s'"),
-			waiter("after => $after, context_id => 'fast', timeout => '30 s'"));
+		my @held = (waiter("after => $after, timeout => '150 s'"),
+			waiter("after => $after, context_id => 'fast', timeout => '150 s'"));
 		waiting(2);
 		$node->safe_psql('postgres', q{INSERT INTO e VALUES (NULL, 'fast', 1)});
 		sleep 1;
@@ -121,15 +121,15 @@ SKIP:
 # ---- many ----
 
 $after = newest();
-@w = map { waiter("after => $after, context_id => 'm$_', timeout => '60 s'") } 1 .. 20;
+@w = map { waiter("after => $after, context_id => 'm$_', timeout => '150 s'") } 1 .. 20;
 ok(waiting(20), 'twenty wait');
 $node->safe_psql('postgres', "INSERT INTO e SELECT NULL, 'm' || g, g FROM generate_series(1, 20) g");
 is(join('', map { result($_) } @w), 't' x 20, 'all are woken');
-is($node->safe_psql('postgres', 'SELECT sum(waiters) FROM event_store.stat_shards'), '0', 'nobody is left');
+ok($node->poll_query_until('postgres', 'SELECT sum(waiters) = 0 FROM event_store.stat_shards'), 'nobody is left');
 
 # ---- one that goes away ----
 
-my $gone = waiter("after => $after + 1000, timeout => '60 s'");
+my $gone = waiter("after => $after + 1000, timeout => '150 s'");
 waiting(1);
 $node->safe_psql('postgres',
 	q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'CALL event_store.wait%' AND pid <> pg_backend_pid()});
@@ -142,12 +142,12 @@ my $script = $node->basedir . '/w.sql';
 append_to_file($script, "\\set c random(1, 20)\nINSERT INTO e VALUES (NULL, 'f' || :c, :c);\n");
 my $start = newest();
 my $bench = IPC::Run::start([ 'pgbench', '-n', '-f', $script, '-c', 6, '-t', 300, $node->connstr('postgres') ],
-	'>', \my $bout, '2>', \my $berr, IPC::Run::timeout(200));
+	'>', \my $bout, '2>', \my $berr, IPC::Run::timeout(300));
 my ($last, $seen, $rounds) = ($start, 0, 0);
 my $follower = $node->background_psql('postgres');
 while ($seen < 1800 && $rounds++ < 5000)
 {
-	my $found = $follower->query_safe("CALL event_store.wait_for_events(after => $last, timeout => '10 s', store => 'e')");
+	my $found = $follower->query_safe("CALL event_store.wait_for_events(after => $last, timeout => '60 s', store => 'e')");
 	last if $found ne 't';
 	my $answer = $follower->query_safe(
 		"SELECT count(*) || ' ' || coalesce(max(position), $last) FROM e, (SELECT event_store.horizon('e') AS h OFFSET 0) x WHERE position > $last AND position < h");

@@ -183,9 +183,10 @@ sub step
 connect_all();
 for my $crash ('none', 'shard', 'server', 'end')
 {
-	for my $n (1 .. $steps / 4)
+	for my $n (1 .. 2000)
 	{
-		last if $bad > 3;
+		# at the end: until there was some of each kind
+		last if $bad > 3 || $n > $steps / 4 && ($crash ne 'end' || !grep { $_ == 0 } values %seen);
 		step($sessions[ int(rand(@sessions)) ]);
 		check("step $n before $crash") if $n % 25 == 0;
 	}

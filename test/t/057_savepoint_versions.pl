@@ -37,7 +37,7 @@ foreach my $name (sort keys %cases)
 		if ($step ne 'spill') { $session->query_safe($step); next; }
 		# sends what is pending
 		$session->query_safe('SELECT count(*) FROM v');
-		foreach (1 .. 100)
+		foreach (1 .. 1200)
 		{
 			last if sql($node, "SELECT pending_segments > $spilled FROM event_store.stat_shards") eq 't';
 			sleep 0.05;
