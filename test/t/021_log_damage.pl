@@ -19,7 +19,7 @@ max_worker_processes = 16
 event_store.shards = 1
 event_store.wal_file_size = '1MB'
 event_store.memtable_age = 0
-event_store.startup_timeout = '20s'
+event_store.startup_timeout = '120s'
 CONF
 $node->start;
 my $dir = $node->data_dir . '/event_store/shard_0';
@@ -169,7 +169,7 @@ max_worker_processes = 32
 event_store.shards = $shards
 event_store.wal_file_size = '1MB'
 event_store.memtable_age = 0
-event_store.startup_timeout = '20s'
+event_store.startup_timeout = '120s'
 CONF
 $node->start;
 $dir = $node->data_dir . '/event_store';
@@ -182,7 +182,7 @@ for my $part (1 .. 3)
 {
 	$node->safe_psql('postgres', "INSERT INTO t SELECT 'c' || g, NULL, g, md5(g::text) FROM generate_series(1, 1000) g; SELECT event_store.flush()");
 }
-for my $part (1 .. 12)
+for my $part (1 .. 16)
 {
 	$node->safe_psql('postgres', "INSERT INTO t SELECT 'c' || g, NULL, g, md5(random()::text) || md5(random()::text) FROM generate_series(1, 16000) g; SELECT event_store.sync()");
 }

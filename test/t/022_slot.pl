@@ -14,7 +14,7 @@ shared_preload_libraries = 'event_store'
 wal_level = replica
 max_worker_processes = 16
 event_store.shards = 2
-event_store.startup_timeout = '20s'
+event_store.startup_timeout = '120s'
 min_wal_size = '32MB'
 max_wal_size = '64MB'
 CONF
@@ -153,7 +153,7 @@ insert_rows();
 ok( $node->poll_query_until('postgres',
 		"SELECT count(*) = 1 FROM pg_replication_slots WHERE slot_name = 'event_store' AND active"),
 	'a slot that was dropped comes again');
-like(slurp_file($node->logfile), qr/WARNING: .*replication slot "event_store" was lost/, 'with a warning');
+ok($node->wait_for_log(qr/WARNING: .*replication slot "event_store" was lost/), 'with a warning');
 insert_rows();
 $node->safe_psql('postgres', 'SELECT event_store.sync()');
 $node->stop('immediate');

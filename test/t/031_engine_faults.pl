@@ -56,7 +56,7 @@ SQL
 # A psql that is turned away while its input is written makes IPC::Run die: try again.
 sub up
 {
-	for my $try (1 .. 600)
+	for my $try (1 .. 1200)
 	{
 		my $state = eval {
 			($node->psql('postgres', q{SELECT string_agg(state, ',') FROM event_store.stat_shards}))[1];
@@ -102,8 +102,16 @@ foreach my $point (qw(apply-batch finish-before-frame finish-applied verdict-log
 		$node->safe_psql('postgres', "SELECT event_store_test.inject_fault('$point', 'kill', $nth)");
 		attempt("BEGIN; $small COMMIT;") if $nth == 1;
 		attempt($_) for ($large, "BEGIN; $small COMMIT;", map { "BEGIN; $_ COMMIT;" } split(/\n/, $small));
-		ok(up(), "up after a kill at $point ($nth)");
+		# verdicts come when the shard asks for them, and the server says a moment later that it has crashed
+		for (1 .. 60)
+		{
+			last if slurp_file($node->logfile, $offset) =~ /^fault point \Q$point\E: kill in process/m;
+			attempt("BEGIN; $small COMMIT;");
+			sleep 0.5;
+		}
 		has_fired($offset, $point, "killed at $point ($nth): it was");
+		$node->wait_for_log(qr/all server processes terminated; reinitializing/, $offset);
+		ok(up(), "up after a kill at $point ($nth)");
 		$node->safe_psql('postgres', 'SELECT event_store_test.disarm_faults()');
 		consistent("killed at $point ($nth)");
 	}
@@ -219,7 +227,7 @@ $node->safe_psql('postgres', "INSERT INTO h SELECT 'full', g FROM generate_serie
 $begin = time();
 is($node->safe_psql('postgres', q{SET statement_timeout = '30s'; SELECT count(*) FROM e WHERE context_id = 'full'}),
 	$rows, 'reads go on, with all that was committed');
-cmp_ok(time() - $begin, '<', 10, 'without delay');
+cmp_ok(time() - $begin, '<', 25, 'without delay');
 $session->{stderr} = '';
 $session->query('SELECT event_store.flush()');
 is($session->{stderr}, '', 'flush() needs no memory');

@@ -51,7 +51,7 @@ sub goes_to
 	my ($wanted, $name) = @_;
 	ok($node->poll_query_until('postgres', "SELECT sum(segments) = $wanted FROM event_store.stat_shards"), $name)
 	  or diag('segments: ' . segments());
-	foreach (1 .. 50)
+	foreach (1 .. 600)
 	{
 		last if files() == $wanted;
 		sleep 0.2;
@@ -159,6 +159,7 @@ goes_to($all - 6, 'DROP DATABASE');
 
 # It does not come back.
 $node->restart;
+$node->poll_query_until('postgres', q{SELECT count(*) = 2 FROM event_store.stat_shards WHERE state = 'open'});
 is(segments(), $all - 6, 'after a restart');
 $node->stop('immediate');
 $node->start;
