@@ -14,7 +14,7 @@ my $conf = <<CONF;
 shared_preload_libraries = 'event_store'
 wal_level = replica
 max_worker_processes = 16
-event_store.startup_timeout = '20s'
+event_store.startup_timeout = '120s'
 event_store.wal_file_size = '1MB'
 CONF
 

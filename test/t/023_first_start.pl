@@ -17,7 +17,7 @@ wal_level = replica
 max_worker_processes = 16
 max_replication_slots = 1
 event_store.shards = 2
-event_store.startup_timeout = '20s'
+event_store.startup_timeout = '120s'
 CONF
 my $dir = $node->data_dir . '/event_store';
 

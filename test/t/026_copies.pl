@@ -17,7 +17,7 @@ wal_level = replica
 max_wal_senders = 4
 max_worker_processes = 16
 event_store.shards = 2
-event_store.startup_timeout = '20s'
+event_store.startup_timeout = '120s'
 CONF
 
 my $node = PostgreSQL::Test::Cluster->new('primary');
@@ -128,7 +128,7 @@ is(ask($node, "SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'even
 like(ask($node), qr/55000: the event store is detached.*HINT: Restart the server/, 'statements are told');
 $node->restart;
 is(ask($node), "$rows|$rows|$rows", 'after a restart it is in use again');
-is(ask($node, "SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'event_store' AND active"), '1', 'with its slot');
+ok($node->poll_query_until('postgres', "SELECT count(*) = 1 FROM pg_replication_slots WHERE slot_name = 'event_store' AND active"), 'with its slot');
 insert_rows();
 $node->stop('immediate');
 $node->start;

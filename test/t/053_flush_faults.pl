@@ -58,7 +58,7 @@ sub flush_beside_finished
 	my ($name) = @_;
 	inject('commit-after-send', 'sleep');
 	my $finished = start_sql(work($name, 60) . 'COMMIT;');
-	wait_hit('commit-after-send', 10);
+	wait_hit('commit-after-send', 60);
 	# FINISH is applied when the shard has answered
 	try_sql($node, 'SELECT count(*) FROM plain; SELECT event_store.flush()');
 	inject('commit-after-send', 'kill', 1000000);
@@ -106,7 +106,7 @@ foreach my $entry (@points)
 		foreach my $error (qw(enospc eio))
 		{
 			my $offset = log_offset($node);
-			my $end = time() + 60;
+			my $end = time() + 300;
 			inject($point, $error);
 			$load->($point) while time() < $end && !EventStore::FaultWalk::firings($node, $point, $error, $offset);
 			ok(scalar EventStore::FaultWalk::firings($node, $point, $error, $offset), "$error at $point: it fired");
@@ -120,7 +120,7 @@ foreach my $entry (@points)
 	foreach my $nth (1, 2)
 	{
 		my $offset = log_offset($node);
-		my $end = time() + 60;
+		my $end = time() + 300;
 
 		inject($point, 'kill', $nth);
 		while (time() < $end && !EventStore::FaultWalk::firings($node, $point, 'kill', $offset))
