@@ -61,7 +61,13 @@ foreach my $shards (1, 3)
 						}
 						$oracle->ends($unit);
 					});
-				$clients->run(seconds => $seconds + rand(1));
+				# longer where little happens
+				my $until = time() + $seconds + rand(1);
+				my $before = $oracle->{counts}{committed} // 0;
+				my $synced = $total;
+				$clients->run(seconds => 120, tick => sub {
+					return time() < $until || $oracle->{counts}{committed} - $before <= 50 || ($oracle->{counts}{aborted} // 0) <= 10 || (!$synchronous && $total == $synced);
+				});
 				kill_all($node);
 				$clients->abandon;
 				$oracle->crashed;

@@ -44,7 +44,7 @@ sub dies
 
 	$offset = log_offset($node);
 	kill $signal, $pid;
-	my $end = time() + 30;
+	my $end = time() + 120;
 	sleep 0.05 until slurp_file($node->logfile, $offset) =~ /was terminated by signal/ || time() > $end;
 	ok(wait_open($node), "$signal: open again");
 	return EventStore::Crashes::unexplained($node->logfile, $offset);
@@ -58,6 +58,7 @@ SKIP:
 	$offset = log_offset($node);
 	sql($node, "SELECT event_store_test.inject_fault('abort', 'kill')");
 	try_sql($node, q{BEGIN; SELECT event_store.append('a', 't', '1'); ROLLBACK});
+	$node->wait_for_log(qr/was terminated by signal/, $offset);
 	ok(wait_open($node), 'abort: open again');
 	like(slurp_file($node->logfile, $offset), qr/fault point abort: kill in process (\d+) at [\d.]+\n(?:.*\n)*?.*\(PID \1\) was terminated by signal 9/, 'a fault point says what it does');
 	is(join("\n", EventStore::Crashes::unexplained($node->logfile, $offset)), '', 'and is none either');
