@@ -45,7 +45,7 @@ sub quick
 	my $begin = time();
 	$what->();
 	my $took = time() - $begin;
-	ok($took < 10, sprintf('%s: %.1f s', $name, $took));
+	ok($took < 60, sprintf('%s: %.1f s', $name, $took));
 	return;
 }
 
@@ -64,9 +64,10 @@ foreach my $method (io_methods())
 		commits($n);
 		my $end = sql($node, 'SELECT pg_current_wal_insert_lsn()');
 		quick("$method, sync() after $n rows", sub { sql($node, 'SELECT event_store.sync()') });
+		ok($node->poll_query_until('postgres', 'SELECT max(durable_position) = (SELECT max(position) FROM ev) FROM event_store.stat_shards'),
+			"$method, sync() after $n rows: the last one is durable");
 		is(sql($node, "SELECT pg_current_wal_flush_lsn() >= '$end', durable_position FROM event_store.stat_shards ORDER BY durable_position DESC LIMIT 1"),
-			't|' . sql($node, 'SELECT max(position) FROM ev'), "$method, sync() after $n rows: it is durable in PostgreSQL's WAL and in the shards' files")
-		  if $node->poll_query_until('postgres', 'SELECT max(durable_position) = (SELECT max(position) FROM ev) FROM event_store.stat_shards');
+			't|' . sql($node, 'SELECT max(position) FROM ev'), "$method, sync() after $n rows: it is durable in PostgreSQL's WAL and in the shards' files");
 		quick("$method, the slot moves past it", sub { ok($node->poll_query_until('postgres', "SELECT ($slot) >= '$end'"), "$method, the slot moves") });
 
 		commits($n);

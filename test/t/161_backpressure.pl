@@ -40,7 +40,7 @@ is(sql($node, 'SELECT string_agg(paused::text, \',\' ORDER BY shard) FROM event_
 my $begin = time();
 $s[0]->query_safe("INSERT INTO plain VALUES ('$context[0]', $_, 'small')") foreach 1 .. 5;
 $count += 5;
-cmp_ok(time() - $begin, '<', 5, 'writers with room in the queue do not wait');
+cmp_ok(time() - $begin, '<', 60, 'writers with room in the queue do not wait');
 is(counters(0)->{full} - $before->{full}, 0, 'and no wait is counted');
 
 # the other shard
@@ -48,11 +48,12 @@ $begin = time();
 $s[1]->query_safe("INSERT INTO plain VALUES ('$context[1]', $_, repeat('x', 1000))") foreach 1 .. 50;
 is($s[1]->query_safe("SELECT count(*) FROM event_store.replay('$context[1]', store => 'plain')"), 50 + @s, 'those of the other shard write and read');
 $count += 50;
-cmp_ok(time() - $begin, '<', 5, 'at once');
+cmp_ok(time() - $begin, '<', 60, 'at once');
 
 # ---- room runs out: time-outs, counted one by one
 
 my $rows = "SELECT '$context[0]', g, repeat(md5(g::text), 30) FROM generate_series(1, 2000) g";
+$begin = time();
 foreach my $i (0 .. 2)
 {
 	my $s = $s[$i];
@@ -62,11 +63,12 @@ foreach my $i (0 .. 2)
 	$s->{stderr} = '';
 	is($s->query_safe('SELECT 1'), '1', "session $i can be used");
 }
+my $took = time() - $begin;
 my $now = counters(0);
 is($now->{timeouts} - $before->{timeouts}, 3, 'three time-outs are counted');
 is($now->{full} - $before->{full}, 3, 'three waits for room are counted');
 cmp_ok($now->{waits_us} - $before->{waits_us}, '>=', 3 * 290_000, 'with their times');
-cmp_ok($now->{waits_us} - $before->{waits_us}, '<', 3 * 2_000_000, 'and no more');
+cmp_ok($now->{waits_us} - $before->{waits_us}, '<', 1e6 * $took, 'and no more');
 cmp_ok($now->{high}, '>=', $before->{high}, 'the high-water mark does not fall');
 cmp_ok($now->{high}, '>', 30_000, "and shows a full queue ($now->{high} bytes)");
 my $o = counters(1);
@@ -91,10 +93,10 @@ is(counters(0)->{timeouts} - $now->{timeouts}, 0, 'a cancel is no time-out');
 my ($out, $err) = ('', '');
 my $file = PostgreSQL::Test::Utils::tempdir() . '/insert.sql';
 append_to_file($file, "SET event_store.enqueue_timeout = 0; INSERT INTO plain VALUES ('$context[1]', 0, ''); INSERT INTO plain $rows;\n");
-my $dies = IPC::Run::start([ 'psql', '-XAtq', '-d', $node->connstr('postgres'), '-f', $file ], '<', '/dev/null', '>', \$out, '2>', \$err, IPC::Run::timeout(60));
+my $dies = IPC::Run::start([ 'psql', '-XAtq', '-d', $node->connstr('postgres'), '-f', $file ], '<', '/dev/null', '>', \$out, '2>', \$err, IPC::Run::timeout(300));
 my $waits = q{FROM pg_stat_activity WHERE query LIKE 'INSERT INTO plain SELECT%' AND state = 'active' AND wait_event_type = 'Extension'};
 ok($node->poll_query_until('postgres', "SELECT count(*) = 1 $waits"), 'a client waits for room');
-is(sql($node, "SELECT pg_terminate_backend(pid) $waits"), 't', 'and is terminated');
+is(sql($node, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'INSERT INTO plain SELECT%' AND state = 'active'"), 't', 'and is terminated');
 eval { $dies->finish };
 ok($node->poll_query_until('postgres', "SELECT count(*) = 0 $waits"), 'it has gone');
 $count += 1;
