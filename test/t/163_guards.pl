@@ -33,15 +33,18 @@ sub both
 
 # ---- followers
 
+my $waiters = 0;
+
 sub waiter
 {
 	my ($arguments, $options) = @_;
 	my $w = { out => '', err => '', start => time() };
+	my $name = 'waiter ' . ++$waiters;
 	$w->{run} = IPC::Run::start(
-		[ 'psql', '-XAtq', '-d', $node->connstr('postgres') . ($options // ''), '-c', "CALL event_store.wait_for_events($arguments)" ],
+		[ 'psql', '-XAtq', '-d', $node->connstr('postgres') . " application_name='$name'" . ($options // ''), '-c', "CALL event_store.wait_for_events($arguments)" ],
 		'>', \$w->{out}, '2>', \$w->{err}, IPC::Run::timeout(100));
 	$node->poll_query_until('postgres',
-		"SELECT count(*) > 0 FROM pg_stat_activity WHERE query LIKE 'CALL event_store.wait%' AND wait_event IN ('Extension', 'EventStoreWaitForEvents')")
+		"SELECT count(*) > 0 FROM pg_stat_activity WHERE application_name = '$name' AND query LIKE 'CALL event_store.wait%' AND wait_event IN ('Extension', 'EventStoreWaitForEvents')")
 	  or die 'nobody waits';
 	return $w;
 }
@@ -70,7 +73,7 @@ for my $case (
 	is($w[0]{out} . $w[0]{err} . $w[1]{out} . $w[1]{err}, '', "$name wakes nobody") unless $name eq 'TRUNCATE';
 	sql($node, "INSERT INTO e VALUES (NULL, '42', NULL, 2)");
 	is(result($_), 't', "a follower goes on behind $name") for @w;
-	cmp_ok($w[1]{seconds}, '<', 30, 'soon');
+	cmp_ok($w[1]{seconds}, '<', 55, 'soon');
 }
 
 my $w = waiter("store => 'e', timeout => '5 s'");
@@ -158,17 +161,24 @@ for my $case (
 {
 	my ($out, $seconds) = timed($case->[1]);
 	like($out, qr/canceling statement due to statement timeout/, "$case->[0] behind a context's lock: statement_timeout");
-	cmp_ok($seconds, '<', 10, 'soon');
+	cmp_ok($seconds, '<', 50, 'soon');
 }
 is(sql($node, "SELECT count(*) FROM event_store.events WHERE context_id = 'lk'"), '0', 'nothing is stored');
 
 # the time is the statement's, not the transaction's; the session can go on; later statements have their own time
 my $session = $node->background_psql('postgres', on_error_stop => 0);
 $session->query_safe(q{SET statement_timeout = '2s'});
-my $start = time();
-$session->query(q{INSERT INTO event_store.events (context_id) SELECT 'lk' FROM pg_sleep(1.2)});
-$session->{stderr} = '';
-cmp_ok(time() - $start, '<', 2.9, 'what a statement has used up is not given to its commit again');
+# 2 s where it is so, 3.2 s if it is not; a busy machine may add to it
+my $shortest = 1000;
+foreach (1 .. 5)
+{
+	my $start = time();
+	$session->query(q{INSERT INTO event_store.events (context_id) SELECT 'lk' FROM pg_sleep(1.2)});
+	$session->{stderr} = '';
+	$shortest = time() - $start if time() - $start < $shortest;
+	last if $shortest < 2.9;
+}
+cmp_ok($shortest, '<', 2.9, 'what a statement has used up is not given to its commit again');
 is($session->query_safe(q{BEGIN; INSERT INTO event_store.events (context_id) VALUES ('free'); COMMIT; SELECT pg_sleep(1); SELECT 1}),
 	"\n1", 'the session goes on');
 $session->query_safe(q{SET statement_timeout = 0});
@@ -179,7 +189,7 @@ $session->quit;
 sql($node, 'SELECT event_store.pause_shard(s) FROM generate_series(0, 1) s');
 my ($out, $seconds) = timed("INSERT INTO plain VALUES ('a', 1)");
 like($out, qr/canceling statement due to statement timeout/, 'a paused shard: statement_timeout');
-cmp_ok($seconds, '<', 10, 'soon');
+cmp_ok($seconds, '<', 50, 'soon');
 sql($node, 'SELECT event_store.resume_shard(s) FROM generate_series(0, 1) s');
 $holder->query_safe('COMMIT');
 $holder->quit;
@@ -217,7 +227,7 @@ $ddl->query_safe('COMMIT');
 $ddl->quit;
 
 sql($node, 'SELECT event_store.pause_shard(1)');
-$got = both("SET statement_timeout = '5s'; SELECT count(*) > 0 FROM event_store.stat_tables; SELECT count(*) >= 0 FROM event_store.stat_segments; EXPLAIN (COSTS OFF) SELECT * FROM e");
+$got = both("SET statement_timeout = '60s'; SELECT count(*) > 0 FROM event_store.stat_tables; SELECT count(*) >= 0 FROM event_store.stat_segments; EXPLAIN (COSTS OFF) SELECT * FROM e");
 like($got, qr/^t\nt\nSeq Scan on e\n.*WARNING:  shard 1 is paused/s, 'views and plans do not wait for a paused shard');
 sql($node, 'SELECT event_store.resume_shard(1)');
 
@@ -341,6 +351,7 @@ is(sql($node, "SELECT string_agg(event_type, '' ORDER BY version) FROM event_sto
 # a refusal of the whole store
 $node->append_conf('postgresql.conf', 'event_store.shards = 3');
 $node->restart;
+$node->poll_query_until('postgres', 'SELECT bool_and(reason IS NOT NULL) FROM event_store.stat_shards');
 like(sql($node, "SELECT DISTINCT state, reason FROM event_store.stat_shards"),
 	qr/^refused\|event_store.shards is 3, but the store has 2 shards: The number.*\nSet "event_store.shards = 2"/,
 	'stat_shards says why the store is refused');
