@@ -75,7 +75,7 @@ sub random_death
 	}
 	elsif ($r < 0.85)
 	{
-		($what, $sql) = ('shard', q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type LIKE 'event_store shard%' ORDER BY random() LIMIT 1});
+		($what, $sql) = ('shard', q{SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE backend_type LIKE 'event_store shard%' ORDER BY random() LIMIT 1});
 	}
 	else
 	{
@@ -154,10 +154,18 @@ foreach my $round (1 .. $rounds)
 	{
 		# one process dies: all restart
 		$events{'process killed'}++;
-		my @pids = split /\n/, sql($node, q{SELECT pid FROM pg_stat_activity WHERE backend_type LIKE 'event_store %' OR backend_type = 'client backend' ORDER BY random()});
+		my @pids = split /\n/, sql($node, q{SELECT pid FROM pg_stat_activity WHERE (backend_type LIKE 'event_store %' OR backend_type = 'client backend') AND pid <> pg_backend_pid() ORDER BY random()});
+		my $offset = -s $node->logfile;
 		my $when = time();
-		kill 'KILL', $pids[0];
-		sleep 0.2;
+		# one that ends by itself just now is no crash
+		foreach my $pid (@pids)
+		{
+			next unless kill 'KILL', $pid;
+			my $end = time() + 20;
+			my $crashed = 0;
+			sleep 0.05 until ($crashed = slurp_file($node->logfile, $offset) =~ /terminating any other active server processes/) || time() > $end;
+			last if $crashed;
+		}
 		$clients->abandon;
 		$oracle->crashed($when);
 		ok(wait_open($node), "round $round: open again") or BAIL_OUT('the shards do not open');
@@ -165,7 +173,7 @@ foreach my $round (1 .. $rounds)
 	else
 	{
 		$events{'nothing'}++;
-		$clients->drain(seconds => 60);
+		$clients->drain(seconds => 240);
 		$clients->close_all;
 		ok(wait_open($node), "round $round: open") or BAIL_OUT('the shards do not open');
 		if ($server_dies < 0.9)

@@ -2,7 +2,7 @@
 # the oracle. Which load reaches which point is one table here; test/t/11*_fault_walk_*.pl take a part each.
 #
 # A kill has fired when the log says that the point killed a process and that this process, and no other, was terminated by a
-# signal; an error when its pass was counted. Each action of a walk must fire at least once, in up to six tries of 10 s.
+# signal; an error when its pass was counted. Each action of a walk must fire at least once, in up to ten tries of 10 s.
 
 package EventStore::FaultWalk;
 
@@ -176,6 +176,7 @@ sub under_load
 	my $overtaken = grep { $_ eq 'overtaken' } @$needs;
 	my $asleep = 0;
 	my $offset = -s $node->logfile;
+	my $until;
 	my $clients;
 
 	$self->{synchronous} = $o{synchronous} // (rand() < 0.6 ? 1 : 0);
@@ -202,10 +203,13 @@ sub under_load
 				$committed_after++ if defined $fired_at && $unit->{state} eq 'committed' && $unit->{sent} > $fired_at;
 			}
 		});
+	$until = time() + ($o{seconds} // 10);
 	$clients->run(
-		seconds => $o{seconds} // 10,
+		# what goes on after it has fired may take longer
+		seconds => 180,
 		tick => sub {
 			return 0 if $lost && has_crashed($node, $offset);
+			return 0 if !defined $fired_at && time() > $until;
 			if ($overtaken && time() > $polled + 1)
 			{
 				# the shard sleeps before it names a spill, while the transaction sends its FINISH
@@ -235,12 +239,14 @@ sub under_load
 			return 0 if defined $fired_at && $committed_after >= 5;
 			return 1;
 		});
+	wait_for_crash($node, $offset) if $kill && firings($node, $point, $action, $offset);
 	if (!has_crashed($node, $offset))
 	{
 		try_sql($node, 'SELECT event_store_test.disarm_faults()');
-		$clients->drain(seconds => 60);
+		$clients->drain(seconds => 240);
 		$clients->close_all;
 	}
+	wait_for_crash($node, $offset) if $kill && firings($node, $point, $action, $offset);
 	# also: while it was disarmed
 	my $crashed = has_crashed($node, $offset);
 	if ($crashed)
@@ -260,13 +266,23 @@ sub has_crashed
 	return PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset) =~ /terminating any other active server processes/;
 }
 
+# The postmaster hears of it a moment later than the log says that a process was killed.
+sub wait_for_crash
+{
+	my ($node, $offset) = @_;
+	my $end = time() + 60;
+
+	sleep 0.02 until has_crashed($node, $offset) || time() > $end;
+	return;
+}
+
 # A postmaster with ES_FAULTS in its environment dies on the way, or some seconds after its shards are open; true if it did.
 sub at_start
 {
 	my ($self, $node, $point, $action, $nth) = @_;
 	local $ENV{ES_FAULTS} = "$point:$action:$nth";
 	my $offset = -s $node->logfile // 0;
-	my $end = time() + 60;
+	my $end = time() + 180;
 	my ($died, $open) = (0, 0);
 
 	$node->append_conf('postgresql.conf', 'restart_after_crash = off');
@@ -277,11 +293,11 @@ sub at_start
 	{
 		$died = -e $node->logfile && firings($node, $point, $action, $offset) > 0;
 		my @opened = -e $node->logfile ? PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset) =~ /LOG:  event_store shard \d+ is open/g : ();
-		$end = time() + 5 if @opened >= 2 && !$open++;
+		$end = time() + 15 if @opened >= 2 && !$open++;
 		sleep 0.05 unless $died;
 	}
 	# the postmaster ends by itself
-	$end = time() + 30;
+	$end = time() + 120;
 	my $pid_file = $node->data_dir . '/postmaster.pid';
 	sleep 0.05 while $died && -e $pid_file && time() < $end;
 	if (!$died && -e $pid_file)
@@ -304,7 +320,7 @@ sub walk
 	my $begin = time();
 	my $fired;
 
-	foreach my $try (1 .. $o{tries} // 6)
+	foreach my $try (1 .. $o{tries} // 10)
 	{
 		if (++$self->{walked} % 8 == 0 || $try > 1)
 		{
@@ -354,7 +370,7 @@ sub load
 
 	$self->{synchronous} = 1;
 	$clients->run(seconds => $seconds);
-	$clients->drain(seconds => 60);
+	$clients->drain(seconds => 240);
 	$clients->close_all;
 	return;
 }
@@ -372,7 +388,7 @@ sub at_stop
 	$node->stop('fast', fail_ok => 1);
 	my $fired = firings($node, $point, 'kill', $offset);
 	$self->{offset} = $offset;
-	my $end = time() + 30;
+	my $end = time() + 120;
 	sleep 0.05 while -e $node->data_dir . '/postmaster.pid' && time() < $end;
 	$node->{_pid} = undef;
 	$node->append_conf('postgresql.conf', 'restart_after_crash = on');

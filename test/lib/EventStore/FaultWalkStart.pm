@@ -176,7 +176,7 @@ sub killed_with_lost_slot
 		sql($node, "SELECT event_store_test.inject_fault('$point', 'kill')");
 		my $offset = -s $node->logfile;
 		my $killed = 0;
-		foreach (1 .. 20)
+		foreach (1 .. 100)
 		{
 			try_sql($node, q{CREATE TABLE IF NOT EXISTS ballast (v text); ALTER TABLE ballast ALTER v SET STORAGE external;
 				INSERT INTO ballast SELECT repeat(md5(g::text), 100) FROM generate_series(1, 2000) g; SELECT pg_switch_wal(); CHECKPOINT});
@@ -188,7 +188,7 @@ sub killed_with_lost_slot
 		try_sql($node, 'SELECT event_store.resume_shard(0); SELECT event_store_test.disarm_faults()') unless $killed;
 		# The WAL that the paused shard needed is gone for good: nobody opens the store as if nothing had been there.
 		my $err = '';
-		my $end = time() + 60;
+		my $end = time() + 180;
 		while ($err !~ /55000/ && time() < $end)
 		{
 			(undef, undef, $err) = try_sql($node, 'SET event_store.startup_timeout = 5000; SELECT count(*) FROM ev');
@@ -217,10 +217,10 @@ sub killed_while_detaching
 		my $offset = -s $node->logfile;
 		sql($node, "SELECT event_store_test.inject_fault('$point', 'kill')");
 		try_sql($node, 'SELECT event_store.detach()');
-		my $end = time() + 30;
+		my $end = time() + 120;
 		sleep 0.1 until EventStore::FaultWalk::has_crashed($node, $offset) || time() > $end;
 		$walk->note_firing($point, scalar EventStore::FaultWalk::firings($node, $point, 'kill', $offset));
-		$end = time() + 60;
+		$end = time() + 120;
 		sleep 0.1 until (try_sql($node, 'SELECT 1'))[0] == 0 || time() > $end;
 		ok(wait_open($node), "killed at $point: in use again after the crash") or BAIL_OUT('the shards do not open');
 		is($walk->{oracle}->check($node), '', "$point: the oracle agrees");
