@@ -49,7 +49,7 @@ SKIP:
 	sql($node, 'CREATE TABLE others (context_id text, n int) USING event_store');
 	my $lsn = sql($node, 'SELECT pg_current_wal_insert_lsn()');
 	my $passed = 0;
-	for (1 .. 50)
+	for (1 .. 300)
 	{
 		sql($node, q{INSERT INTO others SELECT 'u' || g, g FROM generate_series(1, 100) g});
 		$passed = sql($node, "SELECT event_store.sync(); SELECT bool_and(restart_lsn >= '$lsn') FROM event_store.stat_shards") =~ /t$/;
@@ -86,7 +86,7 @@ foreach my $i (1 .. 20)
 }
 $s->query_until(qr/ended/, '');
 is($s->{stderr} =~ /ERROR/ ? $s->{stderr} : '', '', 'a second one is in');
-cmp_ok($longest, '<', 15, sprintf('others waited %.1f s at most', $longest));
+cmp_ok($longest, '<', 60, sprintf('others waited %.1f s at most', $longest));
 $s->quit;
 
 my $all = "SELECT string_agg(context_id || n || coalesce(md5(v), ''), ',' ORDER BY position) FROM big WHERE context_id <> 'c'";

@@ -54,7 +54,7 @@ foreach my $way ([ 'COPY', [], [] ], [ '--inserts in one transaction', ['--inser
 	sql($node, "CREATE DATABASE $database");
 	my ($out, $err) = ('', '');
 	my $ok = IPC::Run::run([ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', @$restore, '-d', $node->connstr($database), '-f', $file ],
-		'<', \'', '>', \$out, '2>', \$err, IPC::Run::timeout(180));
+		'<', \'', '>', \$out, '2>', \$err, IPC::Run::timeout(600));
 	ok($ok, "psql, $name") or diag($err);
 	foreach my $table (sort keys %contents)
 	{
