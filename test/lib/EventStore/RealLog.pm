@@ -139,7 +139,7 @@ sub run
 	expect($node, $lines);
 	is(sql($node, 'SELECT count(*) FROM per_context'), scalar(keys %$contexts), "$name: as many contexts as in the file");
 	load($node, $lines, 0, $half);
-	is(sql($node, 'SELECT sum(memtable_rows), sum(segment_rows) FROM event_store.stat_shards'), "$half|0", "$name: the first half lies in memory");
+	ok($node->poll_query_until('postgres', 'SELECT sum(memtable_rows), sum(segment_rows) FROM event_store.stat_shards', "$half|0"), "$name: the first half lies in memory");
 	$is->($half, 'half of it, in memory');
 	crash_restart($node);
 	$is->($half, 'half of it, in memory, after a crash');
