@@ -73,6 +73,11 @@ SELECT * FROM fresh;
 ALTER TABLE fresh ADD COLUMN position bigint;
 INSERT INTO fresh (context_id, n) VALUES ('a', 3);
 SELECT n, position FROM fresh ORDER BY n;
+-- which keeps nobody from renaming other columns
+\set VERBOSITY sqlstate
+ALTER TABLE fresh RENAME COLUMN n TO m;
+ALTER TABLE fresh RENAME COLUMN m TO n;
+\set VERBOSITY default
 TRUNCATE fresh;
 INSERT INTO fresh (context_id, n) VALUES ('a', 4);
 SELECT n, position IS NOT NULL AS has_position FROM fresh;

@@ -57,6 +57,7 @@ typedef struct TouchedTable
 	Oid		relid;
 	bool	has_roles;
 	EsRoles roles; /* from before, if something may be lost */
+	EsRoles named; /* what names and types gave before: plain columns, too */
 	bool	checked;
 } TouchedTable;
 
@@ -119,6 +120,8 @@ es_roles_touch(Oid relid, bool changed)
 	if (rel == NULL)
 		return;
 	t->roles = es_table_info(rel)->roles;
+	/* the catalog has the change, what the server has cached of it has not */
+	es_roles_from_desc(RelationGetDescr(rel), &t->named);
 	t->has_roles = true;
 	relation_close(rel, NoLock);
 }
@@ -291,11 +294,12 @@ check_late(Relation rel, const EsRoles *roles, bool only_new)
 
 /* The table has rows, and one of its roles was at another column before. */
 static void
-check_kept(Relation rel, const char *role, int old_att, int new_att, bool rename)
+check_kept(Relation rel, const char *role, int old_att, int named_att, int new_att, bool rename)
 {
 	Form_pg_attribute att;
 
-	if (old_att == new_att)
+	/* a plain column of that name was there before: another one has been renamed */
+	if (old_att == new_att || (rename && named_att == new_att))
 		return;
 	if (rename)
 		ereport(
@@ -347,14 +351,15 @@ open_changed(Oid relid)
 	return rel;
 }
 
-/* `before`: the roles that the table had when the statement began, NULL = those of the metapage. */
+/* `before`: what the table was when the statement began, NULL = what the metapage says. */
 static void
-check_table(Oid relid, const EsRoles *before, bool rename)
+check_table(Oid relid, const TouchedTable *before, bool rename)
 {
 	Relation rel = open_changed(relid);
 	EsRoles	 now;
 	EsRoles	 meta;
 	EsRoles	 old;
+	EsRoles	 named;
 
 	if (rel == NULL)
 		return;
@@ -365,7 +370,8 @@ check_table(Oid relid, const EsRoles *before, bool rename)
 		es_check_not_null(RelationGetDescr(rel), &now);
 		check_late(rel, &now, !rename);
 		meta = es_table_info(rel)->roles;
-		old = before != NULL ? *before : meta;
+		old = before != NULL && before->has_roles ? before->roles : meta;
+		named = before != NULL && before->has_roles ? before->named : meta;
 
 		if (memcmp(&now, &meta, sizeof(EsRoles)) == 0 && memcmp(&now, &old, sizeof(EsRoles)) == 0)
 			/* nothing has changed */;
@@ -379,10 +385,10 @@ check_table(Oid relid, const EsRoles *before, bool rename)
 						 "cannot change which column is \"context_id\" in event_store table \"%s\", which has rows",
 						 RelationGetRelationName(rel)),
 					 errdetail("The context routes rows to their shards.")));
-			check_kept(rel, "position", old.position, now.position, rename);
-			check_kept(rel, "version", old.version, now.version, rename);
-			check_kept(rel, "event_id", old.event_id, now.event_id, rename);
-			check_kept(rel, "event_type", old.event_type, now.event_type, rename);
+			check_kept(rel, "position", old.position, named.position, now.position, rename);
+			check_kept(rel, "version", old.version, named.version, now.version, rename);
+			check_kept(rel, "event_id", old.event_id, named.event_id, now.event_id, rename);
+			check_kept(rel, "event_type", old.event_type, named.event_type, now.event_type, rename);
 			notice_plain(rel, "position", meta.position, now.position);
 			notice_plain(rel, "version", meta.version, now.version);
 			notice_plain(rel, "event_id", meta.event_id, now.event_id);
@@ -417,7 +423,7 @@ es_roles_check(EsRolesWatch *w, const RangeVar *altered, bool rename)
 
 			if (!es_relid_is_event_table(lfirst_oid(lc)))
 				continue;
-			check_table(lfirst_oid(lc), t != NULL && t->has_roles ? &t->roles : NULL, rename);
+			check_table(lfirst_oid(lc), t, rename);
 			if (t != NULL)
 				t->checked = true;
 		}
@@ -427,7 +433,7 @@ es_roles_check(EsRolesWatch *w, const RangeVar *altered, bool rename)
 		TouchedTable *t = lfirst(lc);
 
 		if (!t->checked && es_relid_is_event_table(t->relid))
-			check_table(t->relid, t->has_roles ? &t->roles : NULL, rename);
+			check_table(t->relid, t, rename);
 	}
 }
 
