@@ -438,6 +438,26 @@ es_replay(PG_FUNCTION_ARGS)
 
 /* ---- read_all ---- */
 
+/*
+ * Under SERIALIZABLE: what lies at the horizon and behind it has no part in the result because it was not there for
+ * the snapshot, so whoever wrote it meanwhile is a conflict, also if there is nothing before it.
+ */
+static void
+look_behind_horizon(Relation rel, Snapshot snapshot, const EsReaderSpec *what, EsPosition after,
+					EsPosition horizon)
+{
+	EsReaderSpec spec = *what;
+	EsReader	*reader;
+
+	spec.order = ES_ORDER_POSITION;
+	spec.flags = ES_OPEN_NO_OWN;
+	spec.after = Max(after, horizon - 1);
+	reader = es_reader_begin(rel, snapshot, &spec);
+	while (es_reader_skip(reader, NULL))
+		;
+	es_reader_end(reader);
+}
+
 Datum
 es_read_all(PG_FUNCTION_ARGS)
 {
@@ -494,6 +514,10 @@ es_read_all(PG_FUNCTION_ARGS)
 			pg_memory_barrier();
 			snapshot = GetLatestSnapshot();
 		}
+		spec.filters = filters.data;
+		spec.filters_len = filters.len;
+		if (IsolationIsSerializable() && !nothing)
+			look_behind_horizon(rel, snapshot, &spec, after < 0 ? 0 : after, horizon);
 
 		if (es_rls_applies(RelationGetRelid(rel)))
 		{
@@ -529,8 +553,6 @@ es_read_all(PG_FUNCTION_ARGS)
 		spec.after = after < 0 ? 0 : after;
 		spec.below = horizon;
 		spec.max_rows = max_count > 0 ? max_count : 0;
-		spec.filters = filters.data;
-		spec.filters_len = filters.len;
 
 		MemoryContextSwitchTo(old);
 		return first_rows(fcinfo, funcctx, rel, snapshot, &spec, nothing || horizon <= spec.after + 1);
