@@ -196,6 +196,17 @@ ROLLBACK TO outer_one;
 INSERT INTO rs_nested SELECT event_store.horizon('rs_nested') + i, 'a', i FROM generate_series(1, 3) i;
 COMMIT;
 SELECT n FROM rs_nested ORDER BY position;
+-- nor does COMMIT look at a position that it has taken along
+BEGIN;
+INSERT INTO rs_nested SELECT event_store.horizon('rs_nested') + 1, 'a', 4;
+SAVEPOINT s;
+INSERT INTO rs_nested VALUES (1, 'a', 5);
+ROLLBACK TO s;
+INSERT INTO rs_nested VALUES ((1::bigint << 46) - 1, 'a', 6);
+ROLLBACK TO s;
+COMMIT;
+SELECT n FROM rs_nested WHERE n > 3;
+SELECT event_store.horizon('rs_nested') < (1::bigint << 46) AS not_moved;
 DROP TABLE rs_nested;
 DROP TABLE rs_v, rs_copy, rs_neither, rs_late, rs_p, rs_heap, rs, rs_toast, rs_saved;
 DROP FUNCTION rs_order, rs_check;

@@ -44,11 +44,13 @@
 
 #define PAGE_POSITIONS 1024
 
-/* How many positions there were when the subtransaction, or one released into it, noted its first. */
+/* How many positions there were, and which, when the subtransaction, or one released into it, noted its first. */
 typedef struct Mark
 {
 	SubTransactionId subid;
 	uint64			 n;
+	EsPosition		 lowest;
+	EsPosition		 highest;
 } Mark;
 
 typedef struct EsGiven
@@ -64,13 +66,17 @@ typedef struct EsGiven
 } EsGiven;
 
 static void
-mark_subtransaction(EsGiven *g, SubTransactionId subid)
+mark_subtransaction(const EsXactTable *t, SubTransactionId subid)
 {
-	uint64 n = g->n;
+	EsGiven *g = t->positions;
+	Mark	 mark = {subid, g->n, t->given_lowest, t->given_highest};
 
 	/* what is above has been released: it goes when this one goes */
 	while (g->nmarks > 0 && g->marks[g->nmarks - 1].subid > subid)
-		n = g->marks[--g->nmarks].n;
+	{
+		mark = g->marks[--g->nmarks];
+		mark.subid = subid;
+	}
 	if (g->nmarks > 0 && g->marks[g->nmarks - 1].subid == subid)
 		return;
 	if (g->nmarks == g->marks_allocated)
@@ -81,7 +87,7 @@ mark_subtransaction(EsGiven *g, SubTransactionId subid)
 									: repalloc_huge(g->marks, allocated * sizeof(Mark));
 		g->marks_allocated = allocated;
 	}
-	g->marks[g->nmarks++] = (Mark){subid, n};
+	g->marks[g->nmarks++] = mark;
 }
 
 static void
@@ -96,9 +102,11 @@ note(EsXactTable *t, Relation rel, SubTransactionId subid, uint64 position)
 		g->spool = es_spool_create(es_xact->context);
 		g->ascending = true;
 	}
-	mark_subtransaction(g, subid);
+	mark_subtransaction(t, subid);
 	(void) es_spool_add(g->spool, &position, sizeof(uint64));
 	g->n++;
+	t->given_lowest = Min(t->given_lowest, position);
+	t->given_highest = Max(t->given_highest, position);
 	g->ascending = g->ascending && position > g->last;
 	g->last = position;
 }
@@ -157,10 +165,6 @@ es_given_note(EsXactTable *t, Relation rel, bool given, int64 position, bool has
 				 errdetail("Restored events keep their versions, or are numbered in the order of their "
 						   "positions: all of a transaction or none."),
 				 errtable(rel)));
-	if ((uint64) position < t->given_lowest)
-		t->given_lowest = position;
-	if ((uint64) position > t->given_highest)
-		t->given_highest = position;
 	note(t, rel, subid, position);
 }
 
@@ -177,7 +181,13 @@ es_given_rollback(EsXactTable *t, SubTransactionId subid)
 	if (g == NULL)
 		return;
 	while (g->nmarks > 0 && g->marks[g->nmarks - 1].subid >= subid)
-		g->n = g->marks[--g->nmarks].n;
+	{
+		const Mark *mark = &g->marks[--g->nmarks];
+
+		g->n = mark->n;
+		t->given_lowest = mark->lowest;
+		t->given_highest = mark->highest;
+	}
 	es_spool_truncate(g->spool, g->n * sizeof(uint64));
 	if (g->n == 0)
 	{
