@@ -225,3 +225,27 @@ END $$;
 SELECT context_id, string_agg(n::text, ' ' ORDER BY version) FROM ex_v2 GROUP BY 1 ORDER BY 1;
 DROP FUNCTION ex_rows;
 DROP TABLE ex_v, ex_v2;
+-- a cursor that goes back row by row over more than work_mem takes a step for each, not all from the beginning
+CREATE TABLE scroll_far (context_id text, n int) USING event_store;
+INSERT INTO scroll_far SELECT 'a', i FROM generate_series(1, 60000) i;
+SET work_mem = '64kB';
+SET statement_timeout = '30s';
+DO $$
+DECLARE
+  c SCROLL CURSOR FOR SELECT n FROM scroll_far;
+  r int;
+  expected int := 60000;
+BEGIN
+  OPEN c;
+  MOVE LAST IN c;
+  LOOP
+    FETCH PRIOR FROM c INTO r;
+    EXIT WHEN NOT FOUND;
+    expected := expected - 1;
+    IF r <> expected THEN RAISE 'row % instead of %', r, expected; END IF;
+  END LOOP;
+  RAISE NOTICE 'first: %', expected;
+END $$;
+RESET statement_timeout;
+RESET work_mem;
+DROP TABLE scroll_far;

@@ -392,10 +392,9 @@ scroll_row(EsScan scan, ScanDirection direction, TupleTableSlot *slot)
 		ExecClearTuple(slot);
 		return false;
 	}
-	tuplestore_rescan(scan->store);
-	(void) tuplestore_skiptuples(scan->store, scan->at - 2, true);
+	/* a tuplestore steps back over the row that it gave last, as the executor wants it */
 	scan->at--;
-	return kept_row(scan, true, slot);
+	return kept_row(scan, false, slot);
 }
 
 bool
