@@ -52,6 +52,16 @@ es_floor_clear(void)
 		pg_atomic_write_u64(&es_my_slot()->floor, 0);
 }
 
+static void
+append_batch(dlist_head *list, EsXactBatch *b)
+{
+	SubTransactionId before =
+		dlist_is_empty(list) ? InvalidSubTransactionId : dlist_tail_element(EsXactBatch, node, list)->newest;
+
+	b->newest = Max(b->subid, before);
+	dlist_push_tail(list, &b->node);
+}
+
 void
 es_close_builder(EsXactTable *t, int shard)
 {
@@ -72,7 +82,7 @@ es_close_builder(EsXactTable *t, int shard)
 	b->subid = t->builder_subids[shard];
 	b->shard = shard;
 	b->nrows = header->nrows;
-	dlist_push_tail(&t->pending, &b->node);
+	append_batch(&t->pending, b);
 	es_xact->pending_bytes += b->size;
 
 	es_batch_reset(builder, &meta);
@@ -227,7 +237,7 @@ send_batch(EsXactTable *t, EsXactBatch *b)
 	PG_END_TRY();
 	b->logged = true;
 	dlist_delete(&b->node);
-	dlist_push_tail(&t->batches, &b->node);
+	append_batch(&t->batches, b);
 	es_xact->pending_bytes -= b->size;
 	es_xact->nunsent++;
 	ES_FAULT_ERROR("append-after-log");

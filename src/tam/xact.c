@@ -495,7 +495,22 @@ drop_batch(EsXactBatch *b)
 	pfree(b);
 }
 
-/* Everything that began in the rolled-back subtransaction or in a descendant of it dies. */
+static dlist_node *
+last_of(dlist_head *list)
+{
+	return dlist_is_empty(list) ? NULL : dlist_tail_node(list);
+}
+
+static dlist_node *
+before(dlist_head *list, dlist_node *node)
+{
+	return dlist_has_prev(list, node) ? dlist_prev_node(list, node) : NULL;
+}
+
+/*
+ * Everything that began in the rolled-back subtransaction or in a descendant of it dies.  It lies at
+ * the end of the lists, so that no savepoint has to walk over all that came before it.
+ */
 static void
 subxact_abort(SubTransactionId subid)
 {
@@ -505,8 +520,7 @@ subxact_abort(SubTransactionId subid)
 		return;
 	dlist_foreach(titer, &es_xact->tables)
 	{
-		EsXactTable		  *t = dlist_container(EsXactTable, node, titer.cur);
-		dlist_mutable_iter biter;
+		EsXactTable *t = dlist_container(EsXactTable, node, titer.cur);
 
 		for (int s = 0; s < es_shared->nshards; s++)
 		{
@@ -519,20 +533,26 @@ subxact_abort(SubTransactionId subid)
 			}
 		}
 
-		dlist_foreach_modify(biter, &t->pending)
+		for (dlist_node *node = last_of(&t->pending); node != NULL;)
 		{
-			EsXactBatch *b = dlist_container(EsXactBatch, node, biter.cur);
+			EsXactBatch *b = dlist_container(EsXactBatch, node, node);
 
+			if (b->newest < subid)
+				break;
+			node = before(&t->pending, node);
 			if (b->subid < subid)
 				continue;
 			es_xact->pending_bytes -= b->size;
 			drop_batch(b);
 		}
 
-		dlist_foreach_modify(biter, &t->batches)
+		for (dlist_node *node = last_of(&t->batches); node != NULL;)
 		{
-			EsXactBatch *b = dlist_container(EsXactBatch, node, biter.cur);
+			EsXactBatch *b = dlist_container(EsXactBatch, node, node);
 
+			if (b->newest < subid)
+				break;
+			node = before(&t->batches, node);
 			if (b->subid < subid || b->dead)
 				continue;
 			if (b->sent)

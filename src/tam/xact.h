@@ -46,6 +46,7 @@ typedef struct EsXactBatch
 	uint32			 size;
 	uint32			 nrows;
 	SubTransactionId subid;
+	SubTransactionId newest; /* highest subid of its list up to here, at least */
 	uint8			 shard;
 	bool			 dead; /* its subtransaction was rolled back */
 	bool			 logged;

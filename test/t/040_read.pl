@@ -233,5 +233,19 @@ for my $state ('as it is', 'flushed', 'restarted')
 }
 is($node->safe_psql('postgres', 'SELECT count(*) FROM event_store.verify()'), '0', 'no damage');
 $final->{psql}->quit;
+
+# The transaction's rows are sent by shards: those of the savepoint in shard 0 before older ones in shard 1.
+is($node->safe_psql('postgres', <<'SQL'), "t\n40|820\n40|820", 'a savepoint is rolled back whose rows were sent before older ones');
+CREATE TABLE parted (context_id text, n int) USING event_store;
+BEGIN;
+INSERT INTO parted SELECT 'p' || g, g FROM generate_series(1, 40) g;
+SAVEPOINT s;
+INSERT INTO parted SELECT 'p' || g, -g FROM generate_series(1, 40) g WHERE event_store.shard_of('p' || g) = 0;
+SELECT count(*) FILTER (WHERE n < 0) BETWEEN 1 AND 39 FROM parted;
+ROLLBACK TO s;
+SELECT count(*), sum(n) FROM parted;
+COMMIT;
+SELECT count(*), sum(n) FROM parted;
+SQL
 $node->stop;
 done_testing();
