@@ -351,7 +351,7 @@ is(sql($node, "SELECT string_agg(event_type, '' ORDER BY version) FROM event_sto
 # a refusal of the whole store
 $node->append_conf('postgresql.conf', 'event_store.shards = 3');
 $node->restart;
-$node->poll_query_until('postgres', 'SELECT bool_and(state = 'refused') FROM event_store.stat_shards');
+$node->poll_query_until('postgres', q{SELECT bool_and(state = 'refused') FROM event_store.stat_shards});
 like(sql($node, "SELECT DISTINCT state, reason FROM event_store.stat_shards"),
 	qr/^refused\|event_store.shards is 3, but the store has 2 shards: The number.*\nSet "event_store.shards = 2"/,
 	'stat_shards says why the store is refused');
