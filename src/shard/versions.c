@@ -155,7 +155,12 @@ first_promised(const Work *w, uint64 hash)
 static int64
 version_in_pending(Work *w, const ContextKey *key)
 {
-	/* they hold the rows in the order of ordinals: the last one that has the context has its last version */
+	int64 restored = 0;
+
+	/*
+	 * They hold the rows in the order of ordinals: the last one that has the context has its last version.  Only
+	 * restored rows, which precede all others, come in any order.
+	 */
 	for (int i = list_length(w->txn->pending) - 1; i >= 0; i--)
 	{
 		EsSegmentRef *ref = list_nth(w->txn->pending, i);
@@ -177,17 +182,16 @@ version_in_pending(Work *w, const ContextKey *key)
 		live = (int64) es_segment_live_rows(ref, first_row, first_row + nrows);
 		if (live > 0 && entry >= ref->entry.nfirst_versions)
 		{
-			/* restored */
 			int64 version;
 
 			if (!es_segment_last_version(ref, segment, first_row, first_row + nrows, &version, &err))
 				es_corruption(ERROR, es_segment_path(ref), &err);
-			return version;
+			restored = Max(restored, version);
 		}
-		if (live > 0)
+		else if (live > 0)
 			return es_manifest_first_version(&ref->entry, entry) + live - 1;
 	}
-	return 0;
+	return restored;
 }
 
 /* Begins a context: the version before the transaction's next row of it. */
