@@ -663,11 +663,22 @@ es_finish_pending(EsTxn *txn, const EsSectionHeader *section, int64 deadline)
 	/* the caller's last call, without a deadline, comes when nothing can stop the FINISH any more */
 	if (deadline == 0)
 	{
+		const EsTableKey *last = NULL;
+		ListCell		 *lc;
+
 		for (uint32 i = 0; i < work->nrefs; i++)
-		{
 			work->refs[i]->finished = true;
-			/* what is cached of the table's heads knows nothing of the segment */
-			es_heads_forget_storage(&work->refs[i]->entry.segment.table);
+		/*
+		 * What is cached of the tables' heads knows nothing of the segments, nor of those adopted before a crash: they
+		 * did not count up to here (es_adopt_ahead).
+		 */
+		foreach(lc, txn->pending)
+		{
+			const EsTableKey *table = &((EsSegmentRef *) lfirst(lc))->entry.segment.table;
+
+			if (last == NULL || !es_table_key_equal(last, table))
+				es_heads_forget_storage(table);
+			last = table;
 		}
 		end();
 	}

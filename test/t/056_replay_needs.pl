@@ -1,5 +1,6 @@
 # As long as own WAL is replayed for a FINISH, what it names is there, also when none of its rows was taken (a load that is sent
-# again) and when its table is dropped: transactions behind it survive a crash, a shard's end and a clean restart.
+# again) and when its table is dropped: transactions behind it survive a crash, a shard's end and a clean restart, with their
+# versions.
 
 use strict;
 use warnings;
@@ -102,6 +103,25 @@ foreach my $end (sort keys %ends)
 	sql($node, 'DROP TABLE dropped');
 	ok($node->poll_query_until('postgres', "SELECT count(*) = 0 FROM event_store.stat_segments WHERE storage_id = $storage"), "a load, DROP, then $end: the segments go");
 	survives($end, 'a load and DROP');
+}
+# contexts written to by a load, before it and behind it: the versions behind go on where the load's end
+sql($node, 'CREATE TABLE versions (context_id int, event_id uuid, v text, version bigint) USING event_store');
+foreach my $end (sort keys %ends)
+{
+	my $versions = q{SELECT md5(string_agg(context_id || v || version, ',' ORDER BY context_id, version)) FROM versions};
+	my $before;
+
+	sql($node, 'TRUNCATE versions');
+	sql($node, 'SELECT event_store.flush()');
+	sql($node, q{INSERT INTO versions SELECT g, NULL, 'before' FROM generate_series(0, 49) g});
+	load_spilled('versions', "a load with versions, then $end");
+	sql($node, "INSERT INTO versions VALUES ($_, NULL, 'behind')") foreach 0 .. 49;
+	$before = sql($node, $versions);
+	survives($end, 'a load with versions');
+	is(sql($node, $versions), $before, "a load with versions, then $end: all are what they were");
+	sql($node, "INSERT INTO versions VALUES ($_, NULL, 'next')") foreach 0 .. 49;
+	is(sql($node, 'SELECT count(*) FROM (SELECT FROM versions GROUP BY context_id HAVING max(version) <> count(*) OR count(DISTINCT version) <> count(*)) x'),
+		'0', "a load with versions, then $end: the next ones follow");
 }
 is(sql($node, 'SELECT count(*) FROM event_store.verify()'), '0', 'no file is damaged');
 $node->stop;
