@@ -50,7 +50,8 @@ extern EsLsn es_apply_oldest_unframed(void);
 /* Own files, own WAL, PostgreSQL's WAL; when it returns the shard may open its queues.
  * ERROR (caught by worker.c: the shard becomes FAILED with the reason) if it must not open. */
 extern void	 es_recover(void);
-extern EsLsn es_recovery_end; /* E: messages that end at or before are dropped from queues */
+extern bool	 es_recovery_carry(void); /* at a flush's boundary: FINISHes that recovery has not applied yet */
+extern EsLsn es_recovery_end;		  /* E: messages that end at or before are dropped from queues */
 
 /* ---- heads.c: last version and position of contexts, event ids; PREPARE and HEAD ---- */
 

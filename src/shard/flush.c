@@ -187,7 +187,7 @@ turn_passive(TimestampTz now)
 	mt->passive = true;
 	f->boundary = es_log_boundary();
 	f->last_ticket = es_log_last_ticket();
-	f->left = es_carry_staged(last_ticket);
+	f->left = es_carry_staged(es_recovery_carry() ? PG_UINT64_MAX : last_ticket);
 	last_ticket = f->last_ticket;
 	wal_bytes = pg_atomic_read_u64(&es_shard->counters.wal_bytes);
 	collect_undecided(f);

@@ -325,6 +325,29 @@ apply_own_wal(bool clean)
 }
 
 /*
+ * A flush says of all FINISH frames before its boundary that they are in segments or logged behind it, and those
+ * that were left to PostgreSQL's WAL and have not come from there are neither: logs them again.  True: there are some, and what is staged must follow.
+ */
+bool
+es_recovery_carry(void)
+{
+	bool some = false;
+
+	for (uint32 i = held_done; i < nheld; i++)
+	{
+		const HeldFinish *f = &held[i];
+		EsTxn			 *txn = es_txn_find(f->fxid);
+
+		if (txn == NULL || txn->finished || txn->verdict == ES_VERDICT_ABORTED ||
+			(i > held_done && f->start == held[i - 1].start))
+			continue;
+		(void) es_log_append(ES_FRAME_CARRY_FINISH, f->fxid, f->start, f->end, f->section, (uint32) f->len);
+		some = true;
+	}
+	return some;
+}
+
+/*
  * What was left to PostgreSQL's WAL has come from there?  A FINISH that has not is a commit that would be
  * lost without a word.
  */
