@@ -520,7 +520,11 @@ es_apply_finish(EsFxid fxid, EsLsn start, EsLsn end, const EsSectionHeader *sect
 	}
 	ES_FAULT("finish-before-frame");
 	if (!from_own_wal)
+	{
 		txn->finish_ticket = es_log_append(ES_FRAME_FINISH, fxid, start, end, section, section->len);
+		/* recovery may have read one, in a file that goes before this one's */
+		txn->resolved_logged = false;
+	}
 	txn->base = section->base;
 	txn->finish_start = start;
 	txn->finish_end = end;

@@ -326,7 +326,8 @@ apply_own_wal(bool clean)
 
 /*
  * A flush says of all FINISH frames before its boundary that they are in segments or logged behind it, and those
- * that were left to PostgreSQL's WAL and have not come from there are neither: logs them again.  True: there are some, and what is staged must follow.
+ * that were left to PostgreSQL's WAL and have not come from there are neither: logs them again.  True: there are
+ * some, and what is staged must follow.
  */
 bool
 es_recovery_carry(void)

@@ -4,6 +4,7 @@
 use strict;
 use warnings;
 use EventStore::Server qw(new_server sql wait_open faults_compiled log_offset server_log_since);
+use IPC::Run;
 use Test::More;
 use Time::HiRes qw(sleep);
 
@@ -57,9 +58,12 @@ sql($node, 'SELECT event_store.flush()');
 # nothing more is flushed: rows for a MemTable, the FINISH that lacks batches, and one behind it
 sql($node, q{SELECT event_store_test.inject_fault('job-after-take', 'sleep')});
 sql($node, 'BEGIN; ' . both("'memtable$_'", 50, 500) . ' COMMIT;') foreach 1 .. 50;
+my $xid = $load->query_safe('SELECT pg_current_xact_id()');
 $load->query_safe('COMMIT');
 $load->quit;
 sql($node, 'BEGIN; ' . both("'behind'", 3, 3) . ' COMMIT;');
+# also the verdict, which a shard asks for once a second
+sleep 1.5;
 sql($node, 'SELECT event_store.sync()');
 
 # a crash; the shard is killed when what was in own WAL before that FINISH is flushed, of which the boundary came before it
@@ -78,6 +82,22 @@ ok($node->poll_query_until('postgres', q{SELECT event_store_test.fault_hits('rec
 sql($node, 'SELECT event_store_test.disarm_faults()');
 ok(wait_open($node), 'the shard opens after a flush and a crash');
 is_consistent('nothing is lost or doubled');
+
+# its verdict is in own WAL behind its FINISH, not only in a file that goes earlier: VACUUM may have CLOG truncated
+sleep 1.5;
+sql($node, 'SELECT event_store.sync()');
+$node->stop('immediate');
+my @wal = map {
+	my $out = '';
+	IPC::Run::run([ 'es_filedump', $_ ], '<', \'', '>', \$out, IPC::Run::timeout(60));
+	[ $out =~ /^  offset \d+: (\w+).*\b$xid\b/mg ];
+} sort glob($node->data_dir . '/event_store/shard_0/wal.*');
+is((map { @$_ } @wal)[-1], 'RESOLVED', 'the verdict is behind the FINISH');
+$node->start;
+ok(wait_open($node), 'the shard opens');
+sql($node, 'SELECT event_store_test.disarm_faults()');
+is_consistent('still nothing is lost');
+
 sql($node, 'BEGIN; ' . both("'load'", 3, 3) . both("'behind'", 3, 3) . ' COMMIT;');
 is_consistent('the next versions follow');
 sql($node, 'SELECT event_store.flush()');
