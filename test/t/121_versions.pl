@@ -193,11 +193,18 @@ sub table_unit
 		return { kind => 'truncate',
 			sql => "BEGIN; TRUNCATE $table, twin_$name;" . put($name, any(5, 1500), 40) . any('COMMIT;', 'COMMIT;', 'ROLLBACK;') };
 	}
-	# given positions and versions in any order, then new rows
+	return restore_unit();
+}
+
+# Given positions and versions in any order, then new rows of the same contexts.
+sub restore_unit
+{
+	my $name = any(@names);
+	my $table = $stores{$name}{table};
 	my @sql = ('BEGIN;', "LOCK TABLE $table IN ACCESS EXCLUSIVE MODE;", "CREATE TEMP TABLE kept ON COMMIT DROP AS SELECT * FROM $table;");
 	push @sql, 'SAVEPOINT s;' if rand() < 0.3;
-	push @sql, "TRUNCATE $table;", "INSERT INTO $table SELECT * FROM kept ORDER BY " . any('position', 'position DESC', 'position DESC', 'random()') . ';';
-	push @sql, send_rows($name), 'SELECT spilled(30);' if rand() < 0.7;
+	push @sql, "TRUNCATE $table;", "INSERT INTO $table SELECT * FROM kept ORDER BY " . any('position', 'position DESC', 'random()') . ';';
+	push @sql, send_rows($name), 'SELECT spilled(20);' if rand() < 0.8;
 	push @sql, any('ROLLBACK TO s;', 'RELEASE s;') if @sql > 3 && $sql[3] eq 'SAVEPOINT s;';
 	push @sql, put($name, any(20, 200, 1500), any(3, 40, 1000)) if rand() < 0.8;
 	push @sql, any(('COMMIT;') x 6, 'ROLLBACK;');
@@ -272,7 +279,7 @@ while (time() < $end && !@problems)
 {
 	my $shard_ends = rand() < 0.15 ? time() + rand(1.5) : undef;
 	my $what = any(('kill -9') x 5, ('shard ended') x 2, 'restart', 'nothing');
-	# what dies, dies under load or just behind it
+	# it dies under load or just behind it
 	my $under_load = rand() < 0.3;
 
 	$round++;
@@ -290,7 +297,12 @@ while (time() < $end && !@problems)
 	unless ($under_load)
 	{
 		$clients->drain(seconds => 240);
-		try_sql($node, around_unit()->{sql}) if rand() < 0.6;
+		if (rand() < 0.8)
+		{
+			my $unit = any(\&around_unit, \&around_unit, \&restore_unit)->();
+			try_sql($node, $unit->{sql});
+			$counts{"$unit->{kind}, alone"}++;
+		}
 		try_sql($node, 'SELECT event_store.sync()') if rand() < 0.7;
 		sleep 0.3 if rand() < 0.3;
 	}
