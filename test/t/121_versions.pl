@@ -250,7 +250,8 @@ my $clients = EventStore::Clients->new(
 
 sub end_shard
 {
-	try_sql($node, q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type LIKE 'event_store shard%' } . any('', 'ORDER BY random() LIMIT 1'));
+	# it has ended then: who asks one that is about to may lose the answer
+	try_sql($node, q{SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE backend_type LIKE 'event_store shard%' } . any('', 'ORDER BY random() LIMIT 1'));
 	$counts{'shard ended'}++;
 	return;
 }
@@ -278,7 +279,7 @@ my $log_from = EventStore::Server::log_offset($node);
 while (time() < $end && !@problems)
 {
 	my $shard_ends = rand() < 0.15 ? time() + rand(1.5) : undef;
-	my $what = any(('kill -9') x 5, ('shard ended') x 2, 'restart', 'nothing');
+	my $what = $round == 0 ? 'kill -9' : any(('kill -9') x 5, ('shard ended') x 2, 'restart', 'nothing');
 	# it dies under load or just behind it
 	my $under_load = rand() < 0.3;
 
