@@ -67,6 +67,7 @@ for (1 .. 4)
 $node->safe_psql('postgres', 'CHECKPOINT');
 my $before = slot_at_rest();
 my $segment = $node->safe_psql('postgres', "SELECT pg_walfile_name('$before'::pg_lsn)");
+ok($node->poll_query_until('postgres', "SELECT pg_walfile_name(restart_lsn) > '$segment' FROM event_store.stat_shards WHERE shard = 0"), 'the other shard does not need that file');
 my $path    = $node->data_dir . "/pg_wal/$segment";
 ok(-e $path, 'the file is kept');
 $node->safe_psql('postgres', 'CREATE DATABASE bare');
@@ -98,6 +99,7 @@ for (1 .. 4)
 $node->safe_psql('postgres', 'CHECKPOINT');
 $before = slot_at_rest();
 $segment = $node->safe_psql('postgres', "SELECT pg_walfile_name('$before'::pg_lsn)");
+ok($node->poll_query_until('postgres', "SELECT pg_walfile_name(restart_lsn) > '$segment' FROM event_store.stat_shards WHERE shard = 0"), 'the other shard does not need that file');
 $node->stop('immediate');
 unlink($node->data_dir . "/pg_wal/$segment") or die "unlink: $!";
 $node->start;
