@@ -257,8 +257,8 @@ sub under_load
 	$oracle->problem('lost', "$lost connections were lost, but the server has not crashed") if $lost && !$crashed && $action !~ /fatal/;
 	$self->{recovered} = $committed_after >= 5 || $crashed unless $kill;
 	$self->{offset} = $offset;
-	# one that fired after the load had ended shows nothing of what goes on
-	return $kill ? firings($node, $point, $action, $offset) > 0 : defined $fired_at;
+	# one that fired after the load had ended, and ended nothing, shows nothing of what goes on
+	return $kill || ($logged && $crashed) ? firings($node, $point, $action, $offset) > 0 : defined $fired_at;
 }
 
 sub has_crashed
