@@ -34,7 +34,7 @@ DECLARE
 BEGIN
 	PERFORM count(*) FROM plain WHERE context_id = '';	-- sends what is pending
 	PERFORM count(*) FROM versioned WHERE context_id = '';
-	FOR i IN 1 .. 200 LOOP
+	FOR i IN 1 .. 80 LOOP
 		SELECT string_agg(staged_rows || ' ' || pending_segments, ' ' ORDER BY shard) INTO now FROM event_store.stat_shards;
 		EXIT WHEN now = before AND (SELECT min(pending_segments) > 0 FROM event_store.stat_shards);
 		before := now;
