@@ -142,3 +142,10 @@ es_guc_define(void)
 
 	MarkGUCPrefixReserved("event_store");
 }
+
+Size
+es_guc_shard_memory(void)
+{
+	/* a MemTable that takes rows, two that are flushed, and what is staged */
+	return ((Size) 3 * es_guc_memtable_size + es_guc_staging_size) / 1024;
+}

@@ -38,4 +38,7 @@ extern char *es_guc_adopt_system_id;
 
 extern void es_guc_define(void);
 
+/* MB of shared memory that a shard may need with these settings. */
+extern Size es_guc_shard_memory(void);
+
 #endif /* ES_GUC_H */

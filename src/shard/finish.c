@@ -311,14 +311,15 @@ prepare_table(EsTxn *txn, const EsFinishTable *table, EsLsn start, EsLsn end)
 		at += header->total_len;
 	}
 	if (nrows > table->nrows || (nrows < table->nrows && txn->pending == NIL))
-		ereport(ERROR,
-				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("rows of transaction %llu that shard %d found: %llu, that its FINISH counts: %llu",
-						(unsigned long long) txn->fxid, es_shard_id, (unsigned long long) nrows,
-						(unsigned long long) table->nrows),
-				 errdetail("FINISH at %X/%X of PostgreSQL's WAL, storage %llu of database %u.",
-						   LSN_FORMAT_ARGS(start), (unsigned long long) table->table.storage_id,
-						   table->table.database)));
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_DATA_CORRUPTED),
+			 errmsg("shard %d has not as many rows of transaction %llu as its FINISH counts", es_shard_id,
+					(unsigned long long) txn->fxid),
+			 errdetail(
+				 "Found: %llu, counted: %llu. FINISH at %X/%X of PostgreSQL's WAL, storage %llu of database %u.",
+				 (unsigned long long) nrows, (unsigned long long) table->nrows, LSN_FORMAT_ARGS(start),
+				 (unsigned long long) table->table.storage_id, table->table.database)));
 
 	/* rows in pending segments come first */
 	nrows = table->nrows - nrows;

@@ -121,7 +121,7 @@ no_memory(void)
 		 errmsg("shard %d has no shared memory for what its own write-ahead log holds", es_shard_id),
 		 errdetail(
 			 "With event_store.memtable_size and event_store.staging_size as they are, each shard, of %d, may need %zu MB.",
-			 es_shared->nshards, ((Size) 3 * es_guc_memtable_size + es_guc_staging_size) / 1024),
+			 es_shared->nshards, es_guc_shard_memory()),
 		 errhint("Give the server more shared memory (in a container /dev/shm).")));
 }
 

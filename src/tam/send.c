@@ -160,19 +160,15 @@ es_send_wait_writable(int shard)
 
 	check_too_large(shard);
 	if (err == ENOMEM)
-	{
-		Size size = ((Size) 3 * es_guc_memtable_size + es_guc_staging_size) / 1024;
-
 		ereport(ERROR,
 				(errcode(ERRCODE_OUT_OF_MEMORY),
 				 errmsg("shard %d has no shared memory for more events", shard),
 				 errdetail("Writing events to segments has not helped so far; reads go on.  With "
 						   "event_store.memtable_size and event_store.staging_size as they are, each shard, "
 						   "of %d, may need %zu MB.",
-						   es_shared->nshards, size),
+						   es_shared->nshards, es_guc_shard_memory()),
 				 errhint("Give the server more shared memory (in a container /dev/shm), or lower "
 						 "event_store.memtable_size and event_store.staging_size.")));
-	}
 	if (err != 0)
 	{
 		errno = err;
